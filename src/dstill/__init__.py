@@ -1,0 +1,67 @@
+"""dstill: dataset distillation by alignment with smooth expert trajectories.
+
+The public API. Names are imported when first used, so that `import dstill` and the command line's `--help` stay fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dstill.errors import DstillError
+from dstill.version import __version__
+
+if TYPE_CHECKING:
+    from dstill.artifacts.distilled import DistilledSet
+    from dstill.artifacts.result import Result
+    from dstill.commands import distill, evaluate, run, train_experts
+    from dstill.config import Recipe
+    from dstill.data.real import RealSet, load_real
+    from dstill.experts.trajectory import Trajectories
+    from dstill.recipes import load_recipe
+    from dstill.tuning import tune
+    from dstill.unroll import Step, Student, Unrolled
+
+__all__ = [
+    "DistilledSet",
+    "DstillError",
+    "RealSet",
+    "Recipe",
+    "Result",
+    "Step",
+    "Student",
+    "Trajectories",
+    "Unrolled",
+    "__version__",
+    "distill",
+    "evaluate",
+    "load_real",
+    "load_recipe",
+    "run",
+    "train_experts",
+    "tune",
+]
+
+_HOME = {
+    "DistilledSet": "artifacts.distilled",
+    "RealSet": "data.real",
+    "Recipe": "config",
+    "Result": "artifacts.result",
+    "Step": "unroll",
+    "Student": "unroll",
+    "Trajectories": "experts.trajectory",
+    "Unrolled": "unroll",
+    "distill": "commands",
+    "evaluate": "commands",
+    "load_real": "data.real",
+    "load_recipe": "recipes",
+    "run": "commands",
+    "train_experts": "commands",
+    "tune": "tuning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dstill' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dstill.{_HOME[name]}"), name)

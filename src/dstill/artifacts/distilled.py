@@ -1,0 +1,145 @@
+"""The distilled set: images, labels, a learning rate, and everything needed to train on them and to show them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from dstill.artifacts import header as files
+from dstill.config import NetConfig, Recipe, canonical
+from dstill.data import preprocess as preprocessing
+from dstill.data.preprocess import Preprocess
+from dstill.errors import DstillError
+
+KIND = "distilled set"
+FILE_NAME = "distilled.safetensors"
+_PREPROCESS = "preprocess."
+
+
+@dataclass(frozen=True)
+class DistilledSet:
+    """A synthetic image set and its claim.
+
+    Attributes:
+        images: `[S, C, H, W]` float32, preprocessed: what a network is trained on.
+        labels: class ids `[S]` int64, or label logits `[S, K]` float32.
+        alpha: learned learning rate, or None where the method learns none.
+        preprocess: maps pixels to what networks see, and back; real test images must go through it.
+        method: name of the method.
+        ipc: images per class.
+        class_names: name of each class id.
+        augmentation: DSA strategy to train with.
+        net: network it was distilled with.
+        data: name of the real set.
+        data_fingerprint: fingerprint of the real set.
+        recipe: the resolved settings, or None for a foreign set.
+        seed: master seed.
+        accuracy: `{"mean", "std", "n", "protocol"}` once it has been evaluated.
+    """
+
+    images: Tensor
+    labels: Tensor
+    alpha: float | None
+    preprocess: Preprocess
+    method: str
+    ipc: int
+    class_names: tuple[str, ...]
+    augmentation: str
+    net: NetConfig
+    data: str
+    data_fingerprint: str
+    recipe: Recipe | None
+    seed: int
+    accuracy: dict[str, Any] | None = None
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def class_ids(self) -> Tensor:
+        """Class of each image `[S]`; of soft labels the most likely one."""
+        return self.labels.argmax(1) if self.labels.is_floating_point() else self.labels
+
+    def pixels(self) -> Tensor:
+        """Images in natural colours, `[S, C, H, W]` in [0, 1]; values beyond the displayable range are clipped."""
+        return self.preprocess.invert(self.images).clamp(0, 1)
+
+    def as_dataset(self) -> TensorDataset:
+        """A torch `Dataset` of (preprocessed image, label)."""
+        return TensorDataset(self.images, self.labels)
+
+    def with_accuracy(self, accuracy: dict[str, Any]) -> DistilledSet:
+        return replace(self, accuracy=accuracy)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes `distilled.safetensors` into a folder, or a file whose name ends in .safetensors.
+
+        Raises:
+            DstillError: images, labels or α are not finite.
+        """
+        target = Path(path)
+        if target.suffix != ".safetensors":
+            target = target / FILE_NAME
+        tensors = {"images": self.images, "labels": self.labels}
+        if self.alpha is not None:
+            tensors["alpha"] = torch.tensor(self.alpha, dtype=torch.float64)
+        wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if wrong:
+            raise DstillError(f"the distilled set has non-finite {', '.join(wrong)} and is not saved: the run has diverged")
+        tensors |= {_PREPROCESS + name: tensor for name, tensor in self.preprocess.tensors().items()}
+        files.save(target, KIND, tensors, self._header())
+        return target
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "ipc": self.ipc,
+            "class_names": list(self.class_names),
+            "preprocess": self.preprocess.kind,
+            "augmentation": self.augmentation,
+            "net": canonical(self.net, exclude_none=True),
+            "data": self.data,
+            "data_fingerprint": self.data_fingerprint,
+            "recipe": canonical(self.recipe) if self.recipe else None,
+            "seed": self.seed,
+            "accuracy": self.accuracy,
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> DistilledSet:
+        """Reads a file, or `distilled.safetensors` in a folder.
+
+        Raises:
+            DstillError: no such file, not a distilled set, damaged, or from a newer format.
+        """
+        source = Path(path)
+        if source.is_dir():
+            source = source / FILE_NAME
+        header, tensors = files.load(source, KIND)
+        stored = {name.removeprefix(_PREPROCESS): tensor for name, tensor in tensors.items() if name.startswith(_PREPROCESS)}
+        try:
+            return cls(
+                images=tensors["images"],
+                labels=tensors["labels"],
+                alpha=float(tensors["alpha"]) if "alpha" in tensors else None,
+                preprocess=preprocessing.from_tensors(header["preprocess"], stored),
+                method=header["method"],
+                ipc=header["ipc"],
+                class_names=tuple(header["class_names"]),
+                augmentation=header["augmentation"],
+                net=NetConfig.model_validate(header["net"]),
+                data=header["data"],
+                data_fingerprint=header["data_fingerprint"],
+                recipe=Recipe.model_validate(header["recipe"]) if header["recipe"] else None,
+                seed=header["seed"],
+                accuracy=header["accuracy"],
+            )
+        except (KeyError, ValidationError) as error:
+            raise DstillError(f"{source} is damaged or from another version of dstill: {error}") from error

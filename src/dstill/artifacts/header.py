@@ -1,0 +1,84 @@
+"""Files of dstill: safetensors with a JSON header, written atomically. No pickle anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dstill.errors import DstillError
+from dstill.version import __version__
+
+FORMAT = 1
+_KEY = "dstill"
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Writes tensors and a header; the header gains the format version, the kind and the package version."""
+    full = {"format": FORMAT, "kind": kind, "dstill": __version__, **header}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(contiguous, temporary, metadata={_KEY: json.dumps(full, sort_keys=True)})
+
+
+@contextlib.contextmanager
+def opened(path: Path, kind: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yields `(header, safetensors handle)`; tensors are memory-mapped until read.
+
+    Raises:
+        DstillError: no such file, not a dstill file, another kind, or written by a newer format.
+    """
+    if not path.is_file():
+        raise DstillError(f"{path} does not exist")
+    try:
+        handle = safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise DstillError(f"{path} is damaged or not a safetensors file ({error})") from error
+    with handle as file:
+        try:
+            header = json.loads((file.metadata() or {})[_KEY])
+        except (KeyError, ValueError) as error:
+            raise DstillError(f"{path} has no dstill header: it was written by another program") from error
+        if header.get("kind") != kind:
+            raise DstillError(f"{path} holds a {header.get('kind')}, not a {kind}")
+        if header.get("format", 0) > FORMAT:
+            raise DstillError(f"{path} has format {header['format']}, this dstill reads up to {FORMAT}: upgrade dstill")
+        yield header, file
+
+
+def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads the header and all tensors of a file of this kind; raises as `opened` does."""
+    with opened(path, kind) as (header, file):
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -1,0 +1,81 @@
+"""Pictures of a distilled set and of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dstill.artifacts.distilled import DistilledSet
+from dstill.artifacts.header import atomic
+
+_GAP = 2
+_MIN_TILE = 64
+
+
+def grid(distilled: DistilledSet, columns: int | None = None) -> Image.Image:
+    """Images in natural colours, one row a class (up to `columns` images each), enlarged to at least 64 pixels a side."""
+    per_class = min(distilled.ipc, columns or 10)
+    shown = [(distilled.class_ids == c).nonzero().squeeze(1)[:per_class] for c in range(distilled.classes)]
+    # One image per class reads better as a strip of classes than as a column.
+    flat = [int(index) for row in shown for index in row]
+    rows = _chunks(flat, per_class if per_class > 1 else 10)
+    pixels = (distilled.pixels() * 255).round().byte()
+    scale = max(1, -(-_MIN_TILE // min(pixels.shape[2:])))
+    height, width = pixels.shape[2] * scale, pixels.shape[3] * scale
+    across = max(len(row) for row in rows)
+    canvas = Image.new("RGB", (across * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP), "white")
+    for y, row in enumerate(rows):
+        for x, index in enumerate(row):
+            tile = _image(pixels[index]).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(tile, (_GAP + x * (width + _GAP), _GAP + y * (height + _GAP)))
+    return canvas
+
+
+def _chunks(values: list[int], size: int) -> list[list[int]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    array = pixels.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array[:, :, :3]).convert("RGB")
+
+
+def save_grid(distilled: DistilledSet, path: Path) -> Path:
+    """Writes the grid as PNG, atomically."""
+    with atomic(path) as temporary:
+        grid(distilled).save(temporary, format="PNG")
+    return path
+
+
+def save_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> Path:
+    """Matching loss, α and, where it was measured, validation accuracy over iterations, as PNG."""
+    from matplotlib.figure import Figure
+
+    panels = [
+        ("loss", "matching loss"),
+        ("alpha", "student learning rate α"),
+        ("validation_accuracy", "validation accuracy"),
+    ]
+    panels = [(key, label) for key, label in panels if any(key in row for row in rows)]
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    figure.suptitle(title)
+    for position, (key, label) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), position)
+        points = np.array([(row["iteration"], row[key]) for row in rows if key in row])
+        sparse = key == "validation_accuracy"
+        axes.plot(points[:, 0], points[:, 1], marker="o" if sparse else None, linewidth=1.5 if sparse else 0.8)
+        if key == "loss" and len(points) >= 20:
+            window = max(5, len(points) // 20)
+            mean = np.convolve(points[:, 1], np.ones(window) / window, mode="valid")
+            axes.plot(points[window - 1 :, 0], mean, linewidth=2, label=f"mean of {window}")
+            axes.legend(frameon=False)
+        axes.set_xlabel("iteration")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path

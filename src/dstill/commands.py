@@ -1,0 +1,428 @@
+"""The public functions: every command of `dstill` is one of these, with the same arguments."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstill import recipes
+from dstill.artifacts import header as files
+from dstill.artifacts import pictures
+from dstill.artifacts.distilled import FILE_NAME, DistilledSet
+from dstill.artifacts.result import ProtocolId, Result, Score
+from dstill.config import NetConfig, Recipe, canonical
+from dstill.console import Reporter, Silent
+from dstill.data import preprocess as preprocessing
+from dstill.data.preprocess import Preprocess
+from dstill.data.real import RealSet, check_ipc, load_real
+from dstill.devices import free_memory, resolve_device
+from dstill.distillation import Cadence, run_method
+from dstill.errors import DstillError
+from dstill.evaluation.baselines import random_baseline, whole_set
+from dstill.evaluation.networks import evaluate_set, prepared
+from dstill.evaluation.protocols import load_protocol
+from dstill.experts.train import ExpertTask, train_missing
+from dstill.experts.trajectory import Trajectories
+from dstill.methods import method_info
+from dstill.methods.base import Problem
+from dstill.runs import RunFolder
+from dstill.version import __version__
+
+RESULT_NAME = "result.json"
+_PREPROCESS = "preprocessing"
+
+
+def cache_folder(cache: str | Path | None) -> Path:
+    """Where experts and whitening are kept for every run: `cache`, else $DSTILL_CACHE, else ~/.cache/dstill."""
+    chosen = cache or os.environ.get("DSTILL_CACHE") or Path.home() / ".cache" / "dstill"
+    return Path(chosen).expanduser()
+
+
+def fitted_preprocess(kind: str, real: RealSet, cache: Path) -> Preprocess:
+    """The preprocessing fitted on the training part; a ZCA fit is cached by the data's fingerprint."""
+    if kind != "zca":
+        return preprocessing.fit(kind, real.train.images)
+    path = cache / "preprocess" / f"{kind}-{real.fingerprint}.safetensors"
+    if path.exists():
+        return preprocessing.from_tensors(kind, files.load(path, _PREPROCESS)[1])
+    fitted = preprocessing.fit(kind, real.train.images)
+    files.save(path, _PREPROCESS, fitted.tensors(), {"data": real.fingerprint})
+    return fitted
+
+
+def resolve_recipe(
+    real: RealSet,
+    recipe: str | Recipe | None,
+    method: str | None,
+    ipc: int | None,
+    changes: Sequence[str],
+    device: torch.device,
+    reporter: Reporter,
+) -> Recipe:
+    """The settings of a run, said in the log."""
+    if isinstance(recipe, Recipe):
+        flags = [f"{key}={value}" for key, value in (("method", method), ("ipc", ipc)) if value is not None]
+        return recipes.changed(recipe, [*flags, *changes], "recipe")
+    shape = recipes.DataShape(real.name, real.channels, min(real.size), real.classes, free_memory(device))
+    resolved, origin = recipes.resolve(recipe, shape, method=method, ipc=ipc, changes=changes)
+    reporter.note(f"{resolved.method}, {resolved.ipc} image(s) per class, {real.name}: {origin}")
+    return resolved
+
+
+def train_experts(
+    source: Any,
+    *,
+    recipe: str | Recipe | None = None,
+    method: str | None = None,
+    ipc: int | None = None,
+    changes: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "auto",
+    cache: str | Path | None = None,
+    only: Sequence[int] | None = None,
+    reporter: Reporter | None = None,
+) -> Trajectories:
+    """Trains the expert trajectories that a recipe needs and that the cache does not hold yet.
+
+    Args:
+        source: a `RealSet`, or anything `load_real` takes.
+        recipe: name, file or `Recipe`; left out: the data set's own.
+        method: overrides the recipe's.
+        ipc: overrides the recipe's.
+        changes: `section.key=value` assignments, such as `experts.count=4`.
+        seed: expert i depends on it and on i alone.
+        device: auto, cpu, cuda or mps.
+        cache: folder that keeps experts for every run that can use them.
+        only: train just these experts, for a share of the work elsewhere.
+        reporter: receives progress.
+
+    Returns:
+        The trajectories. An interrupted call, repeated, trains the missing experts only.
+    """
+    reporter, where = reporter or Silent(), resolve_device(device)
+    real = load_real(source)
+    resolved = resolve_recipe(real, recipe, method, ipc, changes, where, reporter)
+    folder, count = _ensure_experts(real, resolved, seed, where, cache_folder(cache), reporter, only)
+    return Trajectories(folder, count if only is None else None)
+
+
+def _ensure_experts(
+    real: RealSet,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    cache: Path,
+    reporter: Reporter,
+    only: Sequence[int] | None = None,
+) -> tuple[Path, int]:
+    config = recipe.expert_config
+    assert config.epochs is not None
+    preprocess = fitted_preprocess(recipe.preprocess, real, cache)
+    task = ExpertTask(real, preprocess, recipe.net, config, recipe.augmentation, seed)
+    folder = cache / "experts" / task.fingerprint()
+    wanted = list(range(config.count)) if only is None else list(only)
+    epochs = config.epochs
+
+    def observe(index: int, report: Any, score: float) -> None:
+        done = wanted.index(index) * epochs + report.epochs_done
+        detail = f"expert {index}: {real.judged_on} accuracy {score:.1%}, {report.images_per_second:,.0f} images/s"
+        reporter.progress("expert epochs", done, len(wanted) * epochs, detail)
+
+    train_missing(task, folder, device, only=only, observer=observe)
+    reporter.note(f"experts: {folder}")
+    return folder, config.count
+
+
+def distill(
+    source: Any,
+    *,
+    experts: Trajectories | str | Path | None = None,
+    recipe: str | Recipe | None = None,
+    method: str | None = None,
+    ipc: int | None = None,
+    changes: Sequence[str] = (),
+    seed: int = 0,
+    expert_seed: int | None = None,
+    out: str | Path | None = None,
+    device: str = "auto",
+    cache: str | Path | None = None,
+    validate_every: int = 0,
+    reporter: Reporter | None = None,
+) -> DistilledSet:
+    """Distils a real image set.
+
+    Args:
+        source: a `RealSet`, or anything `load_real` takes.
+        experts: trajectories or their folder; left out: those of the recipe, trained if the cache lacks them.
+        recipe: name, file or `Recipe`; left out: the data set's own.
+        method: overrides the recipe's.
+        ipc: images per class; overrides the recipe's.
+        changes: `section.key=value` assignments, such as `distill.iterations=300`.
+        seed: decides initial images and every draw.
+        expert_seed: seed of the experts; `seed` if left out.
+        out: folder for metrics, checkpoints, pictures and the set. A call with the same arguments continues there.
+        device: auto, cpu, cuda or mps.
+        cache: folder that keeps experts for every run that can use them.
+        validate_every: measure the set on the validation part every so many iterations.
+        reporter: receives progress.
+
+    Raises:
+        DstillError: whatever the user can put right, in a sentence.
+    """
+    reporter, where = reporter or Silent(), resolve_device(device)
+    real = load_real(source)
+    resolved = resolve_recipe(real, recipe, method, ipc, changes, where, reporter)
+    check_ipc(real, resolved.ipc)
+    store = cache_folder(cache)
+    trajectories: Trajectories | None = None
+    if experts is not None:
+        trajectories = experts if isinstance(experts, Trajectories) else Trajectories(Path(experts))
+    elif method_info(resolved.method).needs_experts:
+        folder, count = _ensure_experts(real, resolved, seed if expert_seed is None else expert_seed, where, store, reporter)
+        trajectories = Trajectories(folder, count)
+    problem = Problem(real, fitted_preprocess(resolved.preprocess, real, store), resolved, trajectories, where, seed)
+    if out is None:
+        return run_method(problem, cadence=Cadence(validate=validate_every), observer=_watch(reporter))
+    return _distill_into(Path(out), problem, Cadence(validate=validate_every), reporter)
+
+
+def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Reporter) -> DistilledSet:
+    experts = problem.trajectories.folder.name if problem.trajectories else None
+    identity = {
+        "recipe": canonical(problem.recipe, exclude={"note"}),
+        "data": problem.real.fingerprint,
+        "seed": problem.seed,
+        "experts": experts,
+    }
+    folder = RunFolder(out, identity)
+    finished = out / FILE_NAME
+    if finished.exists():
+        reporter.note(f"{finished} is finished: nothing to do")
+        return DistilledSet.load(finished)
+    distilled = run_method(problem, folder, cadence=cadence, observer=_watch(reporter))
+    distilled.save(out)
+    files.write_text(out / "recipe.yaml", recipes.dump(problem.recipe))
+    pictures.save_grid(distilled, out / "distilled.png")
+    rows = folder.metrics()
+    if rows:
+        pictures.save_curves(
+            rows, out / "curves.png", f"{problem.recipe.method}, {problem.real.name}, IPC {problem.recipe.ipc}"
+        )
+    folder.finish()
+    return distilled
+
+
+def _watch(reporter: Reporter) -> Callable[[int, int, dict[str, float]], None]:
+    def observe(iteration: int, total: int, row: dict[str, float]) -> None:
+        parts = [f"loss {row['loss']:.3f}", f"α {row['alpha']:.4g}"] if "loss" in row else []
+        if row.get("skipped"):
+            parts.append(f"{row['skipped']:.0f} skipped")
+        if "validation_accuracy" in row:
+            parts.append(f"validation {row['validation_accuracy']:.1%}")
+        reporter.progress("distilling", iteration + 1, total, "  ".join(parts))
+
+    return observe
+
+
+def evaluate(
+    distilled: DistilledSet | str | Path | Sequence[DistilledSet],
+    source: Any,
+    *,
+    protocol: str | None = None,
+    nets: Sequence[str] = (),
+    networks: int | None = None,
+    random: bool = True,
+    whole: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    cache: str | Path | None = None,
+    out: str | Path | None = None,
+    reporter: Reporter | None = None,
+) -> Result:
+    """Trains fresh networks on one or several sets of a method and measures each once on the whole test set.
+
+    Args:
+        distilled: a set, its file or folder, or several sets of one method and IPC.
+        source: a `RealSet`, or anything `load_real` takes.
+        protocol: name or file; the recipe's if left out.
+        nets: evaluation networks; the set's own if left out. The first gives `accuracy`.
+        networks: fresh networks a set; the protocol's number if left out.
+        random: also measure random real images of the same IPC.
+        whole: also measure the whole training set (cached by data, network and preprocessing).
+        seed: decides initial weights, order and augmentation.
+        device: auto, cpu, cuda or mps.
+        cache: folder that keeps the whole set's accuracy.
+        out: file or folder for `result.json`.
+        reporter: receives progress.
+
+    Raises:
+        DstillError: the set was made for other classes or another image size than `source` has.
+    """
+    reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
+    if isinstance(distilled, str | Path):
+        distilled = DistilledSet.load(distilled)
+    sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
+    first = sets[0]
+    real = load_real(source)
+    _check_fits(first, real)
+    chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
+    test = prepared(real.test, first.preprocess, where)
+    count = networks or chosen.networks
+    configs = [first.net if name == first.net.name else NetConfig(name=name) for name in nets] or [first.net]
+
+    scores: dict[str, Score] = {}
+    for config in configs:
+        by_set: list[list[float]] = []
+        for i, one in enumerate(sets):
+            by_set.append([])
+            for k in range(count):
+                stream = (one.seed, i, k)
+                by_set[i] += evaluate_set(one, test, chosen, net=config, networks=1, seed=seed, stream=stream)
+                detail = f"{config.name} {by_set[i][-1]:.1%}"
+                reporter.progress(f"evaluating {config.name}", i * count + k + 1, len(sets) * count, detail)
+        scores[config.name] = Score.of(by_set, lr=first.alpha if len(sets) == 1 else None)
+    evaluated = time.perf_counter()
+
+    beside = None
+    if random and real.judged_on == "test":
+        beside = random_baseline(
+            first, real, test, chosen, networks=networks, seed=seed, tick=lambda text: reporter.progress(text, 0, 1)
+        )
+    full = _whole_cached(first, real, test, seed, cache_folder(cache)) if whole else None
+    stages = {"evaluate": evaluated - started, "baselines": time.perf_counter() - evaluated}
+    result = Result(
+        method=first.method,
+        data=real.name,
+        data_fingerprint=real.fingerprint,
+        ipc=first.ipc,
+        sets=len(sets),
+        protocol=ProtocolId(name=chosen.name, version=chosen.version),
+        measured_on=real.judged_on,
+        accuracy=scores[configs[0].name],
+        random=beside,
+        whole=full,
+        nets=scores,
+        alpha=first.alpha,
+        stored_bytes=first.images.numel() + first.labels.numel() * (4 if first.labels.is_floating_point() else 1),
+        seconds=sum(stages.values()),
+        stages=stages,
+        dstill=__version__,
+    )
+    if out is not None:
+        target = Path(out)
+        result.save(target if target.suffix == ".json" else target / RESULT_NAME)
+    return result
+
+
+def _check_fits(distilled: DistilledSet, real: RealSet) -> None:
+    if distilled.class_names != real.class_names:
+        raise DstillError(
+            f"the distilled set has the classes {', '.join(distilled.class_names[:4])}…, {real.name} has "
+            f"{', '.join(real.class_names[:4])}…: evaluate it on the data it was distilled from"
+        )
+    theirs, ours = tuple(distilled.images.shape[1:]), (real.channels, *real.size)
+    if theirs != ours:
+        raise DstillError(f"distilled images are {theirs} and real ones {ours} (channels, height, width): pass --image-size")
+
+
+def _whole_cached(like: DistilledSet, real: RealSet, test: tuple[torch.Tensor, torch.Tensor], seed: int, cache: Path) -> Score:
+    version = load_protocol("whole").version
+    net = "-".join(str(value) for value in canonical(like.net, exclude_none=True).values())
+    name = f"{real.fingerprint}-{like.preprocess.kind}-{like.augmentation}-{net}-seed{seed}-v{version}.json"
+    path = cache / "whole" / name.replace("/", "_").replace(":", "_")
+    if path.exists():
+        return Score.model_validate_json(path.read_text(encoding="utf-8"))
+    score = whole_set(like.net, like, real, test, seed=seed)
+    files.write_text(path, score.model_dump_json())
+    return score
+
+
+def run(
+    source: Any,
+    *,
+    method: str | None = None,
+    ipc: int | None = None,
+    recipe: str | Recipe | None = None,
+    changes: Sequence[str] = (),
+    out: str | Path | None = None,
+    sets: int = 1,
+    nets: Sequence[str] = (),
+    networks: int | None = None,
+    whole: bool = False,
+    validate_every: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+    cache: str | Path | None = None,
+    reporter: Reporter | None = None,
+) -> Result:
+    """Experts, distillation, evaluation, summary. Interrupted, the same call continues where it stopped.
+
+    Args:
+        source: a `RealSet`, or anything `load_real` takes.
+        method: overrides the recipe's; `ast` where there is neither.
+        ipc: images per class; 1 where neither this nor the recipe says.
+        recipe: name, file or `Recipe`; `smoke` for a run of seconds; left out: the data set's own, else derived.
+        changes: `section.key=value` assignments, such as `experts.count=4`.
+        out: run folder; `runs/<data>-<method>-ipc<k>-seed<s>` if left out. Holds `result.json`, and in `set-<k>/` the
+            distilled set, its picture, its metrics and its curves.
+        sets: synthetic sets to distil, with seeds `seed`, `seed + 1` …, from the same experts.
+        nets: evaluation networks; the recipe's own if left out.
+        networks: fresh networks a set; the protocol's number if left out.
+        whole: also measure the whole training set.
+        validate_every: measure on the validation part every so many iterations.
+        seed: decides everything random.
+        device: auto, cpu, cuda or mps.
+        cache: folder that keeps experts for every run that can use them.
+        reporter: receives progress.
+
+    Raises:
+        DstillError: whatever the user can put right, in a sentence.
+    """
+    reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
+    real = load_real(source)
+    resolved = resolve_recipe(real, recipe, method, ipc, changes, where, reporter)
+    check_ipc(real, resolved.ipc)
+    folder = Path(out) if out else Path("runs") / f"{real.name}-{resolved.method}-ipc{resolved.ipc}-seed{seed}"
+    reporter.note(f"run folder: {folder}")
+    trajectories: Trajectories | None = None
+    if method_info(resolved.method).needs_experts:
+        trajectories = train_experts(real, recipe=resolved, seed=seed, device=device, cache=cache, reporter=reporter)
+    trained = time.perf_counter()
+    distilled = [
+        distill(
+            real,
+            experts=trajectories,
+            recipe=resolved,
+            seed=seed + k,
+            out=folder / f"set-{k}",
+            device=device,
+            cache=cache,
+            validate_every=validate_every,
+            reporter=reporter,
+        )
+        for k in range(sets)
+    ]
+    matched = time.perf_counter()
+    result = evaluate(
+        distilled,
+        real,
+        nets=nets,
+        networks=networks,
+        whole=whole,
+        seed=seed,
+        device=device,
+        cache=cache,
+        reporter=reporter,
+    )
+    stages = {"experts": trained - started, "distill": matched - trained, **result.stages}
+    result = result.model_copy(update={"seconds": time.perf_counter() - started, "stages": stages})
+    result.save(folder / RESULT_NAME)
+    claim = {**result.accuracy.model_dump(include={"mean", "std", "n"}), "protocol": result.protocol.model_dump()}
+    for k, one in enumerate(distilled):
+        one.with_accuracy(claim).save(folder / f"set-{k}")
+    return result

@@ -1,0 +1,96 @@
+"""What a user sees while something runs: a progress line on a terminal, plain lines elsewhere, nothing from Python."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol, TextIO
+
+from rich.console import Console
+
+_PLAIN_SECONDS = 15.0
+
+
+class Reporter(Protocol):
+    """Receives what happens; never changes a number."""
+
+    def note(self, text: str) -> None:
+        """A sentence worth keeping."""
+        ...
+
+    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """`done` of `total` parts of a stage are finished."""
+        ...
+
+
+class Silent:
+    """Reports nothing: the default of the Python functions."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        pass
+
+
+class ConsoleReporter:
+    """A line that is rewritten on a terminal; elsewhere a plain line every 15 seconds and at the end of a stage.
+
+    Args:
+        stream: where to write.
+        quiet: print nothing.
+    """
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
+        self.console = Console(file=stream, quiet=quiet, highlight=False, soft_wrap=True)
+        self._live = self.console.is_terminal and not quiet
+        self._stage = ""
+        self._begun = self._last = 0.0
+        self._first = 0
+        self._line_open = False
+
+    def note(self, text: str) -> None:
+        self._close_line()
+        self.console.print(text, markup=False)
+
+    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._close_line()
+            self._stage, self._begun, self._last, self._first = stage, now, -1e9, done
+        left = self._left(done, total, now)
+        line = f"{stage} {done}/{total}{'  ' + detail if detail else ''}{left}"
+        if self._live:
+            self.console.file.write("\r\x1b[2K" + line[: max(20, self.console.width - 1)])
+            self.console.file.flush()
+            self._line_open = True
+            if done >= total:
+                self._close_line()
+        elif now - self._last >= _PLAIN_SECONDS or done >= total:
+            self.console.print(line, markup=False)
+            self._last = now
+
+    def _left(self, done: int, total: int, now: float) -> str:
+        worked = done - self._first
+        if worked < 1 or done >= total:
+            return ""
+        return f"  {duration((now - self._begun) / worked * (total - done))} left"
+
+    def _close_line(self) -> None:
+        if self._line_open:
+            self.console.file.write("\n")
+            self._line_open = False
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    Example:
+        >>> duration(42.4), duration(61), duration(7260)
+        ('42 s', '1 min 1 s', '2 h 1 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,60 @@
+"""Names of data sets that `load_real` knows. A new one is one line; nothing here imports torch or datasets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a named data set lives and how its images are made to fit the networks.
+
+    Attributes:
+        hub: Hugging Face hub id; empty for data embedded in a package.
+        test: split that holds the labelled test images.
+        config: hub configuration, where the set has several.
+        label: label column, where it is not called `label`.
+        size: side in pixels that images are brought to, None to keep their own.
+        fit: how (see `load_real`).
+        imagenet_ids: class indices in ILSVRC-1k order, for the ImageNet subsets.
+        mirror: whether a mirrored image keeps its class; digits do not.
+        note: one line for `dstill ls datasets`.
+    """
+
+    hub: str
+    test: str = "test"
+    config: str | None = None
+    label: str | None = None
+    size: int | None = None
+    fit: str = "error"
+    imagenet_ids: tuple[int, ...] = ()
+    mirror: bool = True
+    note: str = ""
+
+
+def _subset(*ids: int) -> Entry:
+    return Entry(
+        "ILSVRC/imagenet-1k",
+        "validation",
+        size=128,
+        fit="crop",
+        imagenet_ids=ids,
+        note="ten ImageNet classes at 128x128",
+    )
+
+
+DATASETS: dict[str, Entry] = {
+    "digits": Entry("", mirror=False, note="1,797 digits of 8x8 grey pixels, embedded in scikit-learn: no network, no file"),
+    "cifar10": Entry("uoft-cs/cifar10", note="60,000 images of 32x32, 10 classes"),
+    "cifar100": Entry("uoft-cs/cifar100", label="fine_label", note="60,000 images of 32x32, 100 classes"),
+    "tiny-imagenet": Entry("zh-plus/tiny-imagenet", "valid", note="110,000 images of 64x64, 200 classes"),
+    "mnist": Entry("ylecun/mnist", mirror=False, size=32, fit="pad", note="70,000 digits, 28x28 padded to 32x32"),
+    "fashion-mnist": Entry("zalando-datasets/fashion_mnist", size=32, fit="pad", note="70,000 garments, 28x28 padded to 32x32"),
+    "svhn": Entry("ufldl-stanford/svhn", config="cropped_digits", mirror=False, note="99,289 house numbers of 32x32"),
+    "nette": _subset(0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
+    "woof": _subset(193, 182, 258, 162, 155, 167, 159, 273, 207, 229),
+    "meow": _subset(281, 282, 283, 284, 285, 291, 292, 290, 289, 287),
+    "squawk": _subset(84, 130, 88, 144, 145, 22, 96, 9, 100, 89),
+    "fruit": _subset(953, 954, 949, 950, 951, 957, 952, 945, 943, 948),
+    "yellow": _subset(309, 986, 954, 951, 987, 779, 599, 291, 72, 11),
+}

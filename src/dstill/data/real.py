@@ -1,0 +1,264 @@
+"""Real data: any labelled image set, decoded once into uint8 tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dstill import seeding
+from dstill.data import sources
+from dstill.data.catalog import DATASETS
+from dstill.errors import DstillError, suggest
+
+VALIDATION_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 `[N, C, H, W]` and class ids int64 `[N]`."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> Split:
+        return Split(self.images[rows], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class RealSet:
+    """A labelled real image set.
+
+    Attributes:
+        name: for logs and file headers.
+        train: what experts and methods see.
+        test: what the final accuracy is measured on, once.
+        class_names: name of each class id.
+        judged_on: `test`, or `validation` after `holdout`.
+        fingerprint: SHA-256 over pixels, labels and class names, first 16 hex digits.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    judged_on: str = "test"
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.fingerprint:
+            object.__setattr__(self, "fingerprint", _fingerprint(self))
+
+    @property
+    def channels(self) -> int:
+        return self.train.images.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.train.images.shape[2], self.train.images.shape[3]
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    def holdout(self, seed: int, fraction: float = VALIDATION_FRACTION) -> RealSet:
+        """The same set for *choosing* things: a stratified part of the training images stands in for the test set.
+
+        The test images are not in the result, so nothing chosen with it can have seen them.
+
+        Args:
+            seed: decides which images are set aside.
+            fraction: share of each class, at least one image.
+
+        Raises:
+            DstillError: a class has a single image, so nothing of it can be set aside.
+        """
+        fitting, validation = stratified(self.train.labels, self.classes, fraction, seeding.generator(seed, "holdout"))
+        return replace(
+            self,
+            train=self.train.take(fitting),
+            test=self.train.take(validation),
+            judged_on="validation",
+            fingerprint="",
+        )
+
+
+def _fingerprint(real: RealSet) -> str:
+    digest = hashlib.sha256("\n".join(real.class_names).encode())
+    for tensor in (real.train.images, real.train.labels, real.test.images, real.test.labels):
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def stratified(labels: Tensor, classes: int, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Splits row numbers into (rest, part), the part holding `fraction` of every class, rounded, at least one image.
+
+    Raises:
+        DstillError: a class has fewer than two images, or `fraction` is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise DstillError(f"the fraction to set aside must be above 0 and below 1, got {fraction}")
+    rest: list[Tensor] = []
+    part: list[Tensor] = []
+    for c in range(classes):
+        rows = (labels == c).nonzero().squeeze(1)
+        if len(rows) < 2:
+            raise DstillError(f"class {c} has {len(rows)} image(s): two are needed to set a part of them aside")
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+        part.append(rows[:count])
+        rest.append(rows[count:])
+    return torch.cat(rest).sort().values, torch.cat(part).sort().values
+
+
+Pair = tuple["Tensor | np.ndarray", "Tensor | np.ndarray | Sequence[int]"]
+
+
+def load_real(
+    source: str | Path | Pair | Mapping[str, Pair] | RealSet,
+    *,
+    image_size: int | None = None,
+    fit: str | None = None,
+    train_fraction: float = 1.0,
+    classes: Sequence[str] | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
+) -> RealSet:
+    """Loads a labelled image set.
+
+    Args:
+        source: a name of `dstill ls datasets`; another Hugging Face hub id (`owner/name`); the root of an image folder
+            (`train/<class>/*.png`, or `<class>/*.png` with `test_fraction`); a Parquet file, a folder of them, or a
+            pattern such as `data/cifar10-*.parquet`; an ImageNet subset drawn from your copy (`nette@/path`); a
+            pair `(images, labels)`, or a mapping of split names to pairs. Images: uint8, or float in [0, 1].
+        image_size: side in pixels to bring every image to. Needed where images differ in size.
+        fit: how: `pad` (zeros around the centred image), `resize` (to the exact square, bilinear), `crop` (shorter
+            side to `image_size`, then the centre), `error` (refuse any other size).
+        train_fraction: share of the training images to keep, by class.
+        classes: names (or ids) of the classes to keep, in this order.
+        test_fraction: cut this share off the training images as test set, for data that has no test split.
+        seed: for the two cuts above.
+
+    Raises:
+        DstillError: unknown name, no network, missing split, one class, unreadable image (its path), labels out of
+            range, or images of several sizes without `image_size`.
+    """
+    if isinstance(source, RealSet):
+        real = source if image_size is None else _resized(source, image_size, fit or "resize")
+    else:
+        real = _assemble(sources.read(source, image_size=image_size, fit=fit), test_fraction, seed)
+    if classes:
+        real = _keep_classes(real, classes)
+    if not 0 < train_fraction <= 1:
+        raise DstillError(f"train_fraction must be above 0 and at most 1, got {train_fraction}")
+    if train_fraction < 1:
+        kept = stratified(real.train.labels, real.classes, train_fraction, seeding.generator(seed, "train-fraction"))[1]
+        real = replace(real, train=real.train.take(kept), fingerprint="")
+    if real.classes < 2:
+        raise DstillError(f"{real.name} has {real.classes} class: distillation needs at least two")
+    return real
+
+
+def _assemble(raw: sources.Raw, test_fraction: float | None, seed: int) -> RealSet:
+    """Aligns the classes of the two splits by name and checks labels."""
+    train = Split(raw.train.images, raw.train.labels)
+    if len(train) == 0:
+        raise DstillError(f"{raw.name} (train) has no images")
+    names = raw.train.class_names or tuple(str(c) for c in range(int(train.labels.max()) + 1))
+    if raw.test is None:
+        if test_fraction is None:
+            raise DstillError(
+                f"{raw.name} has no test split (found: {', '.join(raw.found)}): name one of its splits test, val or "
+                "validation, or pass --test-fraction 0.1 to cut one off the training images"
+            )
+        _check_labels(raw.name, train, names)
+        rest, part = stratified(train.labels, len(names), test_fraction, seeding.generator(seed, "test-fraction"))
+        return RealSet(raw.name, train.take(rest), train.take(part), names)
+    test = Split(raw.test.images, raw.test.labels)
+    if raw.test.class_names and raw.test.class_names != names:
+        # Before the look-up: -1, the usual mark of an unlabelled image, would index the last class.
+        _check_labels(f"{raw.name} (test)", test, raw.test.class_names)
+        test = Split(test.images, _by_name(raw.test.class_names, names, raw.name)[test.labels])
+    for part_name, split in (("train", train), ("test", test)):
+        _check_labels(f"{raw.name} ({part_name})", split, names)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise DstillError(
+            f"{raw.name}: training images are {tuple(train.images.shape[1:])} and test images "
+            f"{tuple(test.images.shape[1:])} (channels, height, width): pass --image-size"
+        )
+    return RealSet(raw.name, train, test, names)
+
+
+def _resized(real: RealSet, size: int, fit: str) -> RealSet:
+    train, test = (replace(split, images=sources.resize(split.images, size, fit)) for split in (real.train, real.test))
+    return replace(real, train=train, test=test, fingerprint="")
+
+
+def _by_name(theirs: tuple[str, ...], ours: tuple[str, ...], name: str) -> Tensor:
+    unknown = sorted(set(theirs) - set(ours))
+    if unknown:
+        raise DstillError(f"{name}: test class {unknown[0]!r} is not a training class; {suggest(unknown[0], ours)}")
+    return torch.tensor([ours.index(c) for c in theirs])
+
+
+def _check_labels(where: str, split: Split, names: tuple[str, ...]) -> None:
+    if len(split) == 0:
+        raise DstillError(f"{where} has no images")
+    low, high = int(split.labels.min()), int(split.labels.max())
+    if low < 0 or high >= len(names):
+        raise DstillError(
+            f"{where} has labels from {low} to {high}, but {len(names)} classes: they must be 0 to {len(names) - 1}"
+        )
+
+
+def _keep_classes(real: RealSet, classes: Sequence[str]) -> RealSet:
+    ids: list[int] = []
+    for wanted in map(str, classes):
+        if wanted in real.class_names:
+            ids.append(real.class_names.index(wanted))
+        elif wanted.isdigit() and int(wanted) < real.classes:
+            ids.append(int(wanted))
+        else:
+            raise DstillError(f"{real.name} has no class {wanted!r}; {suggest(wanted, real.class_names)}")
+    if len(set(ids)) != len(ids):
+        raise DstillError(f"classes are named twice: {', '.join(map(str, classes))}")
+    new_id = torch.full((real.classes,), -1)
+    new_id[ids] = torch.arange(len(ids))
+
+    def keep(split: Split) -> Split:
+        labels = new_id[split.labels]
+        rows = (labels >= 0).nonzero().squeeze(1)
+        return Split(split.images[rows], labels[rows])
+
+    return replace(
+        real,
+        train=keep(real.train),
+        test=keep(real.test),
+        class_names=tuple(real.class_names[i] for i in ids),
+        fingerprint="",
+    )
+
+
+def check_ipc(real: RealSet, ipc: int) -> None:
+    """Raises `DstillError` where a class has fewer training images than `ipc`."""
+    counts = torch.bincount(real.train.labels, minlength=real.classes)
+    smallest = int(counts.argmin())
+    if int(counts[smallest]) < ipc:
+        raise DstillError(
+            f"class {real.class_names[smallest]!r} has {int(counts[smallest])} training images, fewer than the {ipc} "
+            "images per class asked for: lower --ipc or leave the class out with --classes"
+        )
+
+
+def known(name: str) -> bool:
+    """Whether `name` is a data set of `dstill ls datasets`."""
+    return name in DATASETS

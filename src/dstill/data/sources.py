@@ -1,0 +1,345 @@
+"""Where pixels come from: Hugging Face `datasets` for everything on disk or on the hub, tensors for the rest."""
+
+from __future__ import annotations
+
+import glob
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dstill.data.catalog import DATASETS, Entry
+from dstill.errors import DstillError, suggest
+
+_VALIDATION_NAMES = ("val", "valid", "validation")
+_TEST_NAMES = ("test", *_VALIDATION_NAMES)
+_GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
+_IMAGENET_CLASSES = 1000
+_FITS = ("pad", "resize", "crop", "error")
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Decoded splits, before classes are aligned; `test` is None where the source has none."""
+
+    name: str
+    train: RawSplit
+    test: RawSplit | None
+    found: tuple[str, ...]
+
+
+def read(source: Any, *, image_size: int | None, fit: str | None) -> Raw:
+    """Decodes a source (see `dstill.load_real`)."""
+    if fit is not None and fit not in _FITS:
+        raise DstillError(f"unknown fit {fit!r}; {suggest(fit, _FITS)}")
+    if isinstance(source, tuple):
+        source = {"train": source}
+    if isinstance(source, Mapping):
+        return _resized(_from_arrays(source), image_size, fit)
+    name = str(source)
+    if name == "digits":
+        return _resized(_digits(), image_size, fit)
+    subset, _, root = name.partition("@")
+    entry = DATASETS.get(subset)
+    if entry is not None and (root or not Path(name).exists()):
+        usual = "resize" if image_size and entry.fit == "error" else entry.fit
+        entry = replace(entry, size=image_size or entry.size, fit=fit or usual)
+        return _from_path(subset, root, entry) if root else _from_hub(subset, entry)
+    path = Path(name).expanduser()
+    entry = Entry(name, size=image_size, fit=fit or ("resize" if image_size else "error"))
+    if path.exists() or glob.glob(str(path)):
+        stem = path.name if path.is_dir() else path.stem
+        label = stem.replace("-train", "").replace("*", "").strip("-_") or path.resolve().name
+        return _from_path(label, name, entry)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _from_hub(name, entry)
+    raise DstillError(f"{name!r} is neither a file, a folder nor a known data set; {suggest(name, DATASETS)}")
+
+
+def _from_arrays(splits: Mapping[str, Any]) -> Raw:
+    parts: dict[str, RawSplit] = {}
+    for key, (images, labels) in splits.items():
+        pixels = torch.as_tensor(images)
+        if pixels.ndim != 4 or pixels.shape[1] > 4:
+            raise DstillError(f"in-memory images must have the shape [N, C, H, W] with C up to 4, got {tuple(pixels.shape)}")
+        if pixels.dtype != torch.uint8:
+            if not pixels.is_floating_point() or not bool(((pixels >= 0) & (pixels <= 1)).all()):
+                raise DstillError("in-memory images must be uint8, or floats in [0, 1]")
+            pixels = (pixels * 255).round().to(torch.uint8)
+        ids = torch.as_tensor(labels)
+        if ids.shape != (len(pixels),) or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
+            raise DstillError(
+                f"in-memory labels must be one whole number an image: got {tuple(ids.shape)} of {ids.dtype} "
+                f"for {len(pixels)} images"
+            )
+        parts[key] = RawSplit(pixels, ids.to(torch.int64), ())
+    if "train" not in parts:
+        raise DstillError(f"in-memory data needs a 'train' split, got {', '.join(parts) or 'nothing'}")
+    test = next((parts[key] for key in _TEST_NAMES if key in parts), None)
+    return Raw("in-memory", parts["train"], test, tuple(parts))
+
+
+def _digits() -> Raw:
+    """scikit-learn's digits, values 0 .. 16 stored as 0 .. 240, with a seeded stratified 80/20 split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images = torch.from_numpy((data.images * 15).astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(data.target.astype(np.int64))
+    fitting, testing = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=data.target, random_state=0)
+    names = tuple(str(c) for c in data.target_names)
+    train, test = (RawSplit(images[rows], labels[rows], names) for rows in (fitting, testing))
+    return Raw("digits", train, test, ("train", "test"))
+
+
+def _load_dataset(*args: Any, **kwargs: Any) -> Any:
+    import datasets
+
+    quiet = not datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    finally:
+        if not quiet:
+            datasets.enable_progress_bars()
+
+
+def _from_hub(name: str, entry: Entry) -> Raw:
+    try:
+        splits = _load_dataset(entry.hub, entry.config)
+    except Exception as error:  # the hub client raises many unrelated types for "no network" and "not found"
+        raise DstillError(
+            f"{name!r} could not be fetched from the Hugging Face hub ({type(error).__name__}). Without a network, "
+            "pass a folder of images or Parquet files instead of the name"
+        ) from error
+    return _decode_splits(name, splits, entry)
+
+
+def _load_local(pattern: str) -> Any:
+    """Parquet files or an image folder, through `datasets`."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        files = sorted(path.rglob("*.parquet"))
+        if not files:
+            return _load_image_folder(path)
+    elif path.is_file():
+        files = _siblings(path)
+    else:
+        files = sorted(Path(match) for match in glob.glob(str(path)))
+    if not files:
+        raise DstillError(f"{path} does not exist: pass Parquet files or the root of an image folder")
+    wrong = next((file for file in files if file.suffix != ".parquet"), None)
+    if wrong is not None:
+        raise DstillError(f"{wrong} is not a Parquet file: pass Parquet files or the root of an image folder")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file), []).append(file)
+    for shards in by_split.values():
+        _check_shards(shards)
+    # One call a split: in a common call `datasets` reads every split with the class names of the first file.
+    return {
+        split: _load_dataset("parquet", data_files=[str(file) for file in shards], split="train")
+        for split, shards in by_split.items()
+    }
+
+
+def _load_image_folder(path: Path) -> Any:
+    if not any(child.is_dir() for child in path.iterdir()):
+        raise DstillError(f"{path} has neither Parquet files nor class folders: expected {path}/train/<class>/<image>")
+    splits = _load_dataset("imagefolder", data_dir=str(path))
+    if any("label" not in split.features for split in splits.values()):
+        raise DstillError(f"{path} does not have two class folders or more at one depth: expected {path}/train/<class>/<image>")
+    return splits
+
+
+def _check_shards(files: list[Path]) -> None:
+    """Refuses to join files of different data sets, whose classes would be mixed up."""
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    first, *others = [(file, pq.read_schema(file)) for file in files]
+    for file, schema in others:
+        ours, theirs = (dict(s.metadata or {}).get(b"huggingface") for s in (first[1], schema))
+        if ours != theirs or not schema.equals(first[1]):
+            raise DstillError(
+                f"{first[0]} and {file} differ in columns or classes, so they are not parts of one data set: pass the "
+                "files of one, for example with a pattern such as 'cifar10-*.parquet'"
+            )
+
+
+def _split_of(file: Path) -> str:
+    words = file.stem.lower().replace("_", "-").replace(".", "-").split("-")
+    return next((word for word in words if word in ("train", *_TEST_NAMES)), "train")
+
+
+def _siblings(file: Path) -> list[Path]:
+    """`x-train.parquet` also finds `x-test.parquet` or `x-val.parquet` beside it."""
+    others = [file.with_name(file.name.replace("train", word)) for word in _TEST_NAMES] if "train" in file.name else []
+    return [file, *[other for other in others if other.exists()][:1]]
+
+
+def _from_path(name: str, path: str, entry: Entry) -> Raw:
+    try:
+        splits = _load_local(path)
+    except DstillError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise many unrelated types for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DstillError(f"{path} could not be read as Parquet files or an image folder: {reason}") from error
+    return _decode_splits(name, splits, entry)
+
+
+def _decode_splits(name: str, splits: Any, entry: Entry) -> Raw:
+    found = tuple(splits)
+    if "train" not in splits:
+        raise DstillError(f"{name} has no train split (found: {', '.join(found)})")
+    # Of a test and a validation split one is taken, never both: the one that the catalogue names, else the test split.
+    order = (*_VALIDATION_NAMES, "test") if entry.test in _VALIDATION_NAMES else _TEST_NAMES
+    wanted = [key for key in (entry.test, *order) if key in splits and key != "train"]
+    parts = [_Decoder(name, splits[key], entry) for key in ("train", *wanted[:1])]
+    mode = "RGB" if any(part.mode() == "RGB" for part in parts) else "L"
+    decoded = [part.decode(mode) for part in parts]
+    return Raw(name, decoded[0], decoded[1] if len(decoded) > 1 else None, found)
+
+
+class _Decoder:
+    """One split of a `datasets.Dataset`, decoded image by image so that an error names its file."""
+
+    def __init__(self, name: str, split: Any, entry: Entry) -> None:
+        import datasets
+
+        self.name, self.entry = name, entry
+        columns = split.features
+        image = [c for c, feature in columns.items() if isinstance(feature, datasets.Image)]
+        label = [entry.label] if entry.label else [c for c, f in columns.items() if isinstance(f, datasets.ClassLabel)]
+        label = label or [c for c in ("label", "labels", "fine_label") if c in columns]
+        if not image or not label or label[0] not in columns:
+            raise DstillError(f"{name} has the columns {', '.join(columns)}: an image column and a class column are needed")
+        self.image, self.label = image[0], label[0]
+        feature = columns[self.label]
+        self.class_names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
+        split = split.select_columns([self.image, self.label]).cast_column(self.image, datasets.Image(decode=False))
+        if entry.imagenet_ids:
+            if len(self.class_names) not in (0, _IMAGENET_CLASSES):
+                raise DstillError(
+                    f"{name} is drawn from the {_IMAGENET_CLASSES} classes of ImageNet, but the data has "
+                    f"{len(self.class_names)}: pass a whole ILSVRC-1k copy, or load the data by its path alone"
+                )
+            wanted = set(entry.imagenet_ids)
+            split = split.select([i for i, c in enumerate(split[self.label]) if c in wanted])
+        self.split = split
+
+    def _open(self, record: dict[str, Any] | None, *, header_only: bool = False) -> Image.Image:
+        path, content = (record or {}).get("path"), (record or {}).get("bytes")
+        try:
+            if content is None:
+                if path is None:
+                    raise ValueError("the cell is empty")
+                content = Path(path).read_bytes()
+            image = Image.open(io.BytesIO(content))
+            if not header_only:
+                image.load()
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            where = path or "in a row without a path"
+            raise DstillError(f"image {where} of {self.name} cannot be read ({error}): repair or remove it") from error
+        return image
+
+    def mode(self) -> str:
+        """Grey only if every image is: stops at the first one with colour."""
+        grey = all(self._open(record, header_only=True).mode in _GREY for record in self.split[self.image])
+        return "L" if grey else "RGB"
+
+    def _labels(self) -> np.ndarray:
+        values = self.split[self.label]
+        try:
+            return np.asarray(values, dtype=np.int64)
+        except (TypeError, ValueError) as error:
+            raise DstillError(
+                f"the column {self.label} of {self.name} holds {self.split.features[self.label]}, not class ids: "
+                "cast it with datasets' class_encode_column and save it again"
+            ) from error
+
+    def decode(self, mode: str) -> RawSplit:
+        labels = self._labels()
+        names = self.class_names
+        if self.entry.imagenet_ids:
+            position = {c: i for i, c in enumerate(self.entry.imagenet_ids)}
+            labels = np.asarray([position[c] for c in labels], dtype=np.int64)
+            names = tuple(names[c] for c in self.entry.imagenet_ids) if names else ()
+        pixels: np.ndarray | None = None
+        for row, record in enumerate(self.split[self.image]):
+            image = _fitted(_eight_bit(self._open(record)).convert(mode), self.entry.size, self.entry.fit)
+            array = np.asarray(image)
+            if pixels is None:
+                pixels = np.empty((len(labels), *array.shape), dtype=np.uint8)
+            if array.shape != pixels.shape[1:]:
+                raise DstillError(
+                    f"images of {self.name} differ in size ({pixels.shape[2]}x{pixels.shape[1]} and {image.width}x"
+                    f"{image.height}: {record.get('path')}): pass --image-size, and --fit pad, resize or crop"
+                )
+            pixels[row] = array
+        if pixels is None:
+            raise DstillError(f"{self.name} has an empty split")
+        tensor = torch.from_numpy(pixels)
+        tensor = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
+        return RawSplit(tensor, torch.from_numpy(labels), names)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled down; Pillow's own conversion would clip every value above 255 to white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+def resize(images: Tensor, size: int, fit: str) -> Tensor:
+    """uint8 images `[N, C, H, W]` brought to `[N, C, size, size]` in the same way as files (see `load_real`)."""
+    if images.shape[2:] == (size, size) or not len(images):
+        return images
+    planes = [np.asarray(_fitted(Image.fromarray(plane), size, fit)) for plane in images.flatten(0, 1).numpy()]
+    return torch.from_numpy(np.stack(planes)).view(*images.shape[:2], size, size)
+
+
+def _resized(raw: Raw, size: int | None, fit: str | None) -> Raw:
+    if size is None:
+        return raw
+    train = replace(raw.train, images=resize(raw.train.images, size, fit or "resize"))
+    if raw.test is None:
+        return replace(raw, train=train)
+    return replace(raw, train=train, test=replace(raw.test, images=resize(raw.test.images, size, fit or "resize")))
+
+
+def _fitted(image: Image.Image, size: int | None, fit: str) -> Image.Image:
+    if size is None or image.size == (size, size):
+        return image
+    if fit == "resize":
+        return image.resize((size, size), Image.Resampling.BILINEAR)
+    if fit == "crop":
+        scale = size / min(image.size)
+        image = image.resize(
+            (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BILINEAR
+        )
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        return image.crop((left, top, left + size, top + size))
+    if fit == "pad":
+        if image.width > size or image.height > size:
+            raise DstillError(
+                f"an image of {image.width}x{image.height} cannot be padded to {size}x{size}: use --fit resize or crop"
+            )
+        canvas = Image.new(image.mode, (size, size))
+        canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        return canvas
+    raise DstillError(f"an image is {image.width}x{image.height}, not {size}x{size}: pass --fit pad, resize or crop")

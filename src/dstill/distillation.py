@@ -1,0 +1,103 @@
+"""The outer loop, once, for every method: step, log, maybe validate, maybe checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dstill import seeding
+from dstill.artifacts.distilled import DistilledSet
+from dstill.evaluation.networks import evaluate_set, prepared
+from dstill.evaluation.protocols import load_protocol
+from dstill.methods import method_info
+from dstill.methods.base import Method, Metrics, Problem
+from dstill.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often things happen, in iterations; 0 for never.
+
+    Attributes:
+        checkpoint: store the state.
+        validate: train networks on the set so far and measure them on the validation part.
+        networks: how many, under the protocol `quick`.
+    """
+
+    checkpoint: int = 25
+    validate: int = 0
+    networks: int = 1
+
+
+def make_method(problem: Problem) -> Method:
+    """The recipe's method, started on the problem."""
+    module, _, name = method_info(problem.recipe.method).path.partition(":")
+    method: Method = getattr(importlib.import_module(module), name)()
+    method.start(problem)
+    return method
+
+
+def run_method(
+    problem: Problem,
+    folder: RunFolder | None = None,
+    *,
+    cadence: Cadence = Cadence(),
+    observer: Callable[[int, int, Metrics], None] | None = None,
+) -> DistilledSet:
+    """Runs a method to its end and returns the distilled set, continuing from the folder's checkpoint if it has one.
+
+    The generator of an iteration depends on the seed and the iteration alone, so a continued run equals an uninterrupted
+    one bit for bit on the CPU.
+
+    Args:
+        problem: what to work on.
+        folder: where metrics and checkpoints go; nothing is written without it.
+        cadence: how often to checkpoint and to validate.
+        observer: called after each iteration with its number, the total, and the metrics.
+    """
+    method = make_method(problem)
+    restored = folder.restore() if folder else None
+    if restored is None:
+        begin, state = 0, method.initialise(seeding.generator(problem.seed, "initialise"))
+    else:
+        begin, state = restored[0], {name: tensor.to(problem.device) for name, tensor in restored[1].items()}
+    total = method.iterations()
+    validate = _validator(problem, cadence)
+    for iteration in range(begin, total):
+        started = time.perf_counter()
+        metrics = method.step(state, iteration, seeding.generator(problem.seed, "step", iteration))
+        row: Metrics = {"iteration": iteration, **metrics, "seconds": time.perf_counter() - started}
+        done = iteration + 1
+        if cadence.validate and (done % cadence.validate == 0 or done == total):
+            row["validation_accuracy"] = validate(method.result(state))
+        if folder:
+            folder.log(row)
+            if cadence.checkpoint and done % cadence.checkpoint == 0:
+                folder.checkpoint(done, state)
+        if observer is not None:
+            observer(iteration, total, row)
+    return method.result(state)
+
+
+def _validator(problem: Problem, cadence: Cadence) -> Callable[[DistilledSet], float]:
+    """Measures a set on the validation part: never on test images.
+
+    Where the problem is a hold-out, that part was kept from everything. Where the set is distilled from the full training
+    set, the part is some of the training images, and the curve is a monitor that nothing is chosen by.
+    """
+    real = problem.real
+    if not cadence.validate:
+        return lambda _: float("nan")
+    split = real.test if real.judged_on == "validation" else real.holdout(problem.seed).test
+    images = prepared(split, problem.preprocess, problem.device)
+    protocol = load_protocol("quick")
+
+    def validate(distilled: DistilledSet) -> float:
+        scores = evaluate_set(distilled, images, protocol, networks=cadence.networks, seed=problem.seed, stream=("validate",))
+        return float(torch.tensor(scores).mean())
+
+    return validate

@@ -1,0 +1,86 @@
+"""The two rows beside every result: random real images of the same IPC, and the whole training set."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dstill import seeding
+from dstill.artifacts.distilled import DistilledSet
+from dstill.artifacts.result import Score
+from dstill.config import NetConfig, Protocol
+from dstill.data.real import RealSet, Split
+from dstill.evaluation.networks import evaluate_set, prepared, train_and_measure
+from dstill.evaluation.protocols import load_protocol
+from dstill.methods.initialisation import random_rows
+
+RANDOM_DRAWS = 3
+# Learning rates that random images may choose from, beside the one the distilled set learned.
+RANDOM_RATES = (0.003, 0.01, 0.03, 0.1)
+
+
+def random_set(like: DistilledSet, split: Split, generator: torch.Generator) -> DistilledSet:
+    """Random real images in the preprocessing, augmentation and IPC of another set."""
+    rows = random_rows(split.labels, like.classes, like.ipc, generator)
+    images = like.preprocess.forward(split.images[rows].float() / 255)
+    fields = {**like.__dict__, "images": images, "labels": split.labels[rows], "alpha": None, "method": "random"}
+    return DistilledSet(**fields)
+
+
+def random_baseline(
+    like: DistilledSet,
+    real: RealSet,
+    test: tuple[Tensor, Tensor],
+    protocol: Protocol,
+    *,
+    networks: int | None,
+    seed: int,
+    tick: Callable[[str], None] = lambda _: None,
+) -> Score:
+    """Random real images under the protocol: `RANDOM_DRAWS` draws, several networks each.
+
+    A distilled set comes with a learned rate. So that the comparison is of images and not of rates, random images choose
+    theirs on a held-out part of the training images, from `RANDOM_RATES` and the set's α; the test set has no part in it.
+    """
+    rates = sorted({*RANDOM_RATES, *([like.alpha] if like.alpha else [])})
+    held = real.holdout(seed)
+    validation = prepared(held.test, like.preprocess, test[0].device)
+    scores: dict[float, float] = {}
+    for rate in rates:
+        tick(f"random images: trying learning rate {rate:.3g}")
+        draw = random_set(like, held.train, seeding.generator(seed, "random-rate"))
+        scores[rate] = statistics.fmean(
+            evaluate_set(draw, validation, protocol, networks=1, lr=rate, seed=seed, stream=("random-rate",))
+        )
+    best = max(scores, key=lambda rate: scores[rate])
+    by_draw: list[list[float]] = []
+    for draw_index in range(RANDOM_DRAWS):
+        tick(f"random images: draw {draw_index + 1} of {RANDOM_DRAWS}")
+        draw = random_set(like, real.train, seeding.generator(seed, "random-draw", draw_index))
+        stream = ("random", draw_index)
+        by_draw.append(evaluate_set(draw, test, protocol, networks=networks, lr=best, seed=seed, stream=stream))
+    return Score.of(by_draw, lr=best)
+
+
+def whole_set(net: NetConfig, like: DistilledSet, real: RealSet, test: tuple[Tensor, Tensor], *, seed: int) -> Score:
+    """The whole training set under the protocol `whole`, in the preprocessing and augmentation of `like`."""
+    protocol = load_protocol("whole")
+    images, labels = prepared(real.train, like.preprocess, test[0].device)
+    values = [
+        train_and_measure(
+            net,
+            images,
+            labels,
+            test,
+            classes=real.classes,
+            protocol=protocol,
+            lr=protocol.lr,
+            augmentation=like.augmentation,
+            generator=seeding.generator(seed, "whole", k),
+        )
+        for k in range(protocol.networks)
+    ]
+    return Score.of([values], lr=protocol.lr)

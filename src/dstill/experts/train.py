@@ -1,0 +1,182 @@
+"""Training experts and recording their weight trajectories (paper Algorithm 1)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dstill import nets, seeding
+from dstill.config import ExpertConfig, NetConfig, canonical
+from dstill.data.preprocess import Preprocess
+from dstill.data.real import RealSet
+from dstill.errors import DstillError
+from dstill.experts.gsam import gsam_objective
+from dstill.experts.smooth import smooth_objective, step_lengths
+from dstill.experts.trajectory import expert_path, save_expert
+from dstill.training import EpochReport, Schedule, accuracy, fit, step_at
+
+
+@dataclass(frozen=True)
+class ExpertTask:
+    """Everything that determines an expert.
+
+    Attributes:
+        real: the real data.
+        preprocess: fitted on its training part.
+        net: the network.
+        config: the training settings.
+        augmentation: DSA strategy of the cross-entropy batch.
+        seed: master seed; expert i depends on it and i alone.
+    """
+
+    real: RealSet
+    preprocess: Preprocess
+    net: NetConfig
+    config: ExpertConfig
+    augmentation: str
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        """What the weights depend on. The number of experts, storage type and compilation are not part of it."""
+        return {
+            "data": self.real.fingerprint,
+            "preprocess": self.preprocess.kind,
+            "net": canonical(self.net, exclude_none=True),
+            "experts": canonical(self.config, exclude={"count", "store", "compile"}, exclude_none=True),
+            "augmentation": self.augmentation,
+            "seed": self.seed,
+        }
+
+    def fingerprint(self) -> str:
+        """Name of the folder that holds these experts: 16 hex digits of the identity's SHA-256."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def optimiser(net: nn.Module, config: ExpertConfig) -> torch.optim.Optimizer:
+    """SGD or Adam, as the settings say."""
+    if config.optimiser == "adam":
+        return torch.optim.Adam(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def lr_schedule(config: ExpertConfig) -> Schedule | None:
+    """Paper: halved at epoch E/2. Released: times 0.6 after epoch E/2 + 1, the momentum forgotten."""
+    half = config.planned_epochs // 2
+    match config.lr_step:
+        case "paper":
+            return step_at(half, 0.5)
+        case "released":
+            return step_at(half + 2, 0.6, reset=True)
+        case "off":
+            return None
+
+
+def train_expert(
+    task: ExpertTask,
+    index: int,
+    device: torch.device,
+    observer: Callable[[EpochReport, float], None] | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Trains one expert and records a copy of its weights at initialisation and after every epoch.
+
+    Args:
+        task: what to train.
+        index: number of the expert; it alone, with the task's seed, decides every random draw.
+        device: where to train.
+        observer: called after each epoch with the report and the accuracy on `task.real.test`.
+
+    Returns:
+        The trajectory `[epochs + 1, P]` and a record: per-epoch loss, accuracy on `real.test` (a diagnostic that nothing
+        chooses by) and |θ_t - θ_{t+1}|^2.
+
+    Raises:
+        DstillError: the weights became non-finite.
+    """
+    real, config = task.real, task.config
+    if config.epochs is None:
+        raise ValueError("the number of expert epochs must be resolved first: see Recipe.expert_config")
+    generator = seeding.generator(task.seed, "expert", index)
+    net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
+    layout = torch.channels_last if config.compile and device.type == "cpu" else torch.contiguous_format
+    net = net.to(memory_format=layout)  # type: ignore[call-overload]
+    images, test = (
+        task.preprocess.forward(split.images.to(device, torch.float32) / 255).contiguous(memory_format=layout)
+        for split in (real.train, real.test)
+    )
+    labels, test_labels = real.train.labels.to(device), real.test.labels.to(device)
+    record: dict[str, Any] = {"loss": [], "accuracy": []}
+    snapshots = [_snapshot(net)]
+
+    def observe(report: EpochReport) -> None:
+        snapshot = _snapshot(net)
+        if not bool(torch.isfinite(snapshot).all()):
+            raise DstillError(
+                f"expert {index} has non-finite weights after epoch {report.epochs_done}: lower experts.lr "
+                "or switch the gradient penalty on"
+            )
+        snapshots.append(snapshot)
+        record["loss"].append(report.loss)
+        record["accuracy"].append(accuracy(net, test, test_labels))
+        if observer is not None:
+            observer(report, record["accuracy"][-1])
+
+    objective = smooth_objective(config.clipped_loss, config.gradient_penalty, compiled=config.compile)
+    if config.gsam is not None:
+        objective = gsam_objective(objective, config.gsam.rho, config.gsam.alpha)
+    fit(
+        net,
+        images,
+        labels,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        optimiser=optimiser(net, config),
+        generator=generator,
+        objective=objective,
+        augmentation=task.augmentation,
+        schedule=lr_schedule(config),
+        observer=observe,
+    )
+    trajectory = torch.stack(snapshots)
+    record["step_lengths"] = step_lengths(trajectory).tolist()
+    return trajectory.to(getattr(torch, config.store)), record
+
+
+def _snapshot(net: nn.Module) -> Tensor:
+    """A copy of the weights: an alias would follow the live tensors."""
+    return torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()]).clone().cpu()
+
+
+def train_missing(
+    task: ExpertTask,
+    folder: Path,
+    device: torch.device,
+    *,
+    only: Sequence[int] | None = None,
+    observer: Callable[[int, EpochReport, float], None] | None = None,
+) -> Path:
+    """Trains the experts that `folder` lacks, each written atomically as soon as it is done.
+
+    Args:
+        task: what to train.
+        folder: one folder a task (named after its fingerprint).
+        device: where to train.
+        only: train just these indices, for a share of the work on another machine.
+        observer: called after each epoch with the expert's index, the report and the accuracy.
+
+    Returns:
+        `folder`.
+    """
+    for index in range(task.config.count) if only is None else only:
+        if expert_path(folder, index).exists():
+            continue
+        watch = None if observer is None else (lambda report, score, i=index: observer(i, report, score))
+        trajectory, record = train_expert(task, index, device, watch)
+        save_expert(folder, index, trajectory, {**task.identity(), "index": index, "record": record})
+    return folder

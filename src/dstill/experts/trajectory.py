@@ -1,0 +1,115 @@
+"""The store of expert trajectories: one memory-mapped safetensors file an expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstill.artifacts import header as files
+from dstill.errors import DstillError
+
+KIND = "expert trajectory"
+
+
+def expert_path(folder: Path, index: int) -> Path:
+    return folder / f"expert-{index:03d}.safetensors"
+
+
+def save_expert(folder: Path, index: int, trajectory: Tensor, header: Mapping[str, Any]) -> None:
+    """Writes one trajectory `[epochs + 1, P]` atomically, with its settings and per-epoch records as header."""
+    files.save(expert_path(folder, index), KIND, {"trajectory": trajectory}, header)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one trajectory in float32: where the student starts, and what it must reach.
+
+    Attributes:
+        expert: index of the expert.
+        epoch: start epoch t.
+        start: θ*_t, `[P]`.
+        targets: θ*_{t+1} … θ*_{t+M}, `[M, P]`.
+    """
+
+    expert: int
+    epoch: int
+    start: Tensor
+    targets: Tensor
+
+
+class Trajectories:
+    """A folder of experts, read row by row.
+
+    Args:
+        folder: where `train_experts` wrote.
+        count: use the first `count` experts only.
+
+    Raises:
+        DstillError: the folder has no experts, or fewer than `count`, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path, count: int | None = None) -> None:
+        self.folder = Path(folder)
+        found = sorted(self.folder.glob("expert-*.safetensors"))
+        if not found:
+            raise DstillError(f"{self.folder} holds no experts: run dstill train-experts first, or check the path")
+        if count is not None and len(found) < count:
+            raise DstillError(
+                f"{self.folder} holds {len(found)} experts, {count} are asked for: train the others or lower the count"
+            )
+        self.paths = found[:count]
+        self.headers = [self._header(path) for path in self.paths]
+
+    @staticmethod
+    def _header(path: Path) -> dict[str, Any]:
+        with files.opened(path, KIND) as (header, file):
+            return {**header, "shape": file.get_slice("trajectory").get_shape()}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def epochs(self) -> int:
+        """Recorded epochs of the shortest trajectory; record 0 is the initialisation."""
+        return min(header["shape"][0] for header in self.headers) - 1
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters P."""
+        return self.headers[0]["shape"][1]
+
+    def rows(self, expert: int, start: int, stop: int) -> Tensor:
+        """Records `start … stop-1` of one expert, float32 `[stop - start, P]`, read from disk."""
+        with files.opened(self.paths[expert], KIND) as (_, file):
+            return file.get_slice("trajectory")[start:stop].to(torch.float32)
+
+    def summary(self) -> str:
+        """One line an expert: accuracy and |θ_t - θ_{t+1}|² after its last epoch, and Avg_Var."""
+        lines = [f"{self.folder}: {len(self)} expert(s), {self.epochs} epochs, {self.numel:,} parameters"]
+        for path, header in zip(self.paths, self.headers, strict=True):
+            record = header["record"]
+            lengths = record["step_lengths"]
+            average = sum(lengths) / len(lengths)
+            lines.append(
+                f"  {path.stem}: accuracy {record['accuracy'][-1]:.1%}, last step {lengths[-1]:.3g}, Avg_Var {average:.3g}"
+            )
+        return "\n".join(lines)
+
+    def segment(self, expert: int, epoch: int, span: int) -> Segment:
+        """The start at `epoch` and the `span` records after it.
+
+        Raises:
+            DstillError: the trajectory is too short.
+        """
+        if epoch + span > self.epochs:
+            raise DstillError(
+                f"a segment from epoch {epoch} over {span} epochs needs {epoch + span} recorded epochs, the experts have "
+                f"{self.epochs}: lower distill.max_start_epoch or train longer experts"
+            )
+        rows = self.rows(expert, epoch, epoch + span + 1)
+        return Segment(expert, epoch, rows[0], rows[1:])

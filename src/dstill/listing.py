@@ -1,0 +1,38 @@
+"""What `dstill ls` prints; no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dstill import recipes
+from dstill.data.catalog import DATASETS
+from dstill.evaluation.protocols import load_protocol, protocol_names
+from dstill.methods import METHODS
+from dstill.nets import NETWORKS
+
+
+def rows(kind: str) -> list[dict[str, Any]]:
+    """Objects with a `name` and a `note`, and what else is known of their kind."""
+    match kind:
+        case "methods":
+            return [
+                {"name": n, "note": m.note, "family": m.family, "paper": m.paper, "needs_experts": m.needs_experts}
+                for n, m in METHODS.items()
+            ]
+        case "networks":
+            return [{"name": name, "note": path} for name, path in NETWORKS.items()]
+        case "datasets":
+            return [{"name": name, "note": entry.note, "hub": entry.hub} for name, entry in DATASETS.items()]
+        case "recipes":
+            found = [(name, recipes.load_recipe(name)) for name in recipes.recipe_names()]
+            return [{"name": n, "note": r.note, "data": r.data, "method": r.method, "ipc": r.ipc} for n, r in found]
+        case _:
+            protocols = [load_protocol(name) for name in protocol_names()]
+            return [
+                {
+                    "name": p.name,
+                    "note": f"version {p.version}: {p.passes} passes, {p.networks} networks",
+                    "version": p.version,
+                }
+                for p in protocols
+            ]

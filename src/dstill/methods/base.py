@@ -1,0 +1,98 @@
+"""The interface of a method: what it is given, what it keeps, what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dstill import nets, seeding
+from dstill.artifacts.distilled import DistilledSet
+from dstill.config import Recipe
+from dstill.data.preprocess import Preprocess
+from dstill.data.real import RealSet
+from dstill.experts.trajectory import Trajectories
+
+# Everything that must survive a restart, by name; `step` replaces entries in place.
+State = dict[str, Tensor]
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method works on.
+
+    Attributes:
+        real: real data.
+        preprocess: fitted on its training part.
+        recipe: the resolved settings.
+        trajectories: expert trajectories, for methods that need them.
+        device: where tensors live.
+        seed: recorded in the result.
+    """
+
+    real: RealSet
+    preprocess: Preprocess
+    recipe: Recipe
+    trajectories: Trajectories | None
+    device: torch.device
+    seed: int
+
+    def prepared(self, rows: Tensor) -> Tensor:
+        """Preprocessed real training images of these rows, float32 on the device."""
+        return self.preprocess.forward(self.real.train.images[rows].to(self.device, torch.float32) / 255)
+
+    def network(self) -> nn.Module:
+        """A network of the recipe's kind, whose weights mean nothing yet."""
+        real = self.real
+        generator = seeding.generator(self.seed, "skeleton")
+        return nets.build(self.recipe.net, real.channels, real.classes, real.size, generator).to(self.device)
+
+    def labels(self) -> Tensor:
+        """Class ids of a synthetic set, `ipc` of each class in turn."""
+        return torch.arange(self.real.classes).repeat_interleave(self.recipe.ipc).to(self.device)
+
+    def result(self, images: Tensor, labels: Tensor, alpha: float | None) -> DistilledSet:
+        """Wraps tensors of `labels()` order as a distilled set."""
+        recipe = self.recipe
+        return DistilledSet(
+            images=images.detach().cpu().clone(),
+            labels=labels.detach().cpu().clone(),
+            alpha=alpha,
+            preprocess=self.preprocess,
+            method=recipe.method,
+            ipc=recipe.ipc,
+            class_names=self.real.class_names,
+            augmentation=recipe.augmentation,
+            net=recipe.net,
+            data=self.real.name,
+            data_fingerprint=self.real.fingerprint,
+            recipe=recipe,
+            seed=self.seed,
+        )
+
+
+class Method(Protocol):
+    """A distillation method; `dstill.distillation` runs it."""
+
+    def start(self, problem: Problem) -> None:
+        """Called on every launch, also when a run is resumed: builds what is not state."""
+        ...
+
+    def initialise(self, generator: torch.Generator) -> State:
+        """The state before the first step."""
+        ...
+
+    def iterations(self) -> int:
+        """Number of steps; 0 for selection methods."""
+        ...
+
+    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+        """One update of `state`; `generator` depends on seed and iteration alone, so a resumed run draws the same."""
+        ...
+
+    def result(self, state: State) -> DistilledSet:
+        """The distilled set of this state."""
+        ...

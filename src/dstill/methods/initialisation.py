@@ -1,0 +1,107 @@
+"""Where synthetic images start: random real images, representative ones (paper IV-C1), or noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dstill import nets
+from dstill.methods.base import Problem
+from dstill.unroll import Student
+
+_BLOCK = 512
+
+
+def random_rows(labels: Tensor, classes: int, ipc: int, generator: torch.Generator) -> Tensor:
+    """Rows of `ipc` distinct real images of each class, class by class."""
+    chosen: list[Tensor] = []
+    for c in range(classes):
+        rows = (labels == c).nonzero().squeeze(1)
+        chosen.append(rows[torch.randperm(len(rows), generator=generator)[:ipc]])
+    return torch.cat(chosen)
+
+
+def clusters(ipc: int, *, released: bool) -> int:
+    """How many K-Means clusters a class has.
+
+    Paper: K = IPC up to 10; IPC 50 has 10 clusters with 5 images each, and other multiples of 10 likewise (our extension).
+    Released: always 10, which below IPC 10 would give no image at all; K = IPC there.
+    """
+    if ipc < 10:
+        return ipc
+    return 10 if released or ipc % 10 == 0 else ipc
+
+
+def nearest_to_centroids(features: np.ndarray, ipc: int, count: int, seed: int) -> np.ndarray:
+    """`ipc` distinct rows of one class: for each K-Means centroid in turn, the nearest images not yet taken.
+
+    Args:
+        features: `[n, F]`, n >= ipc.
+        ipc: rows wanted.
+        count: number of clusters; each gets ipc / count images, the first ones one more where that is no integer.
+        seed: of K-Means.
+    """
+    from sklearn.cluster import KMeans
+
+    centroids = KMeans(count, n_init=4, random_state=seed).fit(features).cluster_centers_
+    free = np.ones(len(features), dtype=bool)
+    chosen: list[int] = []
+    for i, centroid in enumerate(centroids):
+        share = ipc // count + (i < ipc % count)
+        distance = np.where(free, ((features - centroid) ** 2).sum(1), np.inf)
+        nearest = np.argsort(distance, kind="stable")[:share]
+        free[nearest] = False
+        chosen += nearest.tolist()
+    return np.asarray(chosen)
+
+
+@torch.no_grad()
+def expert_network(problem: Problem, expert: int = 0) -> nn.Module:
+    """The network of one expert with the weights of its last recorded epoch."""
+    assert problem.trajectories is not None
+    epochs = problem.trajectories.headers[expert]["shape"][0]
+    theta = problem.trajectories.rows(expert, epochs - 1, epochs)[0].to(problem.device)
+    net = problem.network()
+    for parameter, value in zip(net.parameters(), Student(net).split(theta), strict=True):
+        parameter.copy_(value)
+    return net.eval()
+
+
+@torch.no_grad()
+def representative_rows(problem: Problem, generator: torch.Generator, *, released: bool) -> Tensor:
+    """Rows of the real images nearest to the K-Means centroids of each class (paper IV-C1).
+
+    The features are what enters the fully connected layer of the first expert after its last recorded epoch; the released
+    code takes its logits instead.
+    """
+    net = expert_network(problem)
+    real, ipc = problem.real, problem.recipe.ipc
+    chosen: list[Tensor] = []
+    for c in range(real.classes):
+        rows = (real.train.labels == c).nonzero().squeeze(1)
+        blocks = [problem.prepared(block) for block in rows.split(_BLOCK)]
+        described = torch.cat([net(block) if released else nets.features(net, block) for block in blocks])
+        seed = int(torch.randint(2**31, (), generator=generator))
+        picks = nearest_to_centroids(described.cpu().numpy(), ipc, clusters(ipc, released=released), seed)
+        chosen.append(rows[torch.from_numpy(picks)])
+    return torch.cat(chosen)
+
+
+def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> Tensor:
+    """Preprocessed start of the synthetic set, `[ipc * classes, C, H, W]`, class by class.
+
+    Args:
+        problem: data, recipe and experts.
+        kind: `random`, `representative`, `representative-released` or `noise` (standard normal in preprocessed units).
+        generator: source of every draw.
+    """
+    real, ipc = problem.real, problem.recipe.ipc
+    if kind == "noise":
+        shape = (ipc * real.classes, real.channels, *real.size)
+        return torch.randn(shape, generator=generator).to(problem.device)
+    if kind == "random":
+        rows = random_rows(real.train.labels, real.classes, ipc, generator)
+    else:
+        rows = representative_rows(problem, generator, released=kind == "representative-released")
+    return problem.prepared(rows)

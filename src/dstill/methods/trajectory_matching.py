@@ -1,0 +1,173 @@
+"""Trajectory matching, once: MTT, TESLA, FTD and AST are settings of it (paper Algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor
+
+from dstill.artifacts.distilled import DistilledSet
+from dstill.config import MatchingConfig
+from dstill.data import siamese
+from dstill.errors import DstillError
+from dstill.experts.trajectory import Segment, Trajectories
+from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
+from dstill.methods.base import Metrics, Problem, State
+from dstill.methods.initialisation import initial_images
+from dstill.training import shuffled_batches
+from dstill.unroll import Step, Student, Unrolled, sgd_step, unroll
+
+_MIN_SKIPS = 10
+
+
+@final
+class TrajectoryMatching:
+    """The images and α are optimised so that a student trained on them follows segments of expert trajectories.
+
+    State: `images` and `images.momentum` `[S, C, H, W]`, `alpha` and `alpha.momentum`, `skipped`; `labels` where they are
+    soft, `images.average` where a moving average is kept.
+    """
+
+    def start(self, problem: Problem) -> None:
+        if problem.recipe.distill is None or problem.trajectories is None:
+            raise DstillError(f"method {problem.recipe.method!r} needs a distill section in its recipe and expert trajectories")
+        self.problem = problem
+        self.settings: MatchingConfig = problem.recipe.distill
+        self.trajectories: Trajectories = problem.trajectories
+        self.student = Student(problem.network(), compiled=self.settings.compile)
+        if self.student.numel != self.trajectories.numel:
+            raise DstillError(
+                f"the experts have {self.trajectories.numel} parameters, the recipe's network {self.student.numel}: "
+                "they were trained with another network"
+            )
+        if self.trajectories.epochs < self.settings.epochs_needed:
+            raise DstillError(
+                f"the experts were trained for {self.trajectories.epochs} epochs, matching needs {self.settings.epochs_needed} "
+                "(T+ + M - 1): lower distill.max_start_epoch or train longer experts"
+            )
+
+    def iterations(self) -> int:
+        return self.settings.iterations
+
+    def initialise(self, generator: torch.Generator) -> State:
+        images = initial_images(self.problem, self.settings.initialisation, generator)
+        alpha = torch.tensor(self.settings.alpha_init, device=self.problem.device)
+        state = {
+            "images": images,
+            "images.momentum": torch.zeros_like(images),
+            "alpha": alpha,
+            "alpha.momentum": torch.zeros_like(alpha),
+            "skipped": torch.zeros((), dtype=torch.int64),
+        }
+        if self.settings.image_ema is not None:
+            state["images.average"] = images.clone()
+        return state
+
+    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+        settings = self.settings
+        segment = self._draw_segment(generator)
+        start = self._perturbed_start(segment, generator)
+        origin = start if settings.denominator == "perturbed" else segment.start
+        targets = intermediate_matching(
+            segment, origin, settings.student_steps, settings.intermediate_matching, settings.intermediate_scale
+        )
+        unrolled = unroll(
+            self.student,
+            start,
+            state["images"],
+            self._labels(state, segment),
+            self._draw_steps(generator),
+            state["alpha"],
+            targets,
+            loss_scale=balanced_loss(segment.epoch, settings.max_start_epoch, settings.balanced_loss),
+            momentum=settings.student_momentum,
+            gradient=settings.gradient,
+        )
+        taken = self._update(state, unrolled, iteration)
+        span = (segment.start - segment.targets[-1]).norm()
+        return {
+            "loss": float(unrolled.loss),
+            "alpha": float(state["alpha"]),
+            "start_epoch": segment.epoch,
+            "expert": segment.expert,
+            "inner_loss_first": float(unrolled.trace.inner_losses[0]),
+            "inner_loss_last": float(unrolled.trace.inner_losses[-1]),
+            "perturbation_ratio": float((start - segment.start).norm() / span),
+            "image_gradient_norm": float(unrolled.grads.images.norm()),
+            "skipped": int(state["skipped"]),
+            "taken": int(taken),
+        }
+
+    def result(self, state: State) -> DistilledSet:
+        images = state.get("images.average", state["images"])
+        return self.problem.result(images, state.get("labels", self.problem.labels()), float(state["alpha"]))
+
+    def _draw_segment(self, generator: torch.Generator) -> Segment:
+        settings = self.settings
+        expert = int(torch.randint(len(self.trajectories), (), generator=generator))
+        epoch = int(torch.randint(settings.min_start_epoch, settings.max_start_epoch, (), generator=generator))
+        segment = self.trajectories.segment(expert, epoch, settings.expert_epochs)
+        device = self.problem.device
+        return Segment(expert, epoch, segment.start.to(device), segment.targets.to(device))
+
+    def _perturbed_start(self, segment: Segment, generator: torch.Generator) -> Tensor:
+        settings = self.settings
+        weights = perturb_weights(self.student.split(segment.start), settings.perturbation, settings.rho, generator)
+        start = torch.cat([weight.reshape(-1) for weight in weights])
+        if settings.dropout:
+            kept = torch.rand(len(start), generator=generator).to(start) >= settings.dropout
+            start = start * kept / (1 - settings.dropout)
+        return start
+
+    def _draw_steps(self, generator: torch.Generator) -> list[Step]:
+        """N mini-batches; a smaller batch walks fresh permutations: every image is used once before any is used twice."""
+        settings = self.settings
+        count = self.problem.real.classes * self.problem.recipe.ipc
+        batch = min(settings.batch_syn or count, count)
+        steps: list[Step] = []
+        while len(steps) < settings.student_steps:
+            for rows in shuffled_batches(count, batch, generator):
+                draw = siamese.sample(self.problem.recipe.augmentation, len(rows), generator)
+                steps.append(Step(rows.to(self.problem.device), draw))
+        return steps[: settings.student_steps]
+
+    @torch.no_grad()
+    def _labels(self, state: State, segment: Segment) -> Tensor:
+        if self.settings.soft_labels == "off":
+            return self.problem.labels()
+        state["labels"] = self.student.logits(segment.targets[-1], state["images"])
+        return state["labels"]
+
+    def _update(self, state: State, unrolled: Unrolled, iteration: int) -> bool:
+        """One SGD step on images and α; returns whether it was taken."""
+        settings, grads = self.settings, unrolled.grads
+        images, images_momentum = sgd_step(
+            state["images"], state["images.momentum"], grads.images, settings.lr_images, settings.image_momentum
+        )
+        alpha, alpha_momentum = sgd_step(
+            state["alpha"], state["alpha.momentum"], grads.alpha, settings.lr_alpha, settings.image_momentum
+        )
+        finite = math.isfinite(float(unrolled.loss)) and bool(torch.isfinite(images).all()) and math.isfinite(float(alpha))
+        if settings.guard == "off" and not finite:
+            raise DstillError(
+                f"the run collapsed at iteration {iteration} (loss {float(unrolled.loss):.3g}, α {float(state['alpha']):.3g}); "
+                "the guard is off, and the curves up to here are in metrics.jsonl"
+            )
+        if settings.guard == "on" and not (finite and float(alpha) > 0):
+            state["skipped"] = state["skipped"] + 1
+            self._stop_if_hopeless(int(state["skipped"]), iteration)
+            return False
+        state["images"], state["images.momentum"] = images, images_momentum
+        state["alpha"], state["alpha.momentum"] = alpha, alpha_momentum
+        if settings.image_ema is not None:
+            state["images.average"] = settings.image_ema * state["images.average"] + (1 - settings.image_ema) * images
+        return True
+
+    def _stop_if_hopeless(self, skipped: int, iteration: int) -> None:
+        if skipped >= _MIN_SKIPS and skipped > self.settings.max_skip_share * (iteration + 1):
+            raise DstillError(
+                f"{skipped} of {iteration + 1} steps were not finite or would have made α non-positive, more than the "
+                f"{self.settings.max_skip_share:.0%} allowed: lower distill.lr_images or lr_alpha, or use smoother experts"
+            )

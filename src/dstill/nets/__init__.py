@@ -1,0 +1,94 @@
+"""Networks: a table of names, one builder, and the features that enter the last layer.
+
+Importing this module does not import torch, so `dstill ls networks` stays instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from dstill.errors import DstillError, suggest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from dstill.config import NetConfig
+
+# A new network is one file and one line here. The class takes (channels, classes, size, **options).
+NETWORKS: dict[str, str] = {
+    "convnet": "dstill.nets.convnet:ConvNet",
+    "alexnet": "dstill.nets.alexnet:AlexNet",
+    "vgg11": "dstill.nets.vgg:VGG11",
+    "resnet18": "dstill.nets.resnet:ResNet18",
+    "resnet18-avgpool": "dstill.nets.resnet:ResNet18AvgPool",
+}
+
+
+def network_class(name: str) -> type[nn.Module]:
+    """The class behind a name of `NETWORKS` or behind the user's own `package.module:Class`.
+
+    Raises:
+        DstillError: the name is unknown, or the module or class cannot be imported.
+    """
+    path = NETWORKS.get(name, name)
+    module, separator, attribute = path.partition(":")
+    if not (module and separator):
+        raise DstillError(f"unknown network {name!r}; {suggest(name, NETWORKS)} (or your own package.module:Class)")
+    try:
+        cls: type[nn.Module] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise DstillError(f"network {path!r} cannot be imported: {error}. Is it installed or on PYTHONPATH?") from error
+    return cls
+
+
+def build(config: NetConfig, channels: int, classes: int, size: tuple[int, int], generator: torch.Generator) -> nn.Module:
+    """A freshly initialised network, whose initial weights depend on `generator` alone.
+
+    Args:
+        config: name and options; an option left at None takes the class's own default.
+        channels: colour channels of the images.
+        classes: number of logits.
+        size: height and width of the images in pixels.
+        generator: source of the initial weights (CPU).
+
+    Raises:
+        DstillError: the network does not take one of the options, or cannot be built for this image size.
+    """
+    import torch
+
+    cls = network_class(config.name)
+    options: dict[str, Any] = config.model_dump(exclude={"name"}, exclude_none=True)
+    accepted = inspect.signature(cls).parameters
+    refused = [key for key in options if key not in accepted]
+    if refused:
+        raise DstillError(f"network {config.name!r} takes no option {', '.join(refused)}: remove it from the recipe's net")
+    with torch.random.fork_rng(devices=[]):
+        # Module constructors draw from torch's global generator; fork_rng restores it afterwards.
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        try:
+            return cls(channels, classes, size, **options)
+        except ValueError as error:
+            raise DstillError(str(error)) from error
+
+
+def features(net: nn.Module, images: Tensor) -> Tensor:
+    """What enters the network's last linear layer, `[B, F]`; works for any module that ends in one.
+
+    Raises:
+        DstillError: the module has no `nn.Linear`.
+    """
+    from torch import nn
+
+    layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise DstillError(f"{type(net).__name__} has no linear layer, so it has no features before the classifier")
+    seen: list[Tensor] = []
+    hook = layers[-1].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        net(images)
+    finally:
+        hook.remove()
+    return seen[-1]

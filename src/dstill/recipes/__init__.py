@@ -1,0 +1,185 @@
+"""Recipes: every published setting as a file, and how one is found, changed by flags, or derived for other data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dstill import yamls
+from dstill.config import MatchingConfig, Recipe, canonical
+from dstill.data.catalog import DATASETS
+from dstill.errors import DstillError, suggest
+from dstill.methods import METHODS, method_info
+
+_FOLDER = Path(__file__).parent
+# Data sets that share the recipes of another name.
+_SHARED = dict.fromkeys(("nette", "woof", "meow", "squawk", "fruit", "yellow"), "imagenet-subset")
+# Side, classes of the data sets that recipes are written for: how near another data set is to them.
+_PUBLISHED = {"cifar10": (32, 10), "cifar100": (32, 100), "tiny-imagenet": (64, 200), "imagenet-subset": (128, 10)}
+_ZCA_MAX_PIXELS = 3 * 48 * 48
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What settings depend on: name, colour channels, side in pixels, classes, bytes of memory at hand."""
+
+    name: str
+    channels: int
+    side: int
+    classes: int
+    memory: float = math.inf
+
+
+def recipe_names() -> list[str]:
+    """Names of all shipped recipes, `<data>/<method>[-released]-ipc<k>`."""
+    return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.glob("*/*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or one in a YAML file of your own.
+
+    Raises:
+        DstillError: unknown name, unknown key, wrong type.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise DstillError(f"unknown recipe {name!r}; {suggest(name, recipe_names())}")
+    return yamls.validate(Recipe, yamls.read_mapping(path), f"recipe {name}")
+
+
+def resolve(
+    recipe: str | None, shape: DataShape, *, method: str | None, ipc: int | None, changes: Sequence[str] = ()
+) -> tuple[Recipe, str]:
+    """The settings of a run and a sentence on where they come from.
+
+    Args:
+        recipe: name or file; `smoke` for a tiny run on any data; left out: the data set's own, else derived.
+        shape: the real data.
+        method: overrides the recipe's; `ast` where there is neither.
+        ipc: overrides the recipe's; 1 where there is neither.
+        changes: `section.key=value` assignments, applied last.
+
+    Raises:
+        DstillError: see `load_recipe`; or an assignment names an unknown key.
+    """
+    if method is not None:
+        method_info(method)
+    if recipe == "smoke":
+        found = _smoke(_default(shape, method or "ast", ipc or 1)[0], shape)
+        origin = "settings of a smoke run: they show that everything works, not what it can reach"
+    elif recipe is None:
+        found, origin = _default(shape, method or "ast", ipc or 1)
+    else:
+        found, origin = load_recipe(recipe), f"recipe {recipe}"
+    flags = {key: value for key, value in (("method", method), ("ipc", ipc)) if value is not None}
+    values = {**found.model_dump(), **flags}
+    for change in changes:
+        _assign(values, change)
+    return yamls.validate(Recipe, values, "--set" if changes else origin), origin
+
+
+def _assign(values: dict[str, Any], change: str) -> None:
+    path, separator, text = change.partition("=")
+    if not separator:
+        raise DstillError(f"{change!r} is not an assignment: write section.key=value, for example distill.iterations=300")
+    *sections, key = path.strip().split(".")
+    target = values
+    for section in sections:
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
+        if not isinstance(target, dict):
+            raise DstillError(f"{change!r}: {section} is a value, not a section")
+    target[key] = yamls.parse(text, f"--set {change}")
+
+
+def _default(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
+    group = _SHARED.get(shape.name, shape.name)
+    name = f"{group}/{method}-ipc{ipc}"
+    if name in recipe_names():
+        return load_recipe(name), f"recipe {name}"
+    if not method_info(method).needs_experts:
+        return Recipe(data=shape.name, method=method, ipc=ipc, preprocess=_preprocess("zca", shape)), "no settings needed"
+    return _derived(shape, method, ipc)
+
+
+def _distance(shape: DataShape, ipc: int, candidate: Recipe) -> float:
+    side, classes = _PUBLISHED[candidate.data]
+    return abs(math.log2(shape.side / side)) + abs(math.log2(shape.classes / classes)) + abs(math.log2(ipc / candidate.ipc))
+
+
+def _derived(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
+    """Settings for data that no recipe was written for: those of the nearest published case, cut to fit."""
+    names = [n for n in recipe_names() if n.split("/")[0] in _PUBLISHED and n.split("/")[1].startswith(f"{method}-ipc")]
+    if not names:
+        raise DstillError(f"no recipe of method {method!r} to derive settings from; known methods: {', '.join(METHODS)}")
+    nearest = min(names, key=lambda name: _distance(shape, ipc, load_recipe(name)))
+    base = load_recipe(nearest)
+    depth = max(1, min(5, int(math.log2(shape.side)) - 2)) if shape.side >= 16 else max(1, int(math.log2(shape.side)) - 1)
+    net = base.net.model_copy(update={"depth": depth})
+    distill = base.distill or MatchingConfig()
+    steps = _steps_in_memory(distill, net.width or 128, depth, shape)
+    batch = distill.batch_syn if distill.batch_syn is not None and distill.batch_syn < ipc * shape.classes else None
+    update = {
+        "data": shape.name,
+        "ipc": ipc,
+        "net": net,
+        "augmentation": _augmentation(base.augmentation, shape.name),
+        "preprocess": _preprocess(base.preprocess, shape),
+        "distill": distill.model_copy(update={"student_steps": steps, "batch_syn": batch}),
+        "note": f"derived from {nearest}",
+    }
+    cut = f"; N cut from {distill.student_steps} to {steps} to fit the memory" if steps < distill.student_steps else ""
+    origin = (
+        f"no recipe for {shape.name} at IPC {ipc}: settings derived from {nearest}{cut}. "
+        "dstill tune finds better ones on a validation part"
+    )
+    return base.model_copy(update=update), origin
+
+
+def _augmentation(strategy: str, name: str) -> str:
+    """Without the mirror for data whose classes it changes."""
+    mirror = name not in DATASETS or DATASETS[name].mirror
+    return strategy if mirror else "_".join(op for op in strategy.split("_") if op != "flip")
+
+
+def _preprocess(kind: Literal["standardise", "zca"], shape: DataShape) -> Literal["standardise", "zca"]:
+    """ZCA takes the square of the pixels in memory and their cube in time: only for small images."""
+    return kind if shape.channels * shape.side**2 <= _ZCA_MAX_PIXELS else "standardise"
+
+
+def _steps_in_memory(distill: MatchingConfig, width: int, depth: int, shape: DataShape) -> int:
+    """N, so that the kept parameter vectors (two a step with momentum) take at most a quarter of the memory."""
+    side = max(1, shape.side >> depth)
+    parameters = 9 * width * (shape.channels + width * (depth - 1)) + 3 * width * depth + (width * side**2 + 1) * shape.classes
+    vectors = 2 if distill.student_momentum else 1
+    affordable = 0.25 * shape.memory / (4 * parameters * vectors)
+    return max(distill.expert_epochs, int(min(distill.student_steps, affordable)))
+
+
+def _smoke(recipe: Recipe, shape: DataShape) -> Recipe:
+    """A recipe shrunk until it takes seconds: narrow network, two short experts, a few iterations."""
+    update: dict[str, Any] = {"net": recipe.net.model_copy(update={"width": 8}), "protocol": "quick"}
+    if recipe.experts and recipe.distill:
+        update["experts"] = recipe.experts.model_copy(update={"count": 2, "epochs": None, "compile": False})
+        small = {"iterations": 5, "student_steps": 6, "max_start_epoch": 2, "min_start_epoch": 0, "expert_epochs": 2}
+        update["distill"] = recipe.distill.model_copy(update=small)
+    return recipe.model_copy(update=update)
+
+
+def dump(recipe: Recipe) -> str:
+    """A recipe as YAML text that `load_recipe` reads back."""
+    import yaml
+
+    return yaml.safe_dump(canonical(recipe, exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def changed(recipe: Recipe, changes: Sequence[str], where: str) -> Recipe:
+    """A recipe with `section.key=value` assignments applied and checked."""
+    values = recipe.model_dump()
+    for change in changes:
+        _assign(values, change)
+    return yamls.validate(Recipe, values, where)

@@ -1,0 +1,85 @@
+"""The folder of a run: settings, metrics and checkpoints that survive an interruption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dstill.artifacts import header as files
+from dstill.errors import DstillError
+
+_CHECKPOINT = "checkpoint"
+
+
+class RunFolder:
+    """Where one distilled set comes into being.
+
+    Holds `metrics.jsonl` (a line an iteration), `checkpoint.safetensors` while the run is under way, and what the caller
+    writes beside them.
+
+    Args:
+        path: the folder; made if missing.
+        identity: settings that determine the run. A folder with another identity is refused.
+
+    Raises:
+        DstillError: the folder belongs to a run with other settings.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path, self.identity = path, json.loads(json.dumps(identity))
+        path.mkdir(parents=True, exist_ok=True)
+        self.metrics_path = path / "metrics.jsonl"
+        self.checkpoint_path = path / "checkpoint.safetensors"
+        stamp = path / "settings.json"
+        if stamp.exists():
+            stored = json.loads(stamp.read_text(encoding="utf-8"))
+            if stored != self.identity:
+                changed = ", ".join(_differences(stored, self.identity)) or "settings"
+                raise DstillError(f"{path} holds a run with other settings ({changed}): pass another -o, or remove the folder")
+        else:
+            files.write_text(stamp, json.dumps(self.identity, indent=2) + "\n")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Appends one line to the metrics."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All complete lines logged so far."""
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def checkpoint(self, iteration: int, state: Mapping[str, Tensor]) -> None:
+        """Stores the state before `iteration`, atomically over the last one."""
+        files.save(self.checkpoint_path, _CHECKPOINT, state, {"iteration": iteration})
+
+    def restore(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The last checkpoint, or None. Metrics logged after it are dropped, since they will be logged again."""
+        if not self.checkpoint_path.exists():
+            self.metrics_path.unlink(missing_ok=True)
+            return None
+        header, state = files.load(self.checkpoint_path, _CHECKPOINT)
+        iteration = int(header["iteration"])
+        kept = [row for row in self.metrics() if row["iteration"] < iteration]
+        files.write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+        return iteration, state
+
+    def finish(self) -> None:
+        """Removes the checkpoint of a run whose result has been written."""
+        self.checkpoint_path.unlink(missing_ok=True)
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the first few keys in which two nested mappings differ."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [f"{prefix.rstrip('.')}: {a} there, {b} now"]
+    found: list[str] = []
+    for key in {**a, **b}:
+        found += _differences(a.get(key), b.get(key), f"{prefix}{key}.")
+    return found[:3]

@@ -1,0 +1,139 @@
+"""The only loop that trains a network: experts, evaluation and methods all call `fit`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dstill.data import siamese
+
+# Computes the loss of a batch, leaves its gradients in `parameter.grad`, returns the detached loss.
+Objective = Callable[[nn.Module, "Batch"], Tensor]
+# Called before each epoch; may change learning rates or clear the optimiser's state.
+Schedule = Callable[[torch.optim.Optimizer, int], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective sees.
+
+    Attributes:
+        images: augmented images `[B, C, H, W]`.
+        raw: the same images before augmentation.
+        labels: class ids `[B]` or label logits `[B, K]`.
+        rows: row numbers in the training tensor.
+        epoch: 0 for the first pass.
+    """
+
+    images: Tensor
+    raw: Tensor
+    labels: Tensor
+    rows: Tensor
+    epoch: int
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """Mean loss of one pass, the number of passes done, and images trained on per second."""
+
+    epochs_done: int
+    loss: float
+    images_per_second: float
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy with class ids `[B]`, or with the softmax of label logits `[B, K]`."""
+    if labels.is_floating_point():
+        return -(labels.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+    return nn.functional.cross_entropy(logits, labels)
+
+
+def plain_objective(net: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the augmented batch."""
+    loss = cross_entropy(net(batch.images), batch.labels)
+    loss.backward()
+    return loss.detach()
+
+
+def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Row numbers of one pass in random order, in batches of `size`; the last one may be smaller."""
+    yield from torch.randperm(count, generator=generator).split(size)
+
+
+def step_at(epoch: int, factor: float, *, reset: bool = False) -> Schedule:
+    """Multiplies the learning rate once, before the pass number `epoch`; `reset` also forgets the momentum."""
+
+    def schedule(optimiser: torch.optim.Optimizer, current: int) -> None:
+        if current == epoch:
+            for group in optimiser.param_groups:
+                group["lr"] *= factor
+            if reset:
+                optimiser.state.clear()
+
+    return schedule
+
+
+def fit(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+    objective: Objective = plain_objective,
+    augmentation: str = "none",
+    schedule: Schedule | None = None,
+    observer: Callable[[EpochReport], None] | None = None,
+) -> None:
+    """Trains `net` in place.
+
+    Args:
+        net: on the device of `images`.
+        images: preprocessed training images `[N, C, H, W]`.
+        labels: class ids `[N]`, or label logits `[N, K]`.
+        epochs: passes over the images.
+        batch_size: images a step.
+        optimiser: over `net.parameters()`.
+        generator: CPU generator for the order of the images and for augmentation.
+        objective: what is minimised.
+        augmentation: a strategy of `dstill.data.siamese`, drawn anew for every batch.
+        schedule: called before each epoch.
+        observer: called after each epoch.
+    """
+    net.train()
+    for epoch in range(epochs):
+        if schedule is not None:
+            schedule(optimiser, epoch)
+        started, total = time.perf_counter(), torch.zeros((), dtype=torch.float64)
+        for rows in shuffled_batches(len(images), batch_size, generator):
+            raw = images[rows.to(images.device)]
+            augmented = siamese.apply(raw, siamese.sample(augmentation, len(raw), generator))
+            optimiser.zero_grad(set_to_none=True)
+            loss = objective(net, Batch(augmented, raw, labels[rows.to(labels.device)], rows, epoch))
+            optimiser.step()
+            total += loss.double().cpu() * len(rows)
+        if observer is not None:
+            seconds = time.perf_counter() - started
+            observer(EpochReport(epoch + 1, float(total) / len(images), len(images) / seconds))
+
+
+@torch.no_grad()
+def predictions(net: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
+    """Class ids predicted for `[N, C, H, W]`, in evaluation mode; the network's mode is restored."""
+    mode = net.training
+    net.eval()
+    try:
+        return torch.cat([net(block).argmax(1) for block in images.split(batch_size)])
+    finally:
+        net.train(mode)
+
+
+def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of images whose class is predicted, in [0, 1]."""
+    return float((predictions(net, images) == labels).double().mean())

@@ -1,0 +1,125 @@
+"""Settings for data that nobody published settings for: a search on the validation part within a time budget."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstill import recipes, seeding
+from dstill.artifacts.header import write_text
+from dstill.commands import distill, evaluate, resolve_recipe, train_experts
+from dstill.config import Recipe
+from dstill.console import Reporter, Silent
+from dstill.data.real import RealSet, load_real
+from dstill.devices import resolve_device
+from dstill.errors import DstillError
+
+_RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+_ALPHA_FACTORS = (0.3, 1.0, 3.0, 10.0)
+
+
+def tune(
+    source: Any,
+    *,
+    budget: float,
+    method: str | None = None,
+    ipc: int | None = None,
+    recipe: str | Recipe | None = None,
+    changes: tuple[str, ...] = (),
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    cache: str | Path | None = None,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Searches lr_images, T+ and α₀ and writes the best recipe found.
+
+    Everything is judged on a stratified tenth of the training images that experts and images never see; the test set is not
+    touched. The first candidate is the recipe itself; the others change the three settings by factors around the best so
+    far. A candidate that diverges counts as 0.
+
+    Args:
+        source: a `RealSet`, or anything `load_real` takes.
+        budget: minutes; the candidate under way when it ends is finished.
+        method: overrides the recipe's.
+        ipc: overrides the recipe's.
+        recipe: where to start; left out: the data set's own, else derived.
+        changes: `section.key=value` assignments; `distill.iterations` bounds a candidate's length.
+        out: recipe file to write; `<data>-<method>-ipc<k>.yaml` if left out.
+        seed: decides the validation part and the candidates.
+        device: auto, cpu, cuda or mps.
+        cache: folder that keeps experts.
+        reporter: receives progress.
+
+    Returns:
+        The recipe file, which `--recipe FILE` takes.
+
+    Raises:
+        DstillError: the method has nothing to tune.
+    """
+    reporter, started = reporter or Silent(), time.monotonic()
+    where = resolve_device(device)
+    real = load_real(source)
+    held = real.holdout(seed)
+    base = resolve_recipe(real, recipe, method, ipc, changes, where, reporter)
+    if base.distill is None:
+        raise DstillError(f"method {base.method!r} has no settings to tune")
+    # Experts long enough for the largest T+ of the search serve every candidate.
+    longest = base.model_copy(
+        update={"distill": base.distill.model_copy(update={"max_start_epoch": 2 * base.distill.max_start_epoch})}
+    )
+    experts = train_experts(held, recipe=longest, seed=seed, device=device, cache=cache, reporter=reporter)
+    best, best_score, tried = base, -1.0, 0
+    for candidate in _candidates(base, seed):
+        if tried and time.monotonic() - started > 60 * budget:
+            break
+        settings = _around(best, candidate) if tried else base
+        score = _judge(settings, held, experts, seed, device, cache)
+        tried += 1
+        assert settings.distill is not None
+        d = settings.distill
+        chosen = f"lr_images {d.lr_images:.3g}, T+ {d.max_start_epoch}, α₀ {d.alpha_init:.3g}"
+        reporter.note(f"candidate {tried}: {chosen}: validation {score:.1%}{' (best so far)' if score > best_score else ''}")
+        if score > best_score:
+            best, best_score = settings, score
+    note = f"{best.note + '; ' if best.note else ''}tuned on the validation part: {best_score:.1%}, best of {tried} candidates"
+    target = Path(out) if out else Path(f"{real.name}-{best.method}-ipc{best.ipc}.yaml")
+    write_text(target, recipes.dump(best.model_copy(update={"data": real.name, "note": note})))
+    reporter.note(f"wrote {target}: pass it as --recipe {target}")
+    return target
+
+
+def _candidates(base: Recipe, seed: int) -> Iterator[tuple[float, float, float]]:
+    """Endless factors on (lr_images, T+, α₀), drawn without a memory; the first is ignored."""
+    generator = seeding.generator(seed, "tune")
+
+    def pick(values: tuple[float, ...]) -> float:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    while True:
+        yield pick(_RATE_FACTORS), pick((0.5, 1.0, 2.0)), pick(_ALPHA_FACTORS)
+
+
+def _around(best: Recipe, factors: tuple[float, float, float]) -> Recipe:
+    rate, span, alpha = factors
+    assert best.distill is not None
+    distill = best.distill
+    # 2 T+ of the base recipe is what the experts were trained for; `_judge` scores a candidate beyond it as failed.
+    start = max(distill.min_start_epoch + 1, math.ceil(distill.max_start_epoch * span))
+    update = {"lr_images": distill.lr_images * rate, "max_start_epoch": start, "alpha_init": distill.alpha_init * alpha}
+    return best.model_copy(update={"distill": distill.model_copy(update=update)})
+
+
+def _judge(settings: Recipe, held: RealSet, experts: Any, seed: int, device: str, cache: str | Path | None) -> float:
+    try:
+        candidate = distill(held, experts=experts, recipe=settings, seed=seed, device=device, cache=cache)
+    except DstillError:
+        return 0.0
+    if not bool(torch.isfinite(candidate.images).all()):
+        return 0.0
+    return evaluate(candidate, held, random=False, seed=seed, device=device, cache=cache).accuracy.mean

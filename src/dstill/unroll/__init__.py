@@ -1,0 +1,68 @@
+"""The unrolled gradient: how a synthetic set must change so that a student trained on it lands on the expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from dstill.errors import DstillError, suggest
+from dstill.unroll.adjoint import adjoint
+from dstill.unroll.graph import graph
+from dstill.unroll.student import Student, sgd_step
+from dstill.unroll.types import Gradients, Step, Targets, Trace, Unrolled
+
+__all__ = ["Gradients", "Step", "Student", "Targets", "Trace", "Unrolled", "sgd_step", "unroll"]
+
+Mode = Literal["adjoint", "graph", "tesla"]
+
+
+def unroll(
+    student: Student,
+    theta0: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    steps: Sequence[Step],
+    alpha: Tensor,
+    targets: Targets,
+    *,
+    loss_scale: float = 1.0,
+    momentum: float = 0.0,
+    gradient: Mode = "adjoint",
+) -> Unrolled:
+    """Runs the student for `len(steps)` steps and differentiates the matching loss (paper Algorithm 2, Eq. 22).
+
+        b_{n+1} = momentum b_n + loss_scale ∇_θ CE(f(A(x_n); θ_n), y_n),   θ_{n+1} = θ_n - α b_{n+1}
+        L = Σ_k w_k |θ_k - θ*_k|²
+
+    Args:
+        student: the network as pure functions.
+        theta0: start `[P]`; a constant.
+        images: the synthetic set `[S, C, H, W]`, preprocessed.
+        labels: class ids `[S]` (int64) or label logits `[S, K]` (floating, differentiated).
+        steps: rows and augmentation of each step.
+        alpha: the student's learning rate, a 0-d tensor, finite and not zero.
+        targets: step number (1 … N) to (expert vector `[P]`, weight).
+        loss_scale: ν of the balanced loss, Eq. 21.
+        momentum: of the student's SGD; the released code has 0.9, the paper none.
+        gradient: `adjoint` (exact, memory of one step), `graph` (exact, plain autograd, memory of all steps) or `tesla`
+            (approximate: the Hessian term dropped, as TESLA publishes it).
+
+    Raises:
+        DstillError: α is zero or not finite, a target lies outside 1 … N, or none is given, or `gradient` is unknown.
+    """
+    if not math.isfinite(float(alpha)) or float(alpha) == 0:
+        raise DstillError(f"the student learning rate α must be finite and not zero, got {float(alpha)}: lower lr_alpha")
+    outside = [n for n in targets if not 1 <= n <= len(steps)]
+    if outside or not targets:
+        raise DstillError(f"matching points must lie in 1 … {len(steps)} and exist, got {sorted(targets)}")
+    if gradient == "graph":
+        return graph(student, theta0, images, labels, steps, alpha, targets, loss_scale=loss_scale, momentum=momentum)
+    if gradient not in ("adjoint", "tesla"):
+        raise DstillError(f"unknown gradient {gradient!r}; {suggest(gradient, ('adjoint', 'graph', 'tesla'))}")
+    exact = gradient == "adjoint"
+    return adjoint(
+        student, theta0, images, labels, steps, alpha, targets, loss_scale=loss_scale, momentum=momentum, hessian=exact
+    )

@@ -1,0 +1,88 @@
+"""YAML as people expect it: 1e-5 is a number, `off` is a word. Safe loading only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from dstill.config import Settings
+from dstill.errors import DstillError, suggest
+
+S = TypeVar("S", bound=Settings)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the booleans and floats of YAML 1.2."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def parse(text: str, where: str) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        DstillError: it is not YAML, with the line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise DstillError(f"{where} is not valid YAML: {error}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        DstillError: the file cannot be read, or holds no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DstillError(f"{path} cannot be read: {error}") from error
+    value = parse(text, str(path))
+    if not isinstance(value, dict):
+        raise DstillError(f"{path} must hold keys and values, it holds {type(value).__name__}")
+    return value
+
+
+def validate(model: type[S], values: Any, where: str) -> S:
+    """Settings of a model from plain values.
+
+    Raises:
+        DstillError: an unknown key (with the closest known one), or a wrong type or value, with its dotted path.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise DstillError("; ".join(_explain(model, problem, where) for problem in error.errors()[:3])) from error
+
+
+def _explain(model: type[Settings], problem: Any, where: str) -> str:
+    path = [str(part) for part in problem["loc"]]
+    if problem["type"] != "extra_forbidden":
+        given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+        return f"{where}: {'.'.join(path) or 'settings'}: {problem['msg']}{given}"
+    return f"{where}: unknown key {'.'.join(path)!r}; {suggest(path[-1], _fields(model, path[:-1]))}"
+
+
+def _fields(model: type[Settings], path: list[str]) -> list[str]:
+    """Names of the fields of the settings nested at `path`."""
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, Settings))
+    return list(model.model_fields)

@@ -1,0 +1,45 @@
+"""Shared by all tests: one thread, no network, nothing left behind, and a tiny real data set."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
+
+from dstill.data.real import RealSet, Split
+
+torch.set_num_threads(1)
+
+# Hugging Face `datasets` reads these when it is first imported, which dstill does inside functions. The folder is
+# removed when the interpreter exits.
+_SCRATCH = tempfile.TemporaryDirectory(prefix="dstill-tests-")
+os.environ["HF_HOME"] = _SCRATCH.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+set_hypothesis_home_dir(_SCRATCH.name)
+settings.register_profile("dstill", deadline=None, database=None, derandomize=True, max_examples=50)
+settings.load_profile("dstill")
+
+CLASSES = ("stripes", "columns", "checks")
+
+
+def _split(per_class: int, seed: int) -> Split:
+    """Each class has a pattern and a colour of its own, under noise that leaves them easy to tell apart."""
+    generator = torch.Generator().manual_seed(seed)
+    row, column = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    patterns = torch.stack([row % 2, column % 2, (row + column) % 2])
+    colours = torch.tensor([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
+    clean = patterns[:, None] * colours[:, :, None, None] // 2 + colours[:, :, None, None] // 2
+    labels = torch.arange(len(CLASSES)).repeat(per_class)
+    noise = torch.randint(-25, 26, (len(labels), 3, 8, 8), generator=generator)
+    return Split((clean[labels] + noise).clamp(0, 255).to(torch.uint8), labels)
+
+
+@pytest.fixture
+def tiny_real() -> RealSet:
+    """Three classes of 8x8 colour images, 20 training and 10 test images each."""
+    return RealSet("tiny", _split(20, 0), _split(10, 1), CLASSES)

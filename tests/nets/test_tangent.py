@@ -1,0 +1,150 @@
+"""The hand-written derivatives against torch.autograd's double backward, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dstill.nets import tangent
+from dstill.nets.convnet import ConvNet
+from dstill.nets.vgg import VGG11
+
+
+@dataclass
+class Case:
+    """A network with every parameter random (also scales, shifts and biases), a direction, and a labelled batch."""
+
+    net: ConvNet
+    parameters: list[Tensor]
+    direction: list[Tensor]
+    images: Tensor
+    label_logits: Tensor
+    hard_labels: Tensor
+
+    def logits(self, parameters: Sequence[Tensor], images: Tensor) -> Tensor:
+        names = [name for name, _ in self.net.named_parameters()]
+        return functional_call(self.net, dict(zip(names, parameters, strict=True)), images)
+
+    def loss(self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor) -> Tensor:
+        return -(targets * self.logits(parameters, images).log_softmax(1)).sum(1).mean()
+
+    def targets(self, soft: bool) -> Tensor:
+        classes = self.label_logits.shape[1]
+        return self.label_logits.softmax(1) if soft else nn.functional.one_hot(self.hard_labels, classes).double()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    depth, width, channels = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    side = st.integers(2**depth, 2**depth + 5)
+    size = draw(side), draw(side)
+    classes, batch = draw(st.integers(2, 4)), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    net = ConvNet(channels, classes, size, width=width, depth=depth).double()
+    return Case(
+        net,
+        parameters=[normal(*p.shape) for p in net.parameters()],
+        direction=[normal(*p.shape) for p in net.parameters()],
+        images=normal(batch, channels, *size),
+        label_logits=normal(batch, classes),
+        hard_labels=torch.randint(classes, (batch,), generator=generator),
+    )
+
+
+def assert_equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Equal to 1e-12 of the largest entry of all, or of 1."""
+    scale = max(1.0, *(float(e.abs().max()) for e in expected))
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert float((a - e).abs().max()) <= 1e-12 * scale
+
+
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def tracked(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+@given(cases(), st.booleans())
+def test_the_cross_entropy_gradient_equals_autograd(case: Case, soft: bool):
+    parameters = tracked(case.parameters)
+    loss = case.loss(parameters, case.images, case.targets(soft))
+    expected = torch.autograd.grad(loss, parameters)
+
+    actual_loss, actual = tangent.cross_entropy_gradient(case.parameters, case.images, case.targets(soft))
+
+    assert_equal([actual_loss, *actual], [loss.detach(), *expected])
+
+
+@given(cases(), st.booleans())
+def test_the_cross_entropy_tangents_equal_double_backward(case: Case, soft: bool):
+    parameters, (images,) = tracked(case.parameters), tracked([case.images])
+    loss = case.loss(parameters, images, case.targets(soft))
+    slope = inner(torch.autograd.grad(loss, parameters, create_graph=True), case.direction)
+    *hessian_vector, by_images = torch.autograd.grad(slope, [*parameters, images])
+
+    actual = tangent.cross_entropy_tangents(case.parameters, case.direction, case.images, case.targets(soft))
+
+    assert_equal([actual.loss, *actual.parameters, actual.images], [slope.detach(), *hessian_vector, by_images])
+
+
+@given(cases())
+def test_the_tangent_by_label_logits_equals_double_backward(case: Case):
+    parameters, (logits,) = tracked(case.parameters), tracked([case.label_logits])
+    loss = case.loss(parameters, case.images, logits.softmax(1))
+    slope = inner(torch.autograd.grad(loss, parameters, create_graph=True), case.direction)
+    (expected,) = torch.autograd.grad(slope, logits)
+
+    actual = tangent.cross_entropy_tangents(case.parameters, case.direction, case.images, case.targets(soft=True))
+
+    assert_equal([actual.labels], [expected])
+
+
+@given(cases(), st.booleans(), st.sampled_from([0.0, 1.0, 2.5]))
+def test_the_gradient_penalty_equals_double_backward(case: Case, pixelwise: bool, target: float):
+    cotangent = case.label_logits[0]
+    parameters, (images,) = tracked(case.parameters), tracked([case.images])
+    output = (case.logits(parameters, images) * cotangent).sum()
+    (jacobian,) = torch.autograd.grad(output, images, create_graph=True)
+    norm = torch.linalg.vector_norm(jacobian, dim=1 if pixelwise else (1, 2, 3))
+    penalty = (norm - target).square().mean()
+    expected = torch.autograd.grad(penalty, parameters, materialize_grads=True)
+
+    value, actual = tangent.input_gradient_tangents(case.parameters, case.images, cotangent, pixelwise, target)
+
+    assert_equal([value, *actual], [penalty.detach(), *expected])
+
+
+def test_the_instance_norm_convnet_is_supported_at_any_depth():
+    assert tangent.supports(ConvNet(3, 10, (32, 32)))
+    assert tangent.supports(ConvNet(1, 2, (8, 8), width=3, depth=1))
+
+
+@pytest.mark.parametrize("norm", ["group", "batch", "layer", "none"])
+def test_other_norms_are_not_supported(norm):
+    assert not tangent.supports(ConvNet(3, 10, (8, 8), width=4, norm=norm))
+
+
+def test_a_subclass_is_not_supported_since_its_forward_may_differ():
+    class Doubled(ConvNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return 2 * super().forward(images)
+
+    assert not tangent.supports(Doubled(3, 10, (8, 8)))
+
+
+def test_other_networks_are_not_supported():
+    assert not tangent.supports(VGG11(3, 10, (8, 8)))
