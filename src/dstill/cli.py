@@ -109,6 +109,7 @@ def run(
     method: str | None = None,
     ipc: int | None = None,
     recipe: str | None = None,
+    net: str | None = None,
     changes: Set = (),
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     sets: int = 1,
@@ -126,6 +127,7 @@ def run(
         method: ast (default), mtt, ftd, tesla or random.
         ipc: synthetic images per class (default 1).
         recipe: name of `dstill ls recipes`, a YAML file, or `smoke`.
+        net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
         changes: section.key=value, for example `--set distill.iterations=300`; several may follow.
         out: run folder (default runs/DATA-METHOD-ipcK-seedS).
         sets: synthetic sets to distil and evaluate.
@@ -144,6 +146,7 @@ def run(
         method=method,
         ipc=ipc,
         recipe=recipe,
+        net=net,
         changes=changes,
         out=out,
         sets=sets,
@@ -163,6 +166,7 @@ def train_experts(
     recipe: str | None = None,
     method: str | None = None,
     ipc: int | None = None,
+    net: str | None = None,
     changes: Set = (),
     only: str | None = None,
     data: Data = _DATA,
@@ -175,6 +179,7 @@ def train_experts(
         recipe: name, YAML file, or `smoke`.
         method: see `dstill run`.
         ipc: see `dstill run`.
+        net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
         changes: section.key=value, for example `--set experts.count=4`.
         only: numbers of the experts to train, joined by commas, for a share of the work elsewhere.
         data: how the real data are read.
@@ -189,7 +194,7 @@ def train_experts(
         raise DstillError(f"--only takes numbers joined by commas, got {only!r}") from error
     real = data.load(source, common.seed)
     trajectories = commands.train_experts(
-        real, recipe=recipe, method=method, ipc=ipc, changes=changes, only=numbers, **common.arguments(reporter)
+        real, recipe=recipe, method=method, ipc=ipc, net=net, changes=changes, only=numbers, **common.arguments(reporter)
     )
     print(trajectories.summary())
 
@@ -202,6 +207,7 @@ def distill(
     recipe: str | None = None,
     method: str | None = None,
     ipc: int | None = None,
+    net: str | None = None,
     changes: Set = (),
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("distilled"),
     validate_every: int = 0,
@@ -216,6 +222,7 @@ def distill(
         recipe: name, YAML file, or `smoke`.
         method: see `dstill run`.
         ipc: see `dstill run`.
+        net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
         changes: see `dstill run`.
         out: folder for the set, its picture, its metrics and its checkpoints.
         validate_every: measure on the validation part every so many iterations.
@@ -231,6 +238,7 @@ def distill(
         recipe=recipe,
         method=method,
         ipc=ipc,
+        net=net,
         changes=changes,
         out=out,
         validate_every=validate_every,
@@ -292,6 +300,7 @@ def tune(
     method: str | None = None,
     ipc: int | None = None,
     recipe: str | None = None,
+    net: str | None = None,
     changes: Set = (),
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     data: Data = _DATA,
@@ -305,6 +314,7 @@ def tune(
         method: see `dstill run`.
         ipc: see `dstill run`.
         recipe: where the search starts.
+        net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
         changes: see `dstill run`; distill.iterations bounds a candidate's length.
         out: recipe file to write.
         data: how the real data are read.
@@ -321,6 +331,7 @@ def tune(
             method=method,
             ipc=ipc,
             recipe=recipe,
+            net=net,
             changes=changes,
             out=out,
             **common.arguments(reporter),

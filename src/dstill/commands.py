@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,9 @@ from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trajectory import Trajectories
 from dstill.methods import method_info
 from dstill.methods.base import Problem
+from dstill.nets import build, network_class
 from dstill.runs import RunFolder
+from dstill.unroll import Student
 from dstill.version import __version__
 
 RESULT_NAME = "result.json"
@@ -60,11 +63,14 @@ def resolve_recipe(
     recipe: str | Recipe | None,
     method: str | None,
     ipc: int | None,
+    net: str | None,
     changes: Sequence[str],
     device: torch.device,
     reporter: Reporter,
 ) -> Recipe:
     """The settings of a run, said in the log."""
+    if net is not None:
+        changes = [f"net={json.dumps({'name': net})}", *changes]
     if isinstance(recipe, Recipe):
         flags = [f"{key}={value}" for key, value in (("method", method), ("ipc", ipc)) if value is not None]
         return recipes.changed(recipe, [*flags, *changes], "recipe")
@@ -74,12 +80,28 @@ def resolve_recipe(
     return resolved
 
 
+def _check_early(real: RealSet, recipe: Recipe, nets: Sequence[str] = ()) -> None:
+    """Refuses at once what would otherwise be refused after the experts are trained or the set is distilled."""
+    load_protocol(recipe.protocol)
+    for name in nets:
+        network_class(name)
+    if recipe.distill is not None:
+        Student(build(recipe.net, real.channels, real.classes, real.size, torch.Generator()))
+
+
+def _at_least_one(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise DstillError(f"{name} must be at least 1, got {value}")
+
+
 def train_experts(
     source: Any,
     *,
     recipe: str | Recipe | None = None,
     method: str | None = None,
     ipc: int | None = None,
+    net: str | None = None,
     changes: Sequence[str] = (),
     seed: int = 0,
     device: str = "auto",
@@ -94,6 +116,7 @@ def train_experts(
         recipe: name, file or `Recipe`; left out: the data set's own.
         method: overrides the recipe's.
         ipc: overrides the recipe's.
+        net: a network instead of the recipe's, with its own defaults: a name, or your `package.module:Class`.
         changes: `section.key=value` assignments, such as `experts.count=4`.
         seed: expert i depends on it and on i alone.
         device: auto, cpu, cuda or mps.
@@ -106,7 +129,9 @@ def train_experts(
     """
     reporter, where = reporter or Silent(), resolve_device(device)
     real = load_real(source)
-    resolved = resolve_recipe(real, recipe, method, ipc, changes, where, reporter)
+    resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
+    if resolved.experts is None and not method_info(resolved.method).needs_experts:
+        raise DstillError(f"method {resolved.method!r} needs no experts")
     folder, count = _ensure_experts(real, resolved, seed, where, cache_folder(cache), reporter, only)
     return Trajectories(folder, count if only is None else None)
 
@@ -126,6 +151,8 @@ def _ensure_experts(
     task = ExpertTask(real, preprocess, recipe.net, config, recipe.augmentation, seed)
     folder = cache / "experts" / task.fingerprint()
     wanted = list(range(config.count)) if only is None else list(only)
+    if any(index < 0 for index in wanted):
+        raise DstillError(f"experts are numbered from 0, got {min(wanted)}")
     epochs = config.epochs
 
     def observe(index: int, report: Any, score: float) -> None:
@@ -145,6 +172,7 @@ def distill(
     recipe: str | Recipe | None = None,
     method: str | None = None,
     ipc: int | None = None,
+    net: str | None = None,
     changes: Sequence[str] = (),
     seed: int = 0,
     expert_seed: int | None = None,
@@ -162,6 +190,7 @@ def distill(
         recipe: name, file or `Recipe`; left out: the data set's own.
         method: overrides the recipe's.
         ipc: images per class; overrides the recipe's.
+        net: a network instead of the recipe's, with its own defaults: a name, or your `package.module:Class`.
         changes: `section.key=value` assignments, such as `distill.iterations=300`.
         seed: decides initial images and every draw.
         expert_seed: seed of the experts; `seed` if left out.
@@ -176,8 +205,9 @@ def distill(
     """
     reporter, where = reporter or Silent(), resolve_device(device)
     real = load_real(source)
-    resolved = resolve_recipe(real, recipe, method, ipc, changes, where, reporter)
+    resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     check_ipc(real, resolved.ipc)
+    _check_early(real, resolved)
     store = cache_folder(cache)
     trajectories: Trajectories | None = None
     if experts is not None:
@@ -203,16 +233,20 @@ def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Repor
     finished = out / FILE_NAME
     if finished.exists():
         reporter.note(f"{finished} is finished: nothing to do")
-        return DistilledSet.load(finished)
-    distilled = run_method(problem, folder, cadence=cadence, observer=_watch(reporter))
-    distilled.save(out)
-    files.write_text(out / "recipe.yaml", recipes.dump(problem.recipe))
+        distilled = DistilledSet.load(finished)
+    else:
+        distilled = run_method(problem, folder, cadence=cadence, observer=_watch(reporter))
+        distilled.save(out)
+    settings = out / "recipe.yaml"
+    if settings.exists():
+        return distilled
     pictures.save_grid(distilled, out / "distilled.png")
     rows = folder.metrics()
     if rows:
         pictures.save_curves(
             rows, out / "curves.png", f"{problem.recipe.method}, {problem.real.name}, IPC {problem.recipe.ipc}"
         )
+    files.write_text(settings, recipes.dump(problem.recipe))  # last: it says that everything beside the set is there
     folder.finish()
     return distilled
 
@@ -264,6 +298,7 @@ def evaluate(
         DstillError: the set was made for other classes or another image size than `source` has.
     """
     reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
+    _at_least_one(networks=networks)
     if isinstance(distilled, str | Path):
         distilled = DistilledSet.load(distilled)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
@@ -274,6 +309,8 @@ def evaluate(
     test = prepared(real.test, first.preprocess, where)
     count = networks or chosen.networks
     configs = [first.net if name == first.net.name else NetConfig(name=name) for name in nets] or [first.net]
+    for config in configs:
+        network_class(config.name)
 
     scores: dict[str, Score] = {}
     for config in configs:
@@ -285,14 +322,13 @@ def evaluate(
                 by_set[i] += evaluate_set(one, test, chosen, net=config, networks=1, seed=seed, stream=stream)
                 detail = f"{config.name} {by_set[i][-1]:.1%}"
                 reporter.progress(f"evaluating {config.name}", i * count + k + 1, len(sets) * count, detail)
-        scores[config.name] = Score.of(by_set, lr=first.alpha if len(sets) == 1 else None)
+        rates = {one.alpha or chosen.lr for one in sets}
+        scores[config.name] = Score.of(by_set, lr=rates.pop() if len(rates) == 1 else None)
     evaluated = time.perf_counter()
 
     beside = None
     if random and real.judged_on == "test":
-        beside = random_baseline(
-            first, real, test, chosen, networks=networks, seed=seed, tick=lambda text: reporter.progress(text, 0, 1)
-        )
+        beside = random_baseline(first, real, test, chosen, networks=networks, seed=seed, tick=reporter.note)
     full = _whole_cached(first, real, test, seed, cache_folder(cache)) if whole else None
     stages = {"evaluate": evaluated - started, "baselines": time.perf_counter() - evaluated}
     result = Result(
@@ -348,6 +384,7 @@ def run(
     method: str | None = None,
     ipc: int | None = None,
     recipe: str | Recipe | None = None,
+    net: str | None = None,
     changes: Sequence[str] = (),
     out: str | Path | None = None,
     sets: int = 1,
@@ -367,6 +404,7 @@ def run(
         method: overrides the recipe's; `ast` where there is neither.
         ipc: images per class; 1 where neither this nor the recipe says.
         recipe: name, file or `Recipe`; `smoke` for a run of seconds; left out: the data set's own, else derived.
+        net: a network instead of the recipe's, with its own defaults: a name, or your `package.module:Class`.
         changes: `section.key=value` assignments, such as `experts.count=4`.
         out: run folder; `runs/<data>-<method>-ipc<k>-seed<s>` if left out. Holds `result.json`, and in `set-<k>/` the
             distilled set, its picture, its metrics and its curves.
@@ -384,9 +422,11 @@ def run(
         DstillError: whatever the user can put right, in a sentence.
     """
     reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
+    _at_least_one(sets=sets, networks=networks)
     real = load_real(source)
-    resolved = resolve_recipe(real, recipe, method, ipc, changes, where, reporter)
+    resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     check_ipc(real, resolved.ipc)
+    _check_early(real, resolved, nets)
     folder = Path(out) if out else Path("runs") / f"{real.name}-{resolved.method}-ipc{resolved.ipc}-seed{seed}"
     reporter.note(f"run folder: {folder}")
     trajectories: Trajectories | None = None

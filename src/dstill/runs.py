@@ -26,17 +26,23 @@ class RunFolder:
         identity: settings that determine the run. A folder with another identity is refused.
 
     Raises:
-        DstillError: the folder belongs to a run with other settings.
+        DstillError: the folder belongs to a run with other settings, or cannot be made.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path, self.identity = path, json.loads(json.dumps(identity))
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DstillError(f"the folder {path} cannot be made ({error.strerror}): pass another -o") from error
         self.metrics_path = path / "metrics.jsonl"
         self.checkpoint_path = path / "checkpoint.safetensors"
         stamp = path / "settings.json"
         if stamp.exists():
-            stored = json.loads(stamp.read_text(encoding="utf-8"))
+            try:
+                stored = json.loads(stamp.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise DstillError(f"{stamp} was not written by dstill ({error}): pass another -o") from error
             if stored != self.identity:
                 changed = ", ".join(_differences(stored, self.identity)) or "settings"
                 raise DstillError(f"{path} holds a run with other settings ({changed}): pass another -o, or remove the folder")

@@ -30,6 +30,7 @@ def tune(
     method: str | None = None,
     ipc: int | None = None,
     recipe: str | Recipe | None = None,
+    net: str | None = None,
     changes: tuple[str, ...] = (),
     out: str | Path | None = None,
     seed: int = 0,
@@ -49,6 +50,7 @@ def tune(
         method: overrides the recipe's.
         ipc: overrides the recipe's.
         recipe: where to start; left out: the data set's own, else derived.
+        net: a network instead of the recipe's.
         changes: `section.key=value` assignments; `distill.iterations` bounds a candidate's length.
         out: recipe file to write; `<data>-<method>-ipc<k>.yaml` if left out.
         seed: decides the validation part and the candidates.
@@ -66,7 +68,7 @@ def tune(
     where = resolve_device(device)
     real = load_real(source)
     held = real.holdout(seed)
-    base = resolve_recipe(real, recipe, method, ipc, changes, where, reporter)
+    base = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     if base.distill is None:
         raise DstillError(f"method {base.method!r} has no settings to tune")
     # Experts long enough for the largest T+ of the search serve every candidate.

@@ -15,6 +15,9 @@ from dstill.errors import DstillError, suggest
 S = TypeVar("S", bound=Settings)
 
 
+_FLOAT = re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$")
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the booleans and floats of YAML 1.2."""
 
@@ -24,11 +27,7 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def parse(text: str, where: str) -> Any:
@@ -39,8 +38,20 @@ def parse(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         raise DstillError(f"{where} is not valid YAML: {error}") from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes the words which `_Loader` would take for numbers, such as 1e5."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def dump(values: Any) -> str:
+    """Plain values as YAML text that `parse` reads back."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -74,8 +85,8 @@ def validate(model: type[S], values: Any, where: str) -> S:
 def _explain(model: type[Settings], problem: Any, where: str) -> str:
     path = [str(part) for part in problem["loc"]]
     if problem["type"] != "extra_forbidden":
-        given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
-        return f"{where}: {'.'.join(path) or 'settings'}: {problem['msg']}{given}"
+        given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+        return f"{where}: {'.'.join(path) or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{given}"
     return f"{where}: unknown key {'.'.join(path)!r}; {suggest(path[-1], _fields(model, path[:-1]))}"
 
 

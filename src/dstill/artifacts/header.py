@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -46,11 +48,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Writes tensors and a header; the header gains the format version, the kind and the package version."""
-    full = {"format": FORMAT, "kind": kind, "dstill": __version__, **header}
+    """Writes tensors and a header; the header gains the format, the kind, the package version and a checksum of the tensors."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    full = {"format": FORMAT, "kind": kind, "dstill": __version__, "sha256": _checksum(contiguous), **header}
     with atomic(path) as temporary:
         save_file(contiguous, temporary, metadata={_KEY: json.dumps(full, sort_keys=True)})
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes; safetensors itself does not notice a flipped bit."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -68,8 +79,8 @@ def opened(path: Path, kind: str) -> Iterator[tuple[dict[str, Any], Any]]:
         raise DstillError(f"{path} is damaged or not a safetensors file ({error})") from error
     with handle as file:
         try:
-            header = json.loads((file.metadata() or {})[_KEY])
-        except (KeyError, ValueError) as error:
+            header = dict(json.loads((file.metadata() or {})[_KEY]))
+        except (KeyError, TypeError, ValueError) as error:
             raise DstillError(f"{path} has no dstill header: it was written by another program") from error
         if header.get("kind") != kind:
             raise DstillError(f"{path} holds a {header.get('kind')}, not a {kind}")
@@ -79,6 +90,9 @@ def opened(path: Path, kind: str) -> Iterator[tuple[dict[str, Any], Any]]:
 
 
 def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads the header and all tensors of a file of this kind; raises as `opened` does."""
+    """Reads the header and all tensors of a file of this kind; raises as `opened` does, and where a bit has flipped."""
     with opened(path, kind) as (header, file):
-        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if header.get("sha256") not in (None, _checksum(tensors)):
+        raise DstillError(f"{path} is damaged: its tensors are not those that were written; restore it from a copy")
+    return header, tensors

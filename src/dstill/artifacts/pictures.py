@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +20,7 @@ _MIN_TILE = 64
 def grid(distilled: DistilledSet, columns: int | None = None) -> Image.Image:
     """Images in natural colours, one row a class (up to `columns` images each), enlarged to at least 64 pixels a side."""
     per_class = min(distilled.ipc, columns or 10)
-    shown = [(distilled.class_ids == c).nonzero().squeeze(1)[:per_class] for c in range(distilled.classes)]
+    shown = [rows[:per_class] for rows in _rows_by_class(distilled)]
     # One image per class reads better as a strip of classes than as a column.
     flat = [int(index) for row in shown for index in row]
     rows = _chunks(flat, per_class if per_class > 1 else 10)
@@ -35,13 +36,20 @@ def grid(distilled: DistilledSet, columns: int | None = None) -> Image.Image:
     return canvas
 
 
+def _rows_by_class(distilled: DistilledSet) -> list[Tensor]:
+    """Soft labels may all favour one class; such sets are stored class by class."""
+    if distilled.labels.is_floating_point():
+        return list(torch.arange(len(distilled.images)).split(distilled.ipc))
+    return [(distilled.labels == c).nonzero().squeeze(1) for c in range(distilled.classes)]
+
+
 def _chunks(values: list[int], size: int) -> list[list[int]]:
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
 def _image(pixels: Tensor) -> Image.Image:
     array = pixels.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array[:, :, :3]).convert("RGB")
+    return Image.fromarray(array[:, :, 0] if array.shape[2] < 3 else array[:, :, :3]).convert("RGB")
 
 
 def save_grid(distilled: DistilledSet, path: Path) -> Path:

@@ -172,9 +172,7 @@ def _smoke(recipe: Recipe, shape: DataShape) -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """A recipe as YAML text that `load_recipe` reads back."""
-    import yaml
-
-    return yaml.safe_dump(canonical(recipe, exclude_none=True), sort_keys=False, allow_unicode=True)
+    return yamls.dump(canonical(recipe, exclude_none=True))
 
 
 def changed(recipe: Recipe, changes: Sequence[str], where: str) -> Recipe:

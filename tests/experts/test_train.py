@@ -1,0 +1,304 @@
+"""Experts: the loop against a hand-written one, what decides an expert, and what an interruption leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+
+from dstill import nets, seeding
+from dstill.config import ExpertConfig, GsamConfig, MatchingConfig, NetConfig, Recipe
+from dstill.data import preprocess as preprocessing
+from dstill.data import siamese
+from dstill.data.real import RealSet
+from dstill.errors import DstillError
+from dstill.experts.smooth import avg_var
+from dstill.experts.train import ExpertTask, lr_schedule, optimiser, train_expert, train_missing
+from dstill.experts.trajectory import Trajectories
+from dstill.recipes import load_recipe, recipe_names
+from dstill.training import EpochReport
+
+CPU = torch.device("cpu")
+DSA = "colour_crop_cutout_flip_scale_rotate"
+MakeTask = Callable[..., ExpertTask]
+
+
+@pytest.fixture
+def make_task(tiny_real: RealSet) -> MakeTask:
+    """Builds a task: plain SGD for two epochs in three batches each, changed by keywords of `ExpertConfig`."""
+    preprocess = preprocessing.fit("standardise", tiny_real.train.images)
+    net = NetConfig(width=4, depth=1)
+    plain: dict[str, Any] = {
+        "count": 1,
+        "epochs": 2,
+        "lr": 0.05,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "batch_size": 20,
+        "clipped_loss": "off",
+        "gradient_penalty": "off",
+        "lr_step": "off",
+    }
+
+    def make(*, real: RealSet = tiny_real, augmentation: str = "none", seed: int = 0, **settings: Any) -> ExpertTask:
+        return ExpertTask(real, preprocess, net, ExpertConfig(**{**plain, **settings}), augmentation, seed)
+
+    return make
+
+
+def trained(task: ExpertTask, index: int = 0) -> Tensor:
+    return train_expert(task, index, CPU)[0]
+
+
+def by_hand(task: ExpertTask, rates: list[float], *, anew_at: int | None = None) -> Tensor:
+    """Expert 0 of a plain task, as a page of PyTorch: one learning rate an epoch, a new optimiser before `anew_at`."""
+    real, config = task.real, task.config
+    generator = seeding.generator(task.seed, "expert", 0)
+    net = nets.build(task.net, real.channels, real.classes, real.size, generator)
+    images = task.preprocess.forward(real.train.images.float() / 255)
+    options = {"momentum": config.momentum, "weight_decay": config.weight_decay}
+    sgd = torch.optim.SGD(net.parameters(), lr=rates[0], **options)
+    records = [parameters_to_vector(net.parameters()).detach().clone()]
+    for epoch, rate in enumerate(rates):
+        if epoch == anew_at:
+            sgd = torch.optim.SGD(net.parameters(), lr=rate, **options)
+        sgd.param_groups[0]["lr"] = rate
+        for rows in torch.randperm(len(images), generator=generator).split(config.batch_size):
+            batch = siamese.apply(images[rows], siamese.sample(task.augmentation, len(rows), generator))
+            sgd.zero_grad()
+            F.cross_entropy(net(batch), real.train.labels[rows]).backward()
+            sgd.step()
+        records.append(parameters_to_vector(net.parameters()).detach().clone())
+    return torch.stack(records)
+
+
+def test_records_are_copies_from_the_initial_weights_on(make_task: MakeTask) -> None:
+    task = make_task()
+    real = task.real
+    fresh = nets.build(task.net, real.channels, real.classes, real.size, seeding.generator(0, "expert", 0))
+    trajectory = trained(task)
+    assert torch.equal(trajectory[0], parameters_to_vector(fresh.parameters()))
+    assert len(trajectory) == 3
+    for before, after in pairwise(trajectory):
+        assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("augmentation", ["none", DSA])
+@pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.9, 1e-3)])
+def test_an_sgd_expert_equals_a_hand_written_loop_bit_for_bit(
+    make_task: MakeTask, augmentation: str, momentum: float, decay: float
+) -> None:
+    task = make_task(augmentation=augmentation, momentum=momentum, weight_decay=decay, batch_size=25)
+    assert torch.equal(trained(task), by_hand(task, [0.05, 0.05]))
+
+
+@pytest.mark.parametrize(
+    ("form", "planned", "rates", "anew_at"),
+    [
+        ("off", 2, [0.05, 0.05, 0.05], None),
+        ("paper", 2, [0.05, 0.05 * 0.5, 0.05 * 0.5], None),
+        ("released", 1, [0.05, 0.05, 0.05 * 0.6], 2),
+    ],
+)
+def test_a_learning_rate_step_acts_on_the_weights(
+    make_task: MakeTask, form: str, planned: int, rates: list[float], anew_at: int | None
+) -> None:
+    task = make_task(lr_step=form, planned_epochs=planned, epochs=3, momentum=0.9)
+    assert torch.equal(trained(task), by_hand(task, rates, anew_at=anew_at))
+
+
+@pytest.mark.parametrize(("form", "changes_before", "factor"), [("paper", 4, 0.5), ("released", 6, 0.6), ("off", None, 1.0)])
+def test_the_learning_rate_of_each_epoch_of_eight(form: str, changes_before: int | None, factor: float) -> None:
+    """Released: epochs count from zero, and the change comes after epoch E/2 + 1."""
+    config = ExpertConfig(planned_epochs=8, lr=0.01, lr_step=form)  # type: ignore[arg-type]
+    sgd = optimiser(torch.nn.Linear(1, 1), config)
+    schedule = lr_schedule(config)
+    rates: list[float] = []
+    for epoch in range(8):
+        if schedule is not None:
+            schedule(sgd, epoch)
+        rates.append(sgd.param_groups[0]["lr"])
+    expected = [0.01 * (factor if changes_before is not None and epoch >= changes_before else 1) for epoch in range(8)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("form", "forgotten"), [("paper", False), ("released", True)])
+def test_only_the_released_step_forgets_the_momentum(form: str, forgotten: bool) -> None:
+    config = ExpertConfig(planned_epochs=8, lr_step=form)  # type: ignore[arg-type]
+    net = torch.nn.Linear(1, 1)
+    sgd = optimiser(net, config)
+    net(torch.ones(1, 1)).sum().backward()
+    sgd.step()
+    assert sgd.state
+    schedule = lr_schedule(config)
+    assert schedule is not None
+    for epoch in range(8):
+        schedule(sgd, epoch)
+    assert (not sgd.state) == forgotten
+
+
+@pytest.mark.parametrize(
+    "settings", [{"optimiser": "sgd"}, {"optimiser": "sgd", "momentum": 0.9}, {"optimiser": "adam", "lr": 0.02}], ids=str
+)
+def test_every_switch_trains_and_leaves_weights_of_its_own(make_task: MakeTask, settings: dict[str, Any]) -> None:
+    forms = ("off", "paper", "released")
+    ends: list[Tensor] = []
+    for clip, penalty in product(forms, forms):
+        task = make_task(epochs=6, clipped_loss=clip, gradient_penalty=penalty, **settings)
+        trajectory, record = train_expert(task, 0, CPU)
+        assert bool(torch.isfinite(trajectory).all())
+        assert record["accuracy"][-1] > 0.6, (clip, penalty)  # chance is a third
+        ends.append(trajectory[-1])
+    for i, j in product(range(len(ends)), range(len(ends))):
+        assert i == j or not torch.equal(ends[i], ends[j])
+
+
+def test_gsam_trains_and_changes_the_weights(make_task: MakeTask) -> None:
+    flat, record = train_expert(make_task(epochs=6, gsam=GsamConfig(rho=0.5)), 0, CPU)
+    assert record["accuracy"][-1] > 0.6
+    assert not torch.equal(flat[-1], trained(make_task(epochs=6))[-1])
+
+
+def test_adam_uses_the_rate_and_decay_of_the_settings() -> None:
+    adam = optimiser(torch.nn.Linear(1, 1), ExpertConfig(optimiser="adam", lr=0.002, weight_decay=0.03))
+    assert isinstance(adam, torch.optim.Adam)
+    assert (adam.param_groups[0]["lr"], adam.param_groups[0]["weight_decay"]) == (0.002, 0.03)
+
+
+def test_the_record_tells_loss_accuracy_and_step_length_of_every_epoch(make_task: MakeTask) -> None:
+    trajectory, record = train_expert(make_task(epochs=4), 0, CPU)
+    assert [len(record[key]) for key in ("loss", "accuracy", "step_lengths")] == [4, 4, 4]
+    assert record["loss"][-1] < record["loss"][0]
+    assert sum(record["step_lengths"]) / 4 == pytest.approx(avg_var(trajectory), rel=1e-12)
+
+
+def test_an_expert_depends_on_seed_and_index_alone(make_task: MakeTask, tmp_path: Path) -> None:
+    train_missing(make_task(count=3), tmp_path / "all", CPU)
+    train_missing(make_task(count=50), tmp_path / "some", CPU, only=[2, 0])
+    everything, some = Trajectories(tmp_path / "all"), Trajectories(tmp_path / "some")
+    assert [path.name for path in some.paths] == ["expert-000.safetensors", "expert-002.safetensors"]
+    assert torch.equal(everything.rows(0, 0, 3), some.rows(0, 0, 3))
+    assert torch.equal(everything.rows(2, 0, 3), some.rows(1, 0, 3))
+    assert not torch.equal(everything.rows(0, 0, 3), everything.rows(1, 0, 3))
+    assert not torch.equal(trained(make_task(seed=0)), trained(make_task(seed=1)))
+
+
+def test_drawing_from_torchs_global_generator_changes_no_expert(make_task: MakeTask) -> None:
+    torch.manual_seed(1)
+    first = trained(make_task(augmentation=DSA))
+    torch.manual_seed(2)
+    assert torch.equal(first, trained(make_task(augmentation=DSA)))
+
+
+def test_a_repeated_call_trains_only_the_missing_experts(make_task: MakeTask, tmp_path: Path) -> None:
+    task = make_task(count=3)
+    train_missing(task, tmp_path, CPU)
+    files = sorted(tmp_path.iterdir())
+    kept, lost = [path.read_bytes() for path in files], files[1]
+    lost.unlink()
+    seen: list[tuple[int, int]] = []
+    train_missing(task, tmp_path, CPU, observer=lambda index, report, _: seen.append((index, report.epochs_done)))
+    assert seen == [(1, 1), (1, 2)]
+    assert [path.read_bytes() for path in files] == kept
+
+
+def test_an_interrupted_training_leaves_whole_files_only(make_task: MakeTask, tmp_path: Path) -> None:
+    def stop(index: int, report: EpochReport, _: float) -> None:
+        if (index, report.epochs_done) == (1, 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_missing(make_task(count=3), tmp_path, CPU, observer=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["expert-000.safetensors"]
+
+
+def test_an_expert_that_diverges_is_refused_with_the_remedy(make_task: MakeTask, tmp_path: Path) -> None:
+    with pytest.raises(DstillError, match=r"expert 0 has non-finite weights after epoch 1: lower experts\.lr"):
+        train_missing(make_task(lr=1e38), tmp_path, CPU)
+    assert not list(tmp_path.glob("*"))
+
+
+@pytest.mark.parametrize(("store", "error"), [("float32", 0.0), ("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
+def test_trajectories_are_stored_in_the_type_asked_for_within_its_rounding(
+    make_task: MakeTask, tmp_path: Path, store: str, error: float
+) -> None:
+    exact = trained(make_task())
+    stored = trained(make_task(store=store))
+    assert stored.dtype == getattr(torch, store)
+    normal = exact.abs() > 1e-3  # smaller numbers are denormal in float16
+    assert ((stored.float() - exact).abs() <= error * exact.abs())[normal].all()
+    train_missing(make_task(store=store), tmp_path, CPU)
+    assert torch.equal(Trajectories(tmp_path).rows(0, 0, 3), stored.float())
+
+
+def test_the_fingerprint_changes_with_what_the_weights_depend_on(make_task: MakeTask, tiny_real: RealSet) -> None:
+    task = make_task()
+    other = replace(tiny_real, train=tiny_real.train.take(torch.arange(59)), fingerprint="")
+    changed = [
+        make_task(real=other),
+        make_task(augmentation="crop"),
+        make_task(seed=1),
+        replace(task, net=NetConfig(width=5, depth=1)),
+        *(
+            make_task(**{key: value})
+            for key, value in {
+                "epochs": 3,
+                "planned_epochs": 10,
+                "optimiser": "adam",
+                "lr": 0.06,
+                "momentum": 0.5,
+                "weight_decay": 0.1,
+                "batch_size": 30,
+                "clipped_loss": "paper",
+                "gradient_penalty": "released",
+                "lr_step": "paper",
+                "gsam": GsamConfig(),
+            }.items()
+        ),
+    ]
+    names = {each.fingerprint() for each in changed} | {task.fingerprint()}
+    assert len(names) == len(changed) + 1
+
+
+def test_the_fingerprint_ignores_number_storage_and_compilation(make_task: MakeTask) -> None:
+    name = make_task().fingerprint()
+    assert {make_task(**{k: v}).fingerprint() for k, v in {"count": 9, "store": "float16", "compile": True}.items()} == {name}
+    assert make_task().fingerprint() == name
+
+
+def test_every_setting_of_an_expert_is_either_identity_or_named_as_ignored(make_task: MakeTask) -> None:
+    identity = make_task(gsam=GsamConfig()).identity()["experts"]
+    assert set(ExpertConfig.model_fields) - set(identity) == {"count", "store", "compile"}
+
+
+def test_the_number_of_epochs_must_be_resolved_first(make_task: MakeTask) -> None:
+    with pytest.raises(ValueError, match="expert_config"):
+        trained(make_task(epochs=None))
+
+
+def test_experts_are_never_trained_longer_than_the_recipe_needs() -> None:
+    seen = 0
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        if recipe.distill is None:
+            continue
+        seen += 1
+        # The last segment starts at T+ - 1 and ends M epochs later.
+        assert recipe.expert_config.epochs == recipe.distill.max_start_epoch - 1 + recipe.distill.expert_epochs, name
+    assert seen >= 40
+
+
+def test_epochs_that_are_asked_for_are_kept_and_nothing_else_changes() -> None:
+    recipe = Recipe(data="tiny", method="ast", ipc=1, experts=ExpertConfig(epochs=50), distill=MatchingConfig())
+    assert recipe.expert_config == recipe.experts
+    open_ended = recipe.model_copy(update={"experts": ExpertConfig()})
+    assert open_ended.expert_config == ExpertConfig(epochs=21)
+    assert open_ended.model_copy(update={"distill": None}).expert_config.epochs == ExpertConfig().planned_epochs
