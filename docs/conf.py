@@ -36,7 +36,8 @@ _MARKUP = re.compile(r"[*|\\]|_(?=\W|$)")
 
 def plain_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Reads docstrings as they are written: `x` is code, an indented formula is literal, and * and | mean themselves."""
-    out: list[str] = []
+    # The empty line keeps napoleon from reading `text: more` in a property's docstring as a type.
+    out: list[str] = [""] if what in ("attribute", "property") else []
     section, doctest, literal = "", False, False
     for line in lines:
         found = _SECTION.match(line)

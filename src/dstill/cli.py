@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from dstill.console import ConsoleReporter, duration
+from dstill.console import ConsoleReporter
 from dstill.errors import DstillError
 from dstill.version import __version__
 
 if TYPE_CHECKING:
-    from dstill.artifacts.result import Result
     from dstill.data.real import RealSet
 
 app = App(
@@ -117,6 +116,7 @@ def run(
     networks: int | None = None,
     whole: bool = False,
     validate_every: int = 0,
+    checkpoint_every: int = 25,
     data: Data = _DATA,
     common: Common = _COMMON,
 ) -> None:
@@ -134,11 +134,12 @@ def run(
         nets: evaluation networks, joined by commas.
         networks: fresh networks a set (default: the protocol's).
         whole: also train on the whole training set.
-        validate_every: measure on the validation part every so many iterations.
+        validate_every: measure on the validation part every so many iterations; 0 for never.
+        checkpoint_every: store the state every so many iterations.
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import commands
+    from dstill import commands, summary
 
     reporter = common.start()
     result = commands.run(
@@ -154,9 +155,10 @@ def run(
         networks=networks,
         whole=whole,
         validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
         **common.arguments(reporter),
     )
-    _print_result(result)
+    summary.print_result(result)
 
 
 @app.command
@@ -211,6 +213,7 @@ def distill(
     changes: Set = (),
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("distilled"),
     validate_every: int = 0,
+    checkpoint_every: int = 25,
     data: Data = _DATA,
     common: Common = _COMMON,
 ) -> None:
@@ -225,7 +228,8 @@ def distill(
         net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
         changes: see `dstill run`.
         out: folder for the set, its picture, its metrics and its checkpoints.
-        validate_every: measure on the validation part every so many iterations.
+        validate_every: measure on the validation part every so many iterations; 0 for never.
+        checkpoint_every: store the state every so many iterations.
         data: how the real data are read.
         common: where and how the command runs.
     """
@@ -242,6 +246,7 @@ def distill(
         changes=changes,
         out=out,
         validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
         **common.arguments(reporter),
     )
     print(out)
@@ -275,7 +280,7 @@ def evaluate(
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import commands
+    from dstill import commands, summary
 
     reporter = common.start()
     result = commands.evaluate(
@@ -289,7 +294,7 @@ def evaluate(
         out=out,
         **common.arguments(reporter),
     )
-    _print_result(result)
+    summary.print_result(result)
 
 
 @app.command
@@ -376,33 +381,6 @@ def ls(
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         print(f"{row['name']:<{width}}  {row['note']}".rstrip())
-
-
-def _print_result(result: Result) -> None:
-    """The table at the end: the method beside random images and, where measured, the whole set."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{result.data}, {result.ipc} image(s) per class, protocol {result.protocol.name} v{result.protocol.version}"
-    )
-    for column in ("", f"{result.measured_on} accuracy %", "± std", "n"):
-        table.add_column(column, justify="left" if not column else "right")
-    rows = [
-        (f"{result.method} ({name})" if len(result.nets) > 1 else result.method, score) for name, score in result.nets.items()
-    ]
-    rows += [("random real images", result.random)] if result.random else []
-    rows += [("whole training set", result.whole)] if result.whole else []
-    for name, score in rows:
-        table.add_row(name, f"{100 * score.mean:.1f}", f"{100 * score.std:.1f}", str(score.n))
-    console = Console()
-    console.print(table)
-    if result.random:
-        gain = 100 * (result.accuracy.mean - result.random.mean)
-        console.print(
-            f"{result.method} is {gain:+.1f} points from random images (which chose learning rate {result.random.lr:g})."
-        )
-    console.print(f"{result.stored_bytes / 1024:.1f} KiB stored, {duration(result.seconds)}.")
 
 
 def main() -> None:

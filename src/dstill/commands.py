@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,81 +16,22 @@ from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.result import ProtocolId, Result, Score
 from dstill.config import NetConfig, Recipe, canonical
 from dstill.console import Reporter, Silent
-from dstill.data import preprocess as preprocessing
-from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet, check_ipc, load_real
-from dstill.devices import free_memory, resolve_device
+from dstill.devices import resolve_device
 from dstill.distillation import Cadence, run_method
 from dstill.errors import DstillError
 from dstill.evaluation.baselines import random_baseline, whole_set
 from dstill.evaluation.networks import evaluate_set, prepared
 from dstill.evaluation.protocols import load_protocol
-from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trajectory import Trajectories
 from dstill.methods import method_info
 from dstill.methods.base import Problem
-from dstill.nets import build, network_class
+from dstill.nets import network_class
+from dstill.preparation import at_least_one, cache_folder, check_early, ensure_experts, fitted_preprocess, resolve_recipe
 from dstill.runs import RunFolder
-from dstill.unroll import Student
 from dstill.version import __version__
 
 RESULT_NAME = "result.json"
-_PREPROCESS = "preprocessing"
-
-
-def cache_folder(cache: str | Path | None) -> Path:
-    """Where experts and whitening are kept for every run: `cache`, else $DSTILL_CACHE, else ~/.cache/dstill."""
-    chosen = cache or os.environ.get("DSTILL_CACHE") or Path.home() / ".cache" / "dstill"
-    return Path(chosen).expanduser()
-
-
-def fitted_preprocess(kind: str, real: RealSet, cache: Path) -> Preprocess:
-    """The preprocessing fitted on the training part; a ZCA fit is cached by the data's fingerprint."""
-    if kind != "zca":
-        return preprocessing.fit(kind, real.train.images)
-    path = cache / "preprocess" / f"{kind}-{real.fingerprint}.safetensors"
-    if path.exists():
-        return preprocessing.from_tensors(kind, files.load(path, _PREPROCESS)[1])
-    fitted = preprocessing.fit(kind, real.train.images)
-    files.save(path, _PREPROCESS, fitted.tensors(), {"data": real.fingerprint})
-    return fitted
-
-
-def resolve_recipe(
-    real: RealSet,
-    recipe: str | Recipe | None,
-    method: str | None,
-    ipc: int | None,
-    net: str | None,
-    changes: Sequence[str],
-    device: torch.device,
-    reporter: Reporter,
-) -> Recipe:
-    """The settings of a run, said in the log."""
-    if net is not None:
-        changes = [f"net={json.dumps({'name': net})}", *changes]
-    if isinstance(recipe, Recipe):
-        flags = [f"{key}={value}" for key, value in (("method", method), ("ipc", ipc)) if value is not None]
-        return recipes.changed(recipe, [*flags, *changes], "recipe")
-    shape = recipes.DataShape(real.name, real.channels, min(real.size), real.classes, free_memory(device))
-    resolved, origin = recipes.resolve(recipe, shape, method=method, ipc=ipc, changes=changes)
-    reporter.note(f"{resolved.method}, {resolved.ipc} image(s) per class, {real.name}: {origin}")
-    return resolved
-
-
-def _check_early(real: RealSet, recipe: Recipe, nets: Sequence[str] = ()) -> None:
-    """Refuses at once what would otherwise be refused after the experts are trained or the set is distilled."""
-    load_protocol(recipe.protocol)
-    for name in nets:
-        network_class(name)
-    if recipe.distill is not None:
-        Student(build(recipe.net, real.channels, real.classes, real.size, torch.Generator()))
-
-
-def _at_least_one(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise DstillError(f"{name} must be at least 1, got {value}")
 
 
 def train_experts(
@@ -132,37 +71,8 @@ def train_experts(
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     if resolved.experts is None and not method_info(resolved.method).needs_experts:
         raise DstillError(f"method {resolved.method!r} needs no experts")
-    folder, count = _ensure_experts(real, resolved, seed, where, cache_folder(cache), reporter, only)
+    folder, count = ensure_experts(real, resolved, seed, where, cache_folder(cache), reporter, only)
     return Trajectories(folder, count if only is None else None)
-
-
-def _ensure_experts(
-    real: RealSet,
-    recipe: Recipe,
-    seed: int,
-    device: torch.device,
-    cache: Path,
-    reporter: Reporter,
-    only: Sequence[int] | None = None,
-) -> tuple[Path, int]:
-    config = recipe.expert_config
-    assert config.epochs is not None
-    preprocess = fitted_preprocess(recipe.preprocess, real, cache)
-    task = ExpertTask(real, preprocess, recipe.net, config, recipe.augmentation, seed)
-    folder = cache / "experts" / task.fingerprint()
-    wanted = list(range(config.count)) if only is None else list(only)
-    if any(index < 0 for index in wanted):
-        raise DstillError(f"experts are numbered from 0, got {min(wanted)}")
-    epochs = config.epochs
-
-    def observe(index: int, report: Any, score: float) -> None:
-        done = wanted.index(index) * epochs + report.epochs_done
-        detail = f"expert {index}: {real.judged_on} accuracy {score:.1%}, {report.images_per_second:,.0f} images/s"
-        reporter.progress("expert epochs", done, len(wanted) * epochs, detail)
-
-    train_missing(task, folder, device, only=only, observer=observe)
-    reporter.note(f"experts: {folder}")
-    return folder, config.count
 
 
 def distill(
@@ -180,6 +90,7 @@ def distill(
     device: str = "auto",
     cache: str | Path | None = None,
     validate_every: int = 0,
+    checkpoint_every: int = 25,
     reporter: Reporter | None = None,
 ) -> DistilledSet:
     """Distils a real image set.
@@ -197,7 +108,8 @@ def distill(
         out: folder for metrics, checkpoints, pictures and the set. A call with the same arguments continues there.
         device: auto, cpu, cuda or mps.
         cache: folder that keeps experts for every run that can use them.
-        validate_every: measure the set on the validation part every so many iterations.
+        validate_every: measure the set on the validation part every so many iterations; 0 for never.
+        checkpoint_every: store the state every so many iterations; 0 for never.
         reporter: receives progress.
 
     Raises:
@@ -207,18 +119,19 @@ def distill(
     real = load_real(source)
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     check_ipc(real, resolved.ipc)
-    _check_early(real, resolved)
+    check_early(real, resolved)
     store = cache_folder(cache)
     trajectories: Trajectories | None = None
     if experts is not None:
         trajectories = experts if isinstance(experts, Trajectories) else Trajectories(Path(experts))
     elif method_info(resolved.method).needs_experts:
-        folder, count = _ensure_experts(real, resolved, seed if expert_seed is None else expert_seed, where, store, reporter)
+        folder, count = ensure_experts(real, resolved, seed if expert_seed is None else expert_seed, where, store, reporter)
         trajectories = Trajectories(folder, count)
     problem = Problem(real, fitted_preprocess(resolved.preprocess, real, store), resolved, trajectories, where, seed)
+    cadence = Cadence(checkpoint=checkpoint_every, validate=validate_every)
     if out is None:
-        return run_method(problem, cadence=Cadence(validate=validate_every), observer=_watch(reporter))
-    return _distill_into(Path(out), problem, Cadence(validate=validate_every), reporter)
+        return run_method(problem, cadence=cadence, observer=_watch(reporter))
+    return _distill_into(Path(out), problem, cadence, reporter)
 
 
 def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Reporter) -> DistilledSet:
@@ -298,7 +211,7 @@ def evaluate(
         DstillError: the set was made for other classes or another image size than `source` has.
     """
     reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
-    _at_least_one(networks=networks)
+    at_least_one(networks=networks)
     if isinstance(distilled, str | Path):
         distilled = DistilledSet.load(distilled)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
@@ -392,6 +305,7 @@ def run(
     networks: int | None = None,
     whole: bool = False,
     validate_every: int = 0,
+    checkpoint_every: int = 25,
     seed: int = 0,
     device: str = "auto",
     cache: str | Path | None = None,
@@ -412,7 +326,8 @@ def run(
         nets: evaluation networks; the recipe's own if left out.
         networks: fresh networks a set; the protocol's number if left out.
         whole: also measure the whole training set.
-        validate_every: measure on the validation part every so many iterations.
+        validate_every: measure on the validation part every so many iterations; 0 for never.
+        checkpoint_every: store the state every so many iterations; 0 for never.
         seed: decides everything random.
         device: auto, cpu, cuda or mps.
         cache: folder that keeps experts for every run that can use them.
@@ -422,11 +337,11 @@ def run(
         DstillError: whatever the user can put right, in a sentence.
     """
     reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
-    _at_least_one(sets=sets, networks=networks)
+    at_least_one(sets=sets, networks=networks)
     real = load_real(source)
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     check_ipc(real, resolved.ipc)
-    _check_early(real, resolved, nets)
+    check_early(real, resolved, nets)
     folder = Path(out) if out else Path("runs") / f"{real.name}-{resolved.method}-ipc{resolved.ipc}-seed{seed}"
     reporter.note(f"run folder: {folder}")
     trajectories: Trajectories | None = None
@@ -443,6 +358,7 @@ def run(
             device=device,
             cache=cache,
             validate_every=validate_every,
+            checkpoint_every=checkpoint_every,
             reporter=reporter,
         )
         for k in range(sets)

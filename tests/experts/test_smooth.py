@@ -89,6 +89,7 @@ def test_paper_and_released_penalties_are_different_numbers() -> None:
     assert abs(paper - released) > 0.1 * max(paper, released)
 
 
+@torch.no_grad()
 def test_the_penalty_is_two_sided_and_vanishes_at_its_target() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 1, bias=False)).double()
     images = torch.zeros(3, 1, 2, 2, dtype=torch.float64)

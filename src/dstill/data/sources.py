@@ -168,7 +168,7 @@ def _load_image_folder(path: Path) -> Any:
 
 def _check_shards(files: list[Path]) -> None:
     """Refuses to join files of different data sets, whose classes would be mixed up."""
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
 
     first, *others = [(file, pq.read_schema(file)) for file in files]
     for file, schema in others:

@@ -1,0 +1,112 @@
+"""What every command does first: settings, preprocessing, experts, and the checks that spare a long wait."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstill import recipes
+from dstill.artifacts import header as files
+from dstill.config import Recipe
+from dstill.console import Reporter
+from dstill.data import preprocess as preprocessing
+from dstill.data.preprocess import Preprocess
+from dstill.data.real import RealSet
+from dstill.devices import free_memory
+from dstill.errors import DstillError
+from dstill.evaluation.protocols import load_protocol
+from dstill.experts.train import ExpertTask, train_missing
+from dstill.nets import build, network_class
+from dstill.unroll import Student
+
+_PREPROCESS = "preprocessing"
+
+
+def cache_folder(cache: str | Path | None) -> Path:
+    """Where experts and whitening are kept for every run: `cache`, else $DSTILL_CACHE, else ~/.cache/dstill."""
+    chosen = cache or os.environ.get("DSTILL_CACHE") or Path.home() / ".cache" / "dstill"
+    return Path(chosen).expanduser()
+
+
+def fitted_preprocess(kind: str, real: RealSet, cache: Path) -> Preprocess:
+    """The preprocessing fitted on the training part; a ZCA fit is cached by the data's fingerprint."""
+    if kind != "zca":
+        return preprocessing.fit(kind, real.train.images)
+    path = cache / "preprocess" / f"{kind}-{real.fingerprint}.safetensors"
+    if path.exists():
+        return preprocessing.from_tensors(kind, files.load(path, _PREPROCESS)[1])
+    fitted = preprocessing.fit(kind, real.train.images)
+    files.save(path, _PREPROCESS, fitted.tensors(), {"data": real.fingerprint})
+    return fitted
+
+
+def resolve_recipe(
+    real: RealSet,
+    recipe: str | Recipe | None,
+    method: str | None,
+    ipc: int | None,
+    net: str | None,
+    changes: Sequence[str],
+    device: torch.device,
+    reporter: Reporter,
+) -> Recipe:
+    """The settings of a run, said in the log."""
+    if net is not None:
+        changes = [f"net={json.dumps({'name': net})}", *changes]
+    if isinstance(recipe, Recipe):
+        flags = [f"{key}={value}" for key, value in (("method", method), ("ipc", ipc)) if value is not None]
+        return recipes.changed(recipe, [*flags, *changes], "recipe")
+    shape = recipes.DataShape(real.name, real.channels, min(real.size), real.classes, free_memory(device))
+    resolved, origin = recipes.resolve(recipe, shape, method=method, ipc=ipc, changes=changes)
+    reporter.note(f"{resolved.method}, {resolved.ipc} image(s) per class, {real.name}: {origin}")
+    return resolved
+
+
+def check_early(real: RealSet, recipe: Recipe, nets: Sequence[str] = ()) -> None:
+    """Refuses at once what would otherwise be refused after the experts are trained or the set is distilled."""
+    load_protocol(recipe.protocol)
+    for name in nets:
+        network_class(name)
+    if recipe.distill is not None:
+        Student(build(recipe.net, real.channels, real.classes, real.size, torch.Generator()))
+
+
+def at_least_one(**values: int | None) -> None:
+    """Raises `DstillError` for a count below 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise DstillError(f"{name} must be at least 1, got {value}")
+
+
+def ensure_experts(
+    real: RealSet,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    cache: Path,
+    reporter: Reporter,
+    only: Sequence[int] | None = None,
+) -> tuple[Path, int]:
+    config = recipe.expert_config
+    assert config.epochs is not None
+    preprocess = fitted_preprocess(recipe.preprocess, real, cache)
+    task = ExpertTask(real, preprocess, recipe.net, config, recipe.augmentation, seed)
+    folder = cache / "experts" / task.fingerprint()
+    wanted = list(range(config.count)) if only is None else list(only)
+    if any(index < 0 for index in wanted):
+        raise DstillError(f"experts are numbered from 0, got {min(wanted)}")
+    epochs = config.epochs
+
+    def observe(index: int, report: Any, score: float) -> None:
+        done = wanted.index(index) * epochs + report.epochs_done
+        detail = f"expert {index}: {real.judged_on} accuracy {score:.1%}, {report.images_per_second:,.0f} images/s"
+        reporter.progress("expert epochs", done, len(wanted) * epochs, detail)
+
+    train_missing(task, folder, device, only=only, observer=observe)
+    reporter.note(f"experts: {folder}")
+    return folder, config.count
