@@ -27,7 +27,15 @@ from dstill.experts.trajectory import Trajectories
 from dstill.methods import method_info
 from dstill.methods.base import Problem
 from dstill.nets import network_class
-from dstill.preparation import at_least_one, cache_folder, check_early, ensure_experts, fitted_preprocess, resolve_recipe
+from dstill.preparation import (
+    at_least_one,
+    cache_folder,
+    check_early,
+    ensure_experts,
+    feature_expert,
+    fitted_preprocess,
+    resolve_recipe,
+)
 from dstill.runs import RunFolder
 from dstill.version import __version__
 
@@ -121,13 +129,16 @@ def distill(
     check_ipc(real, resolved.ipc)
     check_early(real, resolved)
     store = cache_folder(cache)
+    trained_with = seed if expert_seed is None else expert_seed
     trajectories: Trajectories | None = None
     if experts is not None:
         trajectories = experts if isinstance(experts, Trajectories) else Trajectories(Path(experts))
     elif method_info(resolved.method).needs_experts:
-        folder, count = ensure_experts(real, resolved, seed if expert_seed is None else expert_seed, where, store, reporter)
+        folder, count = ensure_experts(real, resolved, trained_with, where, store, reporter)
         trajectories = Trajectories(folder, count)
-    problem = Problem(real, fitted_preprocess(resolved.preprocess, real, store), resolved, trajectories, where, seed)
+    preprocess = fitted_preprocess(resolved.preprocess, real, store)
+    describing = feature_expert(real, resolved, trajectories, trained_with, where, store, reporter)
+    problem = Problem(real, preprocess, resolved, trajectories, where, seed, describing)
     cadence = Cadence(checkpoint=checkpoint_every, validate=validate_every)
     if out is None:
         return run_method(problem, cadence=cadence, observer=_watch(reporter))
@@ -354,6 +365,7 @@ def run(
             experts=trajectories,
             recipe=resolved,
             seed=seed + k,
+            expert_seed=seed,
             out=folder / f"set-{k}",
             device=device,
             cache=cache,

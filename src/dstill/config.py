@@ -99,6 +99,9 @@ class MatchingConfig(Settings):
     """Momentum of the student's inner SGD: 0 in the paper, 0.9 in the released code."""
     initialisation: Literal["random", "representative", "representative-released", "noise"] = "random"
     """Real images drawn at random; nearest to K-Means centroids of expert features (paper) or logits (released); or noise."""
+    feature_epochs: Count | None = None
+    """Epochs of the expert whose features are clustered (50 in the paper, trained for this where the experts are shorter);
+    left out: the last recorded epoch of the first expert."""
     balanced_loss: Form = "off"
     """ν of Eq. 20: natural logarithm (paper), base 5 (released), or 1 (off)."""
     intermediate_matching: Form = "off"

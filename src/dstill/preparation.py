@@ -21,6 +21,7 @@ from dstill.devices import free_memory
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import ExpertTask, train_missing
+from dstill.experts.trajectory import Trajectories
 from dstill.nets import build, network_class
 from dstill.unroll import Student
 
@@ -110,3 +111,27 @@ def ensure_experts(
     train_missing(task, folder, device, only=only, observer=observe)
     reporter.note(f"experts: {folder}")
     return folder, config.count
+
+
+def feature_expert(
+    real: RealSet,
+    recipe: Recipe,
+    trajectories: Trajectories | None,
+    seed: int,
+    device: torch.device,
+    cache: Path,
+    reporter: Reporter,
+) -> Trajectories | None:
+    """The longer expert that representative initialisation describes images with, trained if the cache lacks it.
+
+    None where the recipe asks for none, or where the experts at hand are long enough.
+    """
+    distill = recipe.distill
+    if distill is None or trajectories is None or not distill.initialisation.startswith("representative"):
+        return None
+    if distill.feature_epochs is None or trajectories.epochs >= distill.feature_epochs:
+        return None
+    longer = recipe.expert_config.model_copy(update={"count": 1, "epochs": distill.feature_epochs})
+    reporter.note(f"one expert of {distill.feature_epochs} epochs, to describe images for the initialisation")
+    folder, count = ensure_experts(real, recipe.model_copy(update={"experts": longer}), seed, device, cache, reporter)
+    return Trajectories(folder, count)

@@ -83,10 +83,14 @@ def opened(path: Path, kind: str) -> Iterator[tuple[dict[str, Any], Any]]:
         except (KeyError, TypeError, ValueError) as error:
             raise DstillError(f"{path} has no dstill header: it was written by another program") from error
         if header.get("kind") != kind:
-            raise DstillError(f"{path} holds a {header.get('kind')}, not a {kind}")
+            raise DstillError(f"{path} holds {_with_article(header.get('kind'))}, not {_with_article(kind)}")
         if header.get("format", 0) > FORMAT:
             raise DstillError(f"{path} has format {header['format']}, this dstill reads up to {FORMAT}: upgrade dstill")
         yield header, file
+
+
+def _with_article(noun: object) -> str:
+    return f"{'an' if str(noun)[:1] in 'aeiou' else 'a'} {noun}"
 
 
 def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

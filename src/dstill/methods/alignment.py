@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dstill.config import Form
+from dstill.errors import DstillError
 from dstill.experts.trajectory import Segment
 from dstill.unroll import Targets
 
@@ -84,13 +85,22 @@ def intermediate_matching(
         student_steps: N.
         form: which points are matched.
         scale: β = 1 for all, or k / M for the k-th intermediate one; the final match always weighs 1.
+
+    Raises:
+        DstillError: the expert does not move, so that Eq. 22 would divide by zero.
     """
     span = len(segment.targets)
     targets: dict[int, tuple[Tensor, float]] = {}
     for step, ahead in matching_points(student_steps, span, form).items():
         target = segment.targets[ahead - 1]
         beta = ahead / span if scale == "ramp" else 1.0
-        targets[step] = (target, beta / float((start - target).square().sum()))
+        distance = float((start - target).square().sum())
+        if distance == 0:
+            raise DstillError(
+                f"expert {segment.expert} stands still between epochs {segment.epoch} and {segment.epoch + ahead}: "
+                "there is nothing to match; train it with a higher experts.lr"
+            )
+        targets[step] = (target, beta / distance)
     return targets
 
 

@@ -31,6 +31,7 @@ class Problem:
         trajectories: expert trajectories, for methods that need them.
         device: where tensors live.
         seed: recorded in the result.
+        feature_expert: the trajectory whose last epoch describes real images; the first of `trajectories` if left out.
     """
 
     real: RealSet
@@ -39,6 +40,7 @@ class Problem:
     trajectories: Trajectories | None
     device: torch.device
     seed: int
+    feature_expert: Trajectories | None = None
 
     def prepared(self, rows: Tensor) -> Tensor:
         """Preprocessed real training images of these rows, float32 on the device."""

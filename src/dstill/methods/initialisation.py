@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dstill import nets
+from dstill.errors import DstillError
 from dstill.methods.base import Problem
 from dstill.unroll import Student
 
@@ -57,11 +58,13 @@ def nearest_to_centroids(features: np.ndarray, ipc: int, count: int, seed: int) 
 
 
 @torch.no_grad()
-def expert_network(problem: Problem, expert: int = 0) -> nn.Module:
-    """The network of one expert with the weights of its last recorded epoch."""
-    assert problem.trajectories is not None
-    epochs = problem.trajectories.headers[expert]["shape"][0]
-    theta = problem.trajectories.rows(expert, epochs - 1, epochs)[0].to(problem.device)
+def expert_network(problem: Problem) -> nn.Module:
+    """The network that describes real images: the last recorded epoch of the feature expert, else of the first expert."""
+    trajectories = problem.feature_expert or problem.trajectories
+    if trajectories is None:
+        raise DstillError("representative initialisation needs expert trajectories: take a method that has them")
+    records = trajectories.headers[0]["shape"][0]
+    theta = trajectories.rows(0, records - 1, records)[0].to(problem.device)
     net = problem.network()
     for parameter, value in zip(net.parameters(), Student(net).split(theta), strict=True):
         parameter.copy_(value)
@@ -72,8 +75,7 @@ def expert_network(problem: Problem, expert: int = 0) -> nn.Module:
 def representative_rows(problem: Problem, generator: torch.Generator, *, released: bool) -> Tensor:
     """Rows of the real images nearest to the K-Means centroids of each class (paper IV-C1).
 
-    The features are what enters the fully connected layer of the first expert after its last recorded epoch; the released
-    code takes its logits instead.
+    The features are what enters the fully connected layer of a trained expert; the released code takes its logits instead.
     """
     net = expert_network(problem)
     real, ipc = problem.real, problem.recipe.ipc

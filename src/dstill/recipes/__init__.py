@@ -166,7 +166,7 @@ def _smoke(recipe: Recipe, shape: DataShape) -> Recipe:
     if recipe.experts and recipe.distill:
         update["experts"] = recipe.experts.model_copy(update={"count": 2, "epochs": None, "compile": False})
         small = {"iterations": 5, "student_steps": 6, "max_start_epoch": 2, "min_start_epoch": 0, "expert_epochs": 2}
-        update["distill"] = recipe.distill.model_copy(update=small)
+        update["distill"] = recipe.distill.model_copy(update={**small, "feature_epochs": None})
     return recipe.model_copy(update=update)
 
 
