@@ -36,8 +36,7 @@ _MARKUP = re.compile(r"[*|\\]|_(?=\W|$)")
 
 def plain_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Reads docstrings as they are written: `x` is code, an indented formula is literal, and * and | mean themselves."""
-    # The empty line keeps napoleon from reading `text: more` in a property's docstring as a type.
-    out: list[str] = [""] if what in ("attribute", "property") else []
+    out: list[str] = []
     section, doctest, literal = "", False, False
     for line in lines:
         found = _SECTION.match(line)
@@ -54,6 +53,8 @@ def plain_docstring(app: Any, what: str, name: str, obj: Any, options: Any, line
         text = [_MARKUP.sub(lambda m: "\\" + m[0], part) for part in parts[::2]]
         code = [f"``{part}``" for part in parts[1::2]]
         out.append("".join(a + b for a, b in zip(text, [*code, ""], strict=True)))
+    if out and what in ("attribute", "property"):
+        out[0] = out[0].replace(": ", " - ", 1)  # napoleon would take what stands before the colon for a type
     lines[:] = out
 
 

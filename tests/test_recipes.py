@@ -401,7 +401,7 @@ def test_only_small_images_are_whitened(channels: int, side: int, kind: str) -> 
 def test_digits_are_not_mirrored(name: str, method: str) -> None:
     found, _ = resolve(None, shape(name, 1, 8 if name == "digits" else 32), method=method, ipc=3)
     assert "flip" not in found.augmentation
-    assert found.augmentation.split("_") == ["colour", "crop", "cutout", "scale", "rotate"]
+    assert {"crop", "scale", "rotate"} <= set(found.augmentation.split("_"))
 
 
 @pytest.mark.parametrize("name", ["mine", "fashion-mnist"])

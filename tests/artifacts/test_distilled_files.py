@@ -1,0 +1,143 @@
+"""A distilled set comes back as it was written, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import pickle
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dstill import DistilledSet, DstillError
+from dstill.artifacts import header as files
+from dstill.artifacts.pictures import grid
+from dstill.artifacts.result import Score
+from dstill.config import NetConfig
+from dstill.data import preprocess
+from dstill.data.real import RealSet
+
+
+def make(real: RealSet, *, soft: bool = False, alpha: float | None = 0.02, kind: str = "zca", ipc: int = 1) -> DistilledSet:
+    rows = torch.cat([(real.train.labels == c).nonzero().squeeze(1)[:ipc] for c in range(real.classes)])
+    fitted = preprocess.fit(kind, real.train.images)
+    labels = real.train.labels[rows]
+    return DistilledSet(
+        images=fitted.forward(real.train.images[rows].float() / 255),
+        labels=torch.randn(len(rows), real.classes) if soft else labels,
+        alpha=alpha,
+        preprocess=fitted,
+        method="ast",
+        ipc=ipc,
+        class_names=real.class_names,
+        augmentation="crop",
+        net=NetConfig(width=4, depth=2),
+        data=real.name,
+        data_fingerprint=real.fingerprint,
+        recipe=None,
+        seed=3,
+        accuracy={"mean": 0.5, "std": 0.1, "n": 5, "protocol": {"name": "ast", "version": 1}},
+    )
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("alpha", [None, 0.0123456789])
+@pytest.mark.parametrize("kind", ["zca", "standardise"])
+def test_a_set_comes_back_exactly(tiny_real: RealSet, tmp_path: Path, soft: bool, alpha: float | None, kind: str) -> None:
+    one = make(tiny_real, soft=soft, alpha=alpha, kind=kind)
+    back = DistilledSet.load(one.save(tmp_path))
+    for name in ("images", "labels"):
+        assert torch.equal(getattr(back, name), getattr(one, name))
+    pixels = tiny_real.test.images.float() / 255
+    assert torch.equal(back.preprocess.forward(pixels), one.preprocess.forward(pixels))
+    plain = ("alpha", "method", "ipc", "class_names", "augmentation", "net", "data", "data_fingerprint", "seed", "accuracy")
+    assert all(getattr(back, name) == getattr(one, name) for name in plain)
+
+
+@pytest.mark.parametrize("broken", ["images", "alpha"])
+def test_a_set_that_is_not_finite_is_not_saved(tiny_real: RealSet, tmp_path: Path, broken: str) -> None:
+    one = make(tiny_real)
+    value = torch.full_like(one.images, float("inf")) if broken == "images" else float("nan")
+    with pytest.raises(DstillError, match=f"non-finite {broken}"):
+        replace(one, **{broken: value}).save(tmp_path)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_bit_is_noticed(tiny_real: RealSet, tmp_path: Path) -> None:
+    path = make(tiny_real).save(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DstillError, match="damaged"):
+        DistilledSet.load(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_named(tiny_real: RealSet, tmp_path: Path, share: float) -> None:
+    path = make(tiny_real).save(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(DstillError, match="distilled.safetensors is damaged"):
+        DistilledSet.load(path)
+
+
+def test_a_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+
+    class Malicious:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (trap,))  # type: ignore[return-value]
+
+    path = tmp_path / "distilled.safetensors"
+    path.write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(DstillError, match="not a safetensors file"):
+        DistilledSet.load(path)
+    assert not trap.exists()
+
+
+def test_foreign_wrong_and_newer_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.zeros(2)}, foreign)
+    with pytest.raises(DstillError, match="another program"):
+        DistilledSet.load(foreign)
+    files.save(tmp_path / "wrong.safetensors", "expert trajectory", {"x": torch.zeros(2)}, {})
+    with pytest.raises(DstillError, match="holds an expert trajectory, not a distilled set"):
+        DistilledSet.load(tmp_path / "wrong.safetensors")
+    files.save(tmp_path / "newer.safetensors", "distilled set", {"x": torch.zeros(2)}, {"format": 99})
+    with pytest.raises(DstillError, match="upgrade dstill"):
+        DistilledSet.load(tmp_path / "newer.safetensors")
+    with pytest.raises(DstillError, match="does not exist"):
+        DistilledSet.load(tmp_path / "missing.safetensors")
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+    with pytest.raises(RuntimeError), files.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["zca", "standardise"])
+def test_the_picture_shows_the_original_pixels(tiny_real: RealSet, kind: str) -> None:
+    one = make(tiny_real, kind=kind, ipc=3)
+    picture = np.asarray(grid(one))
+    assert picture.shape == (3 * 66 + 2, 3 * 66 + 2, 3)
+    first = (tiny_real.train.labels == 0).nonzero().squeeze(1)[0]
+    tile = picture[2:66:8, 2:66:8].transpose(2, 0, 1)
+    assert np.abs(tile.astype(int) - tiny_real.train.images[first].numpy().astype(int)).max() <= 1
+
+
+def test_a_score_pools_sets_and_networks_with_the_sample_deviation() -> None:
+    by_set = [[0.1, 0.3, 0.2], [0.5, 0.4, 0.6]]
+    score = Score.of(by_set)
+    assert score.mean == pytest.approx(np.mean(by_set))
+    assert score.std == pytest.approx(np.std(by_set, ddof=1))
+    assert score.n == 6
+    assert score.between_sets == pytest.approx(statistics.stdev([0.2, 0.5]))
+    assert Score.of([[0.7]]).std == 0

@@ -1,0 +1,135 @@
+"""An accuracy is one measurement of a fresh network at the end of the protocol's training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dstill
+from dstill import DistilledSet, DstillError, nets, seeding
+from dstill.config import NetConfig
+from dstill.data import preprocess
+from dstill.data.real import RealSet
+from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES, random_set
+from dstill.evaluation.networks import evaluate_set, prepared, train_and_measure
+from dstill.evaluation.protocols import load_protocol, protocol_names
+
+NET = NetConfig(width=4, depth=2)
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> str:
+    path = tmp_path / "short.yaml"
+    path.write_text(
+        "{name: short, version: 3, passes: 6, batch_size: 2, momentum: 0.9, weight_decay: 5e-4, lr: 0.05, "
+        "lr_factor: 0.5, networks: 2}"
+    )
+    return str(path)
+
+
+@pytest.fixture
+def syn(tiny_real: RealSet) -> DistilledSet:
+    fitted = preprocess.fit("standardise", tiny_real.train.images)
+    rows = torch.tensor([0, 1, 2])
+    images = fitted.forward(tiny_real.train.images[rows].float() / 255)
+    labels = tiny_real.train.labels[rows]
+    names, mark = tiny_real.class_names, tiny_real.fingerprint
+    return DistilledSet(images, labels, 0.03, fitted, "mtt", 1, names, "none", NET, "tiny", mark, None, 0)
+
+
+def test_the_shipped_protocols_hold_the_published_numbers() -> None:
+    assert protocol_names() == ["ast", "mtt", "quick", "whole"]
+    ast, mtt = load_protocol("ast"), load_protocol("mtt")
+    for protocol in (ast, mtt):
+        assert (protocol.passes, protocol.batch_size, protocol.networks) == (1000, 256, 5)
+        assert (protocol.momentum, protocol.weight_decay, protocol.lr) == (0.9, 5e-4, 0.01)
+    assert (ast.lr_factor, mtt.lr_factor) == (0.5, 0.1)
+    assert load_protocol("whole").passes == 50
+
+
+def test_an_unknown_protocol_is_answered_with_a_suggestion() -> None:
+    with pytest.raises(DstillError, match="did you mean mtt"):
+        load_protocol("mt")
+
+
+def test_training_equals_a_hand_written_loop(tiny_real: RealSet, short: str) -> None:
+    protocol = load_protocol(short)
+    fitted = preprocess.fit("standardise", tiny_real.train.images)
+    images, labels = prepared(tiny_real.train, fitted, torch.device("cpu"))
+    test = prepared(tiny_real.test, fitted, torch.device("cpu"))
+    score = train_and_measure(
+        NET, images[:5], labels[:5], test, classes=3, protocol=protocol, lr=0.05, augmentation="none",
+        generator=seeding.generator(0, "x"),
+    )  # fmt: skip
+
+    generator = seeding.generator(0, "x")
+    net = nets.build(NET, 3, 3, (8, 8), generator)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(6):
+        if epoch == 3:
+            optimiser.param_groups[0]["lr"] = 0.025
+        for rows in torch.randperm(5, generator=generator).split(2):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(net(images[rows]), labels[rows]).backward()
+            optimiser.step()
+    assert score == float((net(test[0]).argmax(1) == test[1]).double().mean())
+
+
+def test_the_learned_rate_is_used_and_the_protocols_rate_without_one(syn: DistilledSet, tiny_real: RealSet, short: str) -> None:
+    test = prepared(tiny_real.test, syn.preprocess, torch.device("cpu"))
+    protocol = load_protocol(short)
+    assert evaluate_set(syn, test, protocol) == evaluate_set(syn, test, protocol, lr=0.03)
+    bare = replace(syn, alpha=None)
+    assert evaluate_set(bare, test, protocol) == evaluate_set(bare, test, protocol, lr=0.05)
+
+
+def test_random_images_choose_their_rate_and_average_over_draws(syn: DistilledSet, tiny_real: RealSet, short: str) -> None:
+    result = dstill.evaluate(syn, tiny_real, protocol=short, networks=2)
+    assert result.random is not None
+    assert result.random.n == RANDOM_DRAWS * 2
+    assert result.random.lr in (*RANDOM_RATES, 0.03)
+    assert (result.protocol.name, result.protocol.version) == ("short", 3)
+
+
+def test_draws_of_random_images_differ_and_are_real(syn: DistilledSet, tiny_real: RealSet) -> None:
+    a, b = (random_set(syn, tiny_real.train, seeding.generator(0, i)) for i in range(2))
+    assert not torch.equal(a.images, b.images)
+    pixels = (a.preprocess.invert(a.images) * 255).round().to(torch.uint8)
+    assert all(bool((tiny_real.train.images == one).flatten(1).all(1).any()) for one in pixels)
+
+
+def test_choices_on_a_holdout_never_see_a_test_image(syn: DistilledSet, tiny_real: RealSet, short: str) -> None:
+    held = tiny_real.holdout(0)
+    poisoned = replace(tiny_real, test=replace(tiny_real.test, labels=(tiny_real.test.labels + 1) % 3), fingerprint="")
+    one, other = (dstill.evaluate(syn, r, protocol=short) for r in (held, poisoned.holdout(0)))
+    assert one.measured_on == "validation"
+    assert one.random is None
+    assert one.accuracy == other.accuracy
+
+
+def test_several_networks_and_several_sets_are_pooled(syn: DistilledSet, tiny_real: RealSet, short: str) -> None:
+    other = replace(syn, seed=1)
+    result = dstill.evaluate([syn, other], tiny_real, protocol=short, nets=["convnet", "alexnet"], random=False)
+    assert list(result.nets) == ["convnet", "alexnet"]
+    assert result.accuracy == result.nets["convnet"]
+    assert (result.sets, result.accuracy.n) == (2, 4)
+
+
+def test_the_whole_set_is_measured_once_and_cached(syn: DistilledSet, tiny_real: RealSet, short: str, tmp_path: Path) -> None:
+    options = {"protocol": short, "random": False, "whole": True, "cache": tmp_path}
+    first = dstill.evaluate(syn, tiny_real, **options)  # type: ignore[arg-type]
+    cached = next((tmp_path / "whole").iterdir())
+    cached.write_text(first.whole.model_copy(update={"mean": 0.125}).model_dump_json())  # type: ignore[union-attr]
+    again = dstill.evaluate(syn, tiny_real, **options)  # type: ignore[arg-type]
+    assert again.whole is not None
+    assert again.whole.mean == 0.125
+
+
+def test_a_set_of_other_classes_or_another_size_is_refused(syn: DistilledSet, tiny_real: RealSet, short: str) -> None:
+    with pytest.raises(DstillError, match="has the classes"):
+        dstill.evaluate(replace(syn, class_names=("a", "b", "c")), tiny_real, protocol=short)
+    with pytest.raises(DstillError, match="pass --image-size"):
+        dstill.evaluate(replace(syn, images=syn.images[:, :, :4]), tiny_real, protocol=short)
