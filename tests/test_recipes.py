@@ -160,6 +160,7 @@ def test_paper_recipes_have_every_part_in_the_papers_form(name: str) -> None:
     assert (experts.count, experts.lr, experts.momentum, experts.weight_decay) == (50, 0.003, 0.9, 1e-3)
     assert (matching.balanced_loss, matching.intermediate_matching, matching.perturbation) == ("paper", "paper", "paper")
     assert (matching.initialisation, matching.student_momentum, matching.rho) == ("representative", 0.0, 0.1)
+    assert matching.feature_epochs == 50
     assert (matching.intermediate_scale, matching.denominator, matching.dropout) == ("equal", "perturbed", 0.0)
 
 
@@ -437,7 +438,18 @@ def test_a_batch_larger_than_the_whole_set_is_dropped() -> None:
 def test_random_needs_no_settings() -> None:
     found, origin = resolve(None, shape(), method="random", ipc=5)
     assert (found.method, found.ipc, found.experts, found.distill) == ("random", 5, None, None)
-    assert origin == "no settings needed"
+    assert origin.startswith("no settings needed")
+
+
+def test_random_images_meet_the_network_and_inputs_of_the_methods_beside_them() -> None:
+    data = shape("digits", 1, 8)
+    random, ast = (resolve(None, data, method=method, ipc=1)[0] for method in ("random", "ast"))
+    assert (random.net, random.preprocess, random.augmentation) == (ast.net, ast.preprocess, ast.augmentation)
+
+
+def test_a_recipe_of_another_method_is_refused() -> None:
+    with pytest.raises(DstillError, match="is for method 'ast', not 'mtt'"):
+        resolve("cifar10/ast-ipc1", shape(), method="mtt", ipc=None)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -61,7 +61,7 @@ def train_experts(
     Args:
         source: a `RealSet`, or anything `load_real` takes.
         recipe: name, file or `Recipe`; left out: the data set's own.
-        method: overrides the recipe's.
+        method: must agree with the recipe's; `ast` where there is neither.
         ipc: overrides the recipe's.
         net: a network instead of the recipe's, with its own defaults: a name, or your `package.module:Class`.
         changes: `section.key=value` assignments, such as `experts.count=4`.
@@ -107,7 +107,7 @@ def distill(
         source: a `RealSet`, or anything `load_real` takes.
         experts: trajectories or their folder; left out: those of the recipe, trained if the cache lacks them.
         recipe: name, file or `Recipe`; left out: the data set's own.
-        method: overrides the recipe's.
+        method: must agree with the recipe's; `ast` where there is neither.
         ipc: images per class; overrides the recipe's.
         net: a network instead of the recipe's, with its own defaults: a name, or your `package.module:Class`.
         changes: `section.key=value` assignments, such as `distill.iterations=300`.
@@ -210,8 +210,8 @@ def evaluate(
         protocol: name or file; the recipe's if left out.
         nets: evaluation networks; the set's own if left out. The first gives `accuracy`.
         networks: fresh networks a set; the protocol's number if left out.
-        random: also measure random real images of the same IPC.
-        whole: also measure the whole training set (cached by data, network and preprocessing).
+        random: also measure random real images of the same IPC, with the first network.
+        whole: also measure the whole training set with the first network (cached by data, network and preprocessing).
         seed: decides initial weights, order and augmentation.
         device: auto, cpu, cuda or mps.
         cache: folder that keeps the whole set's accuracy.
@@ -252,8 +252,8 @@ def evaluate(
 
     beside = None
     if random and real.judged_on == "test":
-        beside = random_baseline(first, real, test, chosen, networks=networks, seed=seed, tick=reporter.note)
-    full = _whole_cached(first, real, test, seed, cache_folder(cache)) if whole else None
+        beside = random_baseline(first, real, test, chosen, net=configs[0], networks=networks, seed=seed, tick=reporter.note)
+    full = _whole_cached(first, configs[0], real, test, seed, cache_folder(cache)) if whole else None
     stages = {"evaluate": evaluated - started, "baselines": time.perf_counter() - evaluated}
     result = Result(
         method=first.method,
@@ -290,14 +290,16 @@ def _check_fits(distilled: DistilledSet, real: RealSet) -> None:
         raise DstillError(f"distilled images are {theirs} and real ones {ours} (channels, height, width): pass --image-size")
 
 
-def _whole_cached(like: DistilledSet, real: RealSet, test: tuple[torch.Tensor, torch.Tensor], seed: int, cache: Path) -> Score:
+def _whole_cached(
+    like: DistilledSet, config: NetConfig, real: RealSet, test: tuple[torch.Tensor, torch.Tensor], seed: int, cache: Path
+) -> Score:
     version = load_protocol("whole").version
-    net = "-".join(str(value) for value in canonical(like.net, exclude_none=True).values())
+    net = "-".join(str(value) for value in canonical(config, exclude_none=True).values())
     name = f"{real.fingerprint}-{like.preprocess.kind}-{like.augmentation}-{net}-seed{seed}-v{version}.json"
     path = cache / "whole" / name.replace("/", "_").replace(":", "_")
     if path.exists():
         return Score.model_validate_json(path.read_text(encoding="utf-8"))
-    score = whole_set(like.net, like, real, test, seed=seed)
+    score = whole_set(config, like, real, test, seed=seed)
     files.write_text(path, score.model_dump_json())
     return score
 
@@ -326,7 +328,7 @@ def run(
 
     Args:
         source: a `RealSet`, or anything `load_real` takes.
-        method: overrides the recipe's; `ast` where there is neither.
+        method: must agree with the recipe's; `ast` where there is neither.
         ipc: images per class; 1 where neither this nor the recipe says.
         recipe: name, file or `Recipe`; `smoke` for a run of seconds; left out: the data set's own, else derived.
         net: a network instead of the recipe's, with its own defaults: a name, or your `package.module:Class`.
@@ -390,7 +392,11 @@ def run(
     stages = {"experts": trained - started, "distill": matched - trained, **result.stages}
     result = result.model_copy(update={"seconds": time.perf_counter() - started, "stages": stages})
     result.save(folder / RESULT_NAME)
-    claim = {**result.accuracy.model_dump(include={"mean", "std", "n"}), "protocol": result.protocol.model_dump()}
+    claim = {
+        **result.accuracy.model_dump(include={"mean", "std", "n"}),
+        "protocol": result.protocol.model_dump(),
+        "measured_on": result.measured_on,
+    }
     for k, one in enumerate(distilled):
         one.with_accuracy(claim).save(folder / f"set-{k}")
     return result

@@ -40,7 +40,7 @@ class GsamConfig(Settings):
 
 
 class ExpertConfig(Settings):
-    """How expert trajectories are trained (SPEC section 2)."""
+    """How expert trajectories are trained (paper IV-B, Eq. 19, Algorithm 1)."""
 
     count: Count = 50
     """Number of experts."""
@@ -69,11 +69,11 @@ class ExpertConfig(Settings):
     store: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which trajectories are stored."""
     compile: bool = False
-    """torch.compile the training step: about a minute of compilation, then 1.8 to 3 times faster on a CPU."""
+    """torch.compile the training step: about a minute of compilation, then faster on a CPU."""
 
 
 class MatchingConfig(Settings):
-    """How a synthetic set is made to reproduce expert segments (SPEC sections 3 to 7 and 13)."""
+    """How a synthetic set is made to reproduce expert segments (paper IV-C, IV-D, Algorithm 2)."""
 
     iterations: Count = 5000
     """Segments matched, one update of the images each."""
@@ -123,7 +123,7 @@ class MatchingConfig(Settings):
     gradient: Literal["adjoint", "graph", "tesla"] = "adjoint"
     """Exact in the memory of one step; exact by plain autograd; or TESLA's approximation."""
     compile: bool = False
-    """torch.compile the student's step: half a minute of compilation, then about twice as fast on a CPU."""
+    """torch.compile the student's hand-written step: half a minute of compilation, then faster on a CPU."""
     guard: Literal["on", "off"] = "on"
     """Skip a step whose loss or gradient is not finite or that would make α non-positive. Off only to study collapse."""
     max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -178,7 +178,7 @@ class Recipe(Settings):
 
 
 class Protocol(Settings):
-    """An evaluation protocol: versioned data, a file of `evaluation/protocols` (SPEC section 11)."""
+    """An evaluation protocol: versioned data, a file of `evaluation/protocol_files`."""
 
     name: str
     """Name that every result carries."""

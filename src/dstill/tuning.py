@@ -48,7 +48,7 @@ def tune(
     Args:
         source: a `RealSet`, or anything `load_real` takes.
         budget: minutes; the candidate under way when it ends is finished.
-        method: overrides the recipe's.
+        method: must agree with the recipe's; `ast` where there is neither.
         ipc: overrides the recipe's.
         recipe: where to start; left out: the data set's own, else derived.
         net: a network instead of the recipe's.

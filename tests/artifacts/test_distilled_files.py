@@ -80,7 +80,7 @@ def test_a_truncated_file_is_named(tiny_real: RealSet, tmp_path: Path, share: fl
     path = make(tiny_real).save(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(DstillError, match="distilled.safetensors is damaged"):
+    with pytest.raises(DstillError, match=r"distilled\.safetensors is damaged"):
         DistilledSet.load(path)
 
 

@@ -73,7 +73,7 @@ class Standardise:
 
 
 class ZCA:
-    """(x - mean) W with W = V diag(1 / sqrt(S + 0.1)) V^T on the flat image in [0, 1] (SPEC section 9).
+    """(x - mean) W with W = V diag(1 / sqrt(S + 0.1)) V^T on the flat image in [0, 1], as the field whitens CIFAR.
 
     V and S are eigenvectors and eigenvalues of the training covariance, taken with 1/(n-1). The inverse uses
     sqrt(S + 0.1) and is exact also for rank-deficient data, since S + 0.1 is never zero.
@@ -86,7 +86,7 @@ class ZCA:
 
     @classmethod
     def fit(cls, images: Tensor) -> ZCA:
-        """Whitening of uint8 images `[N, C, H, W]`; time grows as (C H W)^3, about half a minute at 3x32x32.
+        """Whitening of uint8 images `[N, C, H, W]`; time grows as (C H W)^3.
 
         Raises:
             DstillError: fewer than two images.

@@ -1,4 +1,4 @@
-"""Differentiable siamese augmentation, DSA (Zhao and Bilen 2021; SPEC section 8).
+"""Differentiable siamese augmentation, DSA (Zhao and Bilen 2021).
 
 Two halves, so that a step of the unrolled student can be recomputed exactly and so that one draw can hit a real and a
 synthetic batch of different sizes: `sample` draws the parameters, `apply` is a pure differentiable function of

@@ -19,7 +19,7 @@ from dstill.methods.initialisation import random_rows
 
 RANDOM_DRAWS = 3
 # Learning rates that random images may choose from, beside the one the distilled set learned.
-RANDOM_RATES = (0.003, 0.01, 0.03, 0.1)
+RANDOM_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
 def random_set(like: DistilledSet, split: Split, generator: torch.Generator) -> DistilledSet:
@@ -36,6 +36,7 @@ def random_baseline(
     test: tuple[Tensor, Tensor],
     protocol: Protocol,
     *,
+    net: NetConfig | None = None,
     networks: int | None,
     seed: int,
     tick: Callable[[str], None] = lambda _: None,
@@ -53,7 +54,7 @@ def random_baseline(
         tick(f"random images: trying learning rate {rate:.3g}")
         draw = random_set(like, held.train, seeding.generator(seed, "random-rate"))
         scores[rate] = statistics.fmean(
-            evaluate_set(draw, validation, protocol, networks=1, lr=rate, seed=seed, stream=("random-rate",))
+            evaluate_set(draw, validation, protocol, net=net, networks=1, lr=rate, seed=seed, stream=("random-rate",))
         )
     best = max(scores, key=lambda rate: scores[rate])
     by_draw: list[list[float]] = []
@@ -61,7 +62,7 @@ def random_baseline(
         tick(f"random images: draw {draw_index + 1} of {RANDOM_DRAWS}")
         draw = random_set(like, real.train, seeding.generator(seed, "random-draw", draw_index))
         stream = ("random", draw_index)
-        by_draw.append(evaluate_set(draw, test, protocol, networks=networks, lr=best, seed=seed, stream=stream))
+        by_draw.append(evaluate_set(draw, test, protocol, net=net, networks=networks, lr=best, seed=seed, stream=stream))
     return Score.of(by_draw, lr=best)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dstill.config import Form
 from dstill.nets import tangent
 from dstill.training import Batch, Objective, cross_entropy
-
-Form = Literal["off", "paper", "released"]
 
 
 def clip_factor(epoch: int, form: Form) -> float:
@@ -66,8 +65,8 @@ def smooth_objective(clip: Form, penalty: Form, *, compiled: bool = False) -> Ob
     Args:
         clip: form of the clipped loss.
         penalty: form of the gradient penalty.
-        compiled: `torch.compile` the network and the tangent pass: 1.8 times (plain) to 3 times (penalty) faster on a CPU
-            after about a minute of compilation; the numbers differ from the eager ones by rounding only.
+        compiled: `torch.compile` the network and the tangent pass: faster on a CPU after about a minute of compilation; the
+            numbers differ from the eager ones by rounding only.
     """
     wrap: Callable[..., Any] = _compile if compiled else lambda function: function
     forward = wrap(_call)

@@ -18,7 +18,7 @@ from dstill.unroll import Targets
 def balance_factor(start: int, max_start: int, *, offset: float = 8.0, base: float = math.e) -> float:
     """ν, the weight of the inner loss for a segment that starts at expert epoch `start` (paper Eq. 20).
 
-    Early segments have inner losses up to 60 times those of late ones. The factor is below 1 before the middle of the range
+    Early segments have far larger inner losses than late ones. The factor is below 1 before the middle of the range
     and above 1 after it, so that no range of start epochs dominates the images.
 
     Args:

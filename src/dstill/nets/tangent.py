@@ -4,7 +4,7 @@ With the scalar l(theta, x), a direction (theta', x') and a prime for d/d(epsilo
 
     l' = <grad l, (theta', x')>      grad_theta l'  (a Hessian-vector product)      grad_x l'
 
-which is everything that one step of the unrolled gradient needs (SPEC section 14: H v, the image term and the
+which is everything that one step of the unrolled gradient needs (`dstill.unroll.adjoint`: H v, the image term and the
 step-size term), and, with a direction in the *input*, the exact gradient of the expert's gradient penalty.
 
 Why by hand: library double backward also forms the gradient by the primal weights, keeps a graph, and treats the

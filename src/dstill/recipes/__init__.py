@@ -58,7 +58,7 @@ def resolve(
     Args:
         recipe: name or file; `smoke` for a tiny run on any data; left out: the data set's own, else derived.
         shape: the real data.
-        method: overrides the recipe's; `ast` where there is neither.
+        method: must agree with the recipe's; `ast` where there is neither.
         ipc: overrides the recipe's; 1 where there is neither.
         changes: `section.key=value` assignments, applied last.
 
@@ -74,6 +74,8 @@ def resolve(
         found, origin = _default(shape, method or "ast", ipc or 1)
     else:
         found, origin = load_recipe(recipe), f"recipe {recipe}"
+        if method is not None and method != found.method:
+            raise DstillError(f"recipe {recipe} is for method {found.method!r}, not {method!r}: leave one of the two out")
     flags = {key: value for key, value in (("method", method), ("ipc", ipc)) if value is not None}
     values = {**found.model_dump(), **flags}
     for change in changes:
@@ -102,7 +104,9 @@ def _default(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
     if name in recipe_names():
         return load_recipe(name), f"recipe {name}"
     if not method_info(method).needs_experts:
-        return Recipe(data=shape.name, method=method, ipc=ipc, preprocess=_preprocess("zca", shape)), "no settings needed"
+        like, _ = _default(shape, "ast", ipc)
+        nothing = {"data": shape.name, "method": method, "experts": None, "distill": None, "note": ""}
+        return like.model_copy(update=nothing), "no settings needed; preprocessing, network and augmentation are those of ast"
     return _derived(shape, method, ipc)
 
 

@@ -1,4 +1,4 @@
-"""The exact gradient through an unrolled student in the memory of one step (SPEC section 14).
+"""The exact gradient through an unrolled student in the memory of one step (reverse mode after Maclaurin et al. 2015).
 
 Forward, the sweep keeps the parameters θ_0 … θ_N: P numbers a step, no graph. Backward, with v = ∂L/∂θ_{n+1}, one
 directional derivative of one gradient gives everything step n needs:

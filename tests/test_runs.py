@@ -1,0 +1,139 @@
+"""The folder of a run keeps what was finished and drops what was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dstill.errors import DstillError
+from dstill.runs import RunFolder
+
+IDENTITY = {"recipe": {"distill": {"iterations": 5, "lr_images": 100.0}, "method": "ast"}, "seed": 0}
+
+
+def folder_with_rows(path: Path, count: int) -> RunFolder:
+    folder = RunFolder(path, IDENTITY)
+    for iteration in range(count):
+        folder.log({"iteration": iteration, "loss": iteration / 3})
+    return folder
+
+
+def test_metrics_are_read_back_exactly_by_another_process(tmp_path: Path) -> None:
+    folder_with_rows(tmp_path, 4)
+    assert RunFolder(tmp_path, IDENTITY).metrics() == [{"iteration": i, "loss": i / 3} for i in range(4)]
+
+
+def test_a_folder_without_metrics_has_no_rows(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "new" / "folder", IDENTITY).metrics() == []
+
+
+def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
+    folder = folder_with_rows(tmp_path, 3)
+    with folder.metrics_path.open("a") as file:
+        file.write('{"iteration": 3, "lo')
+    assert [row["iteration"] for row in folder.metrics()] == [0, 1, 2]
+
+
+def test_metrics_continue_cleanly_after_a_half_written_line(tmp_path: Path) -> None:
+    folder = folder_with_rows(tmp_path, 3)
+    folder.checkpoint(2, {"x": torch.zeros(2)})
+    with folder.metrics_path.open("a") as file:
+        file.write('{"iteration": 3, "lo')
+    folder.restore()
+    folder.log({"iteration": 2, "loss": 9.0})
+    assert [(row["iteration"], row["loss"]) for row in folder.metrics()] == [(0, 0.0), (1, 1 / 3), (2, 9.0)]
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    state = {
+        "images": torch.randn(3, 2, 4, 4),
+        "alpha": torch.tensor(0.012345678),
+        "skipped": torch.tensor(7),
+        "half": torch.randn(5).bfloat16(),
+    }
+    folder_with_rows(tmp_path, 5).checkpoint(5, state)
+    restored = RunFolder(tmp_path, IDENTITY).restore()
+    assert restored is not None
+    assert restored[0] == 5
+    assert restored[1].keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(restored[1][name], tensor)
+        assert restored[1][name].dtype == tensor.dtype
+
+
+def test_restoring_drops_the_metrics_logged_after_the_checkpoint(tmp_path: Path) -> None:
+    folder = folder_with_rows(tmp_path, 5)
+    folder.checkpoint(3, {"x": torch.zeros(2)})
+    folder.restore()
+    assert [row["iteration"] for row in folder.metrics()] == [0, 1, 2]
+
+
+def test_without_a_checkpoint_a_run_starts_over_with_empty_metrics(tmp_path: Path) -> None:
+    folder = folder_with_rows(tmp_path, 5)
+    assert folder.restore() is None
+    assert folder.metrics() == []
+
+
+def test_the_latest_checkpoint_counts(tmp_path: Path) -> None:
+    folder = folder_with_rows(tmp_path, 5)
+    folder.checkpoint(2, {"x": torch.tensor([2.0])})
+    folder.checkpoint(4, {"x": torch.tensor([4.0])})
+    restored = folder.restore()
+    assert restored is not None
+    assert (restored[0], float(restored[1]["x"])) == (4, 4.0)
+
+
+def test_a_finished_run_keeps_its_metrics_and_no_checkpoint(tmp_path: Path) -> None:
+    folder = folder_with_rows(tmp_path, 2)
+    folder.checkpoint(2, {"x": torch.zeros(2)})
+    folder.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "settings.json"]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = folder_with_rows(tmp_path, 2)
+    folder.checkpoint(2, {"x": torch.zeros(200)})
+    content = bytearray(folder.checkpoint_path.read_bytes())
+    content[-9] ^= 4
+    folder.checkpoint_path.write_bytes(content)
+    with pytest.raises(DstillError, match=r"checkpoint\.safetensors is damaged"):
+        folder.restore()
+
+
+def test_other_settings_are_refused_and_the_difference_is_named(tmp_path: Path) -> None:
+    folder_with_rows(tmp_path, 2)
+    other = {"recipe": {"distill": {"iterations": 6, "lr_images": 100.0}, "method": "ast"}, "seed": 1}
+    with pytest.raises(DstillError) as caught:
+        RunFolder(tmp_path, other)
+    assert "recipe.distill.iterations: 5 there, 6 now" in str(caught.value)
+    assert "seed: 0 there, 1 now" in str(caught.value)
+    assert "lr_images" not in str(caught.value)
+    assert len(RunFolder(tmp_path, IDENTITY).metrics()) == 2
+
+
+def test_a_setting_that_one_side_lacks_is_a_difference(tmp_path: Path) -> None:
+    RunFolder(tmp_path, IDENTITY)
+    with pytest.raises(DstillError, match="experts: None there, abc now"):
+        RunFolder(tmp_path, {**IDENTITY, "experts": "abc"})
+
+
+def test_settings_are_compared_as_json_so_that_tuples_equal_lists(tmp_path: Path) -> None:
+    RunFolder(tmp_path, {"names": ("a", "b")})
+    assert RunFolder(tmp_path, {"names": ["a", "b"]}).identity == {"names": ["a", "b"]}
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"names": ["a", "b"]}
+
+
+def test_a_settings_file_of_another_program_is_refused_by_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("theme = dark\n")
+    with pytest.raises(DstillError, match="was not written by dstill"):
+        RunFolder(tmp_path, IDENTITY)
+    assert (tmp_path / "settings.json").read_text() == "theme = dark\n"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_by_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DstillError, match="cannot be made"):
+        RunFolder(tmp_path / "file" / "run", IDENTITY)
