@@ -23,6 +23,7 @@ app = App(
     version=__version__,
     help="Dataset distillation: a large labelled image set in, a tiny synthetic one out.",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # `main` answers it
 )
 
 Set = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, negative="")]

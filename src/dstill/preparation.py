@@ -39,11 +39,11 @@ def fitted_preprocess(kind: str, real: RealSet, cache: Path) -> Preprocess:
     if kind != "zca":
         return preprocessing.fit(kind, real.train.images)
     path = cache / "preprocess" / f"{kind}-{real.fingerprint}.safetensors"
-    if path.exists():
-        return preprocessing.from_tensors(kind, files.load(path, _PREPROCESS)[1])
-    fitted = preprocessing.fit(kind, real.train.images)
-    files.save(path, _PREPROCESS, fitted.tensors(), {"data": real.fingerprint})
-    return fitted
+    if not path.exists():
+        fitted = preprocessing.fit(kind, real.train.images)
+        files.save(path, _PREPROCESS, fitted.tensors(), {"data": real.fingerprint})
+    # Also what was fitted just now is read back: another memory layout would round a small batch in another way.
+    return preprocessing.from_tensors(kind, files.load(path, _PREPROCESS)[1])
 
 
 def resolve_recipe(

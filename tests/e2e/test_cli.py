@@ -1,0 +1,267 @@
+"""What the command line says, to people and to programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dstill import cli, load_recipe
+from dstill.console import ConsoleReporter
+from dstill.errors import DstillError
+from dstill.methods import METHODS
+from dstill.nets import NETWORKS
+from dstill.recipes import recipe_names
+
+# `main` reads sys.argv, as it must; cyclopts takes that for a mistake in a test.
+pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")
+
+Call = Callable[..., tuple[int, str, str]]
+PROTOCOL = (
+    "{name: tiny, version: 7, passes: 3, batch_size: 8, momentum: 0.9, weight_decay: 0.0, lr: 0.05, lr_factor: 0.5, "
+    "networks: 1}"
+)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Runs the command line in this process, in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.yaml").write_text(PROTOCOL)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dstill", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+FAST = ["--recipe", "smoke", "--train-fraction", "0.1", "--set", "protocol=tiny.yaml", "net.width=4"]
+
+
+def test_neither_help_nor_any_list_imports_torch() -> None:
+    code = """
+import contextlib, io, sys
+from dstill.cli import main
+commands = ["run", "train-experts", "distill", "evaluate", "tune", "show", "ls"]
+calls = [["--help"], ["--version"], *([c, "--help"] for c in commands)]
+calls += [["ls", k, *j] for k in ("methods", "networks", "datasets", "recipes", "protocols") for j in ([], ["--json"])]
+for call in calls:
+    sys.argv = ["dstill", *call]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code, call
+    assert out.getvalue().strip(), call
+    heavy = {"torch", "numpy", "sklearn", "datasets", "matplotlib"} & set(sys.modules)
+    assert not heavy, (call, heavy)
+print(len(calls))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "19\n"
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import dstill, sys; assert 'torch' not in sys.modules; dstill.RealSet; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("methods", list(METHODS)), ("networks", list(NETWORKS)), ("recipes", recipe_names())]
+)
+def test_a_list_names_everything_there_is(kind: str, names: list[str], call: Call) -> None:
+    code, out, err = call("ls", kind, "--json")
+    assert (code, err) == (0, "")
+    assert [row["name"] for row in json.loads(out)] == names
+    plain = call("ls", kind)[1].splitlines()
+    assert [line.split()[0] for line in plain] == names
+
+
+def test_a_list_of_recipes_says_what_each_is_for(call: Call) -> None:
+    rows = {row["name"]: row for row in json.loads(call("ls", "recipes", "--json")[1])}
+    row = rows["cifar100/ast-released-ipc10"]
+    assert (row["data"], row["method"], row["ipc"]) == ("cifar100", "ast", 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "digits", "--set", "protocol=astt"], "unknown protocol 'astt'; did you mean ast?"),
+        (["run", "digits", "--nets", "convnet,vgg12"], "unknown network 'vgg12'; did you mean vgg11?"),
+        (["run", "digits", *FAST, "--sets", "0"], "sets must be at least 1, got 0"),
+        (["run", "digits", *FAST, "--networks", "-2"], "networks must be at least 1, got -2"),
+        (["run", "digits", *FAST, "-o", "tiny.yaml"], "the folder tiny.yaml/set-0 cannot be made"),
+        (["run", "digits", "--train-fraction", "2"], "train_fraction must be above 0 and at most 1, got 2.0"),
+        (["train-experts", "digits", *FAST, "--only", "0,x"], "--only takes numbers joined by commas, got '0,x'"),
+        (["train-experts", "digits", *FAST, "--only", "-1"], "experts are numbered from 0, got -1"),
+        (["train-experts", "digits", "--method", "random"], "method 'random' needs no experts"),
+        (["distill", "digits", *FAST, "--experts", "nowhere"], "nowhere holds no experts"),
+        (["tune", "digits", "--method", "random", "--budget", "1"], "method 'random' has no settings to tune"),
+        (["show", "tiny.yaml"], "tiny.yaml is damaged or not a safetensors file"),
+        (["show", "."], "holds no distilled set, no experts and no result"),
+        (["run", "digits", "--set", "distill.min_start_epoch=99"], "min_start_epoch 99 must be below max_start_epoch"),
+        (["run", "digits", "--set", "distill.iterations=[1"], "is not valid YAML"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_code_2(arguments: list[str], sentence: str, call: Call) -> None:
+    code, out, err = call(*arguments)
+    last = [line for line in err.splitlines() if line.startswith("dstill: ")]
+    assert code == 2
+    assert out == ""
+    assert len(last) == 1
+    assert sentence in last[0]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["run", "digits", "--metod", "ast"], "--method"),
+        (["rum", "digits"], "run"),
+        (["ls", "recipe"], "recipes"),
+        (["run"], "--source requires an argument"),
+        (["run", "digits", "--ipc", "many"], "many"),
+    ],
+)
+def test_a_mistyped_command_line_is_answered_with_code_2_and_a_hint(arguments: list[str], hint: str, call: Call) -> None:
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert hint in err
+
+
+def test_debug_raises_what_is_otherwise_a_sentence(call: Call) -> None:
+    with pytest.raises(DstillError, match="did you mean digits"):
+        call("run", "digots", "--debug")
+
+
+def test_ctrl_c_says_that_the_same_command_continues(tmp_path: Path) -> None:
+    # A progress line is the moment of the interruption; nothing here waits for a clock.
+    code = """
+import sys
+from dstill import cli
+from dstill.console import ConsoleReporter
+
+class Interrupted(ConsoleReporter):
+    def progress(self, stage, done, total, detail=""):
+        raise KeyboardInterrupt
+
+cli.ConsoleReporter = Interrupted
+cli.main()
+"""
+    command = [sys.executable, "-c", code, "run", "digits", "--recipe", "smoke", "--train-fraction", "0.1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "DSTILL_CACHE": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 130
+    assert "the same command continues from the last checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_can_be_shown_evaluated_and_continued(call: Call, tmp_path: Path) -> None:
+    code, out, err = call("run", "digits", *FAST, "--method", "mtt", "-o", "r", "--quiet")
+    assert (code, err) == (0, "")
+    assert "random real images" in out
+
+    code, out, _ = call("show", "r")
+    assert code == 0
+    assert "mtt on digits, IPC 1, test accuracy" in out
+    assert "10 classes, 1x8x8, hard labels" in out
+    assert "protocol tiny v7" in out
+
+    assert "r/set-0: digits distilled by mtt" in call("show", "r/set-0")[1]
+    assert "test accuracy" in call("show", "r/result.json")[1]
+    (experts,) = (tmp_path / "cache" / "experts").iterdir()
+    assert "2 expert(s), 3 epochs" in call("show", str(experts))[1]
+    assert call("show", "r", "--png", "x.png")[0] == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+    code, out, err = call("evaluate", "r/set-0", "digits", "--train-fraction", "0.1", "--protocol", "tiny.yaml", "-o", "e.json")
+    assert code == 0
+    again = json.loads((tmp_path / "e.json").read_text())
+    assert again["accuracy"]["values"] == json.loads((tmp_path / "r" / "result.json").read_text())["accuracy"]["values"]
+    assert (again["protocol"], again["method"]) == ({"name": "tiny", "version": 7}, "mtt")
+
+    code, _, err = call("run", "digits", *FAST, "--method", "mtt", "-o", "r")
+    assert code == 0
+    assert "is finished: nothing to do" in err
+    assert "\r" not in err and "\x1b" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--classes", "1,2"], "evaluate it on the data it was distilled from"),
+        (["--image-size", "16"], "pass --image-size"),
+    ],
+)
+def test_a_set_is_not_evaluated_on_other_data(arguments: list[str], sentence: str, call: Call) -> None:
+    call("run", "digits", *FAST, "--method", "random", "-o", "r", "--quiet")
+    code, _, err = call("evaluate", "r/set-0", "digits", "--protocol", "tiny.yaml", *arguments)
+    assert code == 2
+    assert sentence in err
+
+
+def test_tune_writes_a_recipe_that_says_how_it_was_found(call: Call) -> None:
+    short = ["--set", "distill.iterations=2", "distill.student_steps=2"]
+    code, out, err = call("tune", "digits", *FAST, *short, "--method", "mtt", "--budget", "0.01", "-o", "best.yaml")
+    assert code == 0
+    assert out == "best.yaml\n"
+    assert "candidate 1" in err
+    best = load_recipe("best.yaml")
+    assert (best.data, best.method, best.ipc) == ("digits", "mtt", 1)
+    assert "tuned on the validation part" in best.note
+    code, _, err = call("run", "digits", "--recipe", "best.yaml", "--train-fraction", "0.1", "-o", "r", "--quiet")
+    assert (code, err) == (0, "")
+
+
+def test_progress_on_a_terminal_rewrites_one_line_and_ends_it() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    reporter = ConsoleReporter(stream)
+    for done in (1, 2, 3):
+        reporter.progress("distilling", done, 3, f"loss {done}")
+    reporter.note("done")
+    text = stream.getvalue()
+    assert text.count("\r") == 3
+    assert text.count("\n") == 2
+    assert "distilling 3/3  loss 3\n" in text
+
+
+def test_progress_elsewhere_is_the_first_and_the_last_plain_line() -> None:
+    stream = io.StringIO()
+    reporter = ConsoleReporter(stream)
+    for done in range(1, 101):
+        reporter.progress("distilling", done, 100)
+    assert stream.getvalue().splitlines() == ["distilling 1/100", "distilling 100/100"]
+
+
+def test_quiet_reports_nothing() -> None:
+    stream = io.StringIO()
+    reporter = ConsoleReporter(stream, quiet=True)
+    reporter.note("a [b] c")
+    reporter.progress("distilling", 1, 1)
+    assert stream.getvalue() == ""
+
+
+def test_brackets_in_a_note_are_not_taken_for_markup() -> None:
+    stream = io.StringIO()
+    ConsoleReporter(stream).note("folder [red]x[/red]")
+    assert stream.getvalue() == "folder [red]x[/red]\n"
