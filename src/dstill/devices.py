@@ -28,11 +28,14 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def free_memory(device: torch.device) -> float:
-    """Bytes at hand on the device; infinite where it cannot be told."""
+def total_memory(device: torch.device) -> float:
+    """Bytes of memory of the device; infinite where it cannot be told.
+
+    The total and not the free bytes, so that settings derived from it are the same when a run is continued.
+    """
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        return float(torch.cuda.mem_get_info(device)[1])
     try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError, AttributeError):
         return float("inf")

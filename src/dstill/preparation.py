@@ -17,7 +17,7 @@ from dstill.console import Reporter
 from dstill.data import preprocess as preprocessing
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
-from dstill.devices import free_memory
+from dstill.devices import total_memory
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import ExpertTask, train_missing
@@ -62,7 +62,7 @@ def resolve_recipe(
     if isinstance(recipe, Recipe):
         flags = [f"{key}={value}" for key, value in (("method", method), ("ipc", ipc)) if value is not None]
         return recipes.changed(recipe, [*flags, *changes], "recipe")
-    shape = recipes.DataShape(real.name, real.channels, min(real.size), real.classes, free_memory(device))
+    shape = recipes.DataShape(real.name, real.channels, min(real.size), real.classes, total_memory(device))
     resolved, origin = recipes.resolve(recipe, shape, method=method, ipc=ipc, changes=changes)
     reporter.note(f"{resolved.method}, {resolved.ipc} image(s) per class, {real.name}: {origin}")
     return resolved

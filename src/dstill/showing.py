@@ -43,9 +43,10 @@ def _distilled(path: Path) -> str:
     one = DistilledSet.load(path)
     labels = "soft labels" if one.labels.is_floating_point() else "hard labels"
     shape = "x".join(str(side) for side in one.images.shape[1:])
+    rate = f"{one.alpha:.4g}" if one.alpha else "of the protocol"
     lines = [
         f"{path}: {one.data} distilled by {one.method}, {one.ipc} image(s) of each of {one.classes} classes, {shape}, {labels}",
-        f"  learning rate {one.alpha or 'of the protocol'}, augmentation {one.augmentation}, {one.preprocess.kind} inputs",
+        f"  learning rate {rate}, augmentation {one.augmentation}, {one.preprocess.kind} inputs",
     ]
     if one.accuracy:
         protocol = one.accuracy["protocol"]

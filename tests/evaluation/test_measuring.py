@@ -133,3 +133,13 @@ def test_a_set_of_other_classes_or_another_size_is_refused(syn: DistilledSet, ti
         dstill.evaluate(replace(syn, class_names=("a", "b", "c")), tiny_real, protocol=short)
     with pytest.raises(DstillError, match="pass --image-size"):
         dstill.evaluate(replace(syn, images=syn.images[:, :, :4]), tiny_real, protocol=short)
+
+
+def test_a_class_of_one_image_leaves_random_images_the_protocols_rate(
+    syn: DistilledSet, tiny_real: RealSet, short: str
+) -> None:
+    rows = torch.cat([torch.tensor([0]), (tiny_real.train.labels != tiny_real.train.labels[0]).nonzero().squeeze(1)])
+    scarce = replace(tiny_real, train=tiny_real.train.take(rows), fingerprint="")
+    result = dstill.evaluate(syn, scarce, protocol=short, networks=1)
+    assert result.random is not None
+    assert result.random.lr == 0.05

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -47,16 +46,10 @@ def random_baseline(
     theirs on a held-out part of the training images, from `RANDOM_RATES` and the set's α; the test set has no part in it.
     """
     rates = sorted({*RANDOM_RATES, *([like.alpha] if like.alpha else [])})
-    held = real.holdout(seed)
-    validation = prepared(held.test, like.preprocess, test[0].device)
-    scores: dict[float, float] = {}
-    for rate in rates:
-        tick(f"random images: trying learning rate {rate:.3g}")
-        draw = random_set(like, held.train, seeding.generator(seed, "random-rate"))
-        scores[rate] = statistics.fmean(
-            evaluate_set(draw, validation, protocol, net=net, networks=1, lr=rate, seed=seed, stream=("random-rate",))
-        )
-    best = max(scores, key=lambda rate: scores[rate])
+    if int(torch.bincount(real.train.labels, minlength=real.classes).min()) < 2:
+        tick("a class has a single training image: nothing can be held out, random images take the protocol's rate")
+        rates = [protocol.lr]
+    best = _best_rate(rates, like, real, protocol, net, test[0].device, seed, tick) if len(rates) > 1 else rates[0]
     by_draw: list[list[float]] = []
     for draw_index in range(RANDOM_DRAWS):
         tick(f"random images: draw {draw_index + 1} of {RANDOM_DRAWS}")
@@ -64,6 +57,29 @@ def random_baseline(
         stream = ("random", draw_index)
         by_draw.append(evaluate_set(draw, test, protocol, net=net, networks=networks, lr=best, seed=seed, stream=stream))
     return Score.of(by_draw, lr=best)
+
+
+def _best_rate(
+    rates: list[float],
+    like: DistilledSet,
+    real: RealSet,
+    protocol: Protocol,
+    net: NetConfig | None,
+    device: torch.device,
+    seed: int,
+    tick: Callable[[str], None],
+) -> float:
+    """The rate with which one network trained on one draw does best on the validation part."""
+    held = real.holdout(seed)
+    validation = prepared(held.test, like.preprocess, device)
+    scores: dict[float, float] = {}
+    for rate in rates:
+        tick(f"random images: trying learning rate {rate:.3g}")
+        draw = random_set(like, held.train, seeding.generator(seed, "random-rate"))
+        (scores[rate],) = evaluate_set(
+            draw, validation, protocol, net=net, networks=1, lr=rate, seed=seed, stream=("random-rate",)
+        )
+    return max(scores, key=lambda rate: scores[rate])
 
 
 def whole_set(net: NetConfig, like: DistilledSet, real: RealSet, test: tuple[Tensor, Tensor], *, seed: int) -> Score:
