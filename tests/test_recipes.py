@@ -26,7 +26,7 @@ GRID = [
     if (data, system) != ("imagenet-subset", "ftd")
 ]
 
-# SPEC section 13, row by row: data, IPC, N, M, T+, batch_syn (None: all), lr_images, lr_alpha, alpha_init, ZCA.
+# The published settings, row by row: data, IPC, N, M, T+, batch_syn (None: all), lr_images, lr_alpha, alpha_init, ZCA.
 Row = tuple[str, int, int, int, int, int | None, float, float, float, bool]
 PUBLISHED: dict[str, list[Row]] = {
     "mtt": [
