@@ -95,7 +95,30 @@ class Common:
         return {"seed": self.seed, "device": self.device, "cache": self.cache, "reporter": reporter}
 
 
-_DATA, _COMMON = Data(), Common()
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Choice:
+    """Which settings a command takes.
+
+    Attributes:
+        method: ast (default), mtt, ftd, tesla or random.
+        ipc: synthetic images per class (default 1).
+        recipe: name of `dstill ls recipes`, a YAML file, or `smoke`.
+        net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
+        changes: section.key=value, for example `--set distill.iterations=300 experts.count=4`.
+    """
+
+    method: str | None = None
+    ipc: int | None = None
+    recipe: str | None = None
+    net: str | None = None
+    changes: Set = ()
+
+    def arguments(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+_DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
 
 
 def _names(text: str | None) -> list[str]:
@@ -106,11 +129,7 @@ def _names(text: str | None) -> list[str]:
 def run(
     source: str,
     *,
-    method: str | None = None,
-    ipc: int | None = None,
-    recipe: str | None = None,
-    net: str | None = None,
-    changes: Set = (),
+    choice: Choice = _CHOICE,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     sets: int = 1,
     nets: str | None = None,
@@ -125,11 +144,6 @@ def run(
 
     Args:
         source: digits, cifar10, another name of `dstill ls datasets`, a hub id, a folder of images, or Parquet files.
-        method: ast (default), mtt, ftd, tesla or random.
-        ipc: synthetic images per class (default 1).
-        recipe: name of `dstill ls recipes`, a YAML file, or `smoke`.
-        net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
-        changes: section.key=value, for example `--set distill.iterations=300`; several may follow.
         out: run folder (default runs/DATA-METHOD-ipcK-seedS).
         sets: synthetic sets to distil and evaluate.
         nets: evaluation networks, joined by commas.
@@ -137,6 +151,7 @@ def run(
         whole: also train on the whole training set.
         validate_every: measure on the validation part every so many iterations; 0 for never.
         checkpoint_every: store the state every so many iterations.
+        choice: which settings it takes.
         data: how the real data are read.
         common: where and how the command runs.
     """
@@ -145,11 +160,6 @@ def run(
     reporter = common.start()
     result = commands.run(
         data.load(source, common.seed),
-        method=method,
-        ipc=ipc,
-        recipe=recipe,
-        net=net,
-        changes=changes,
         out=out,
         sets=sets,
         nets=_names(nets),
@@ -157,6 +167,7 @@ def run(
         whole=whole,
         validate_every=validate_every,
         checkpoint_every=checkpoint_every,
+        **choice.arguments(),
         **common.arguments(reporter),
     )
     summary.print_result(result)
@@ -166,11 +177,7 @@ def run(
 def train_experts(
     source: str,
     *,
-    recipe: str | None = None,
-    method: str | None = None,
-    ipc: int | None = None,
-    net: str | None = None,
-    changes: Set = (),
+    choice: Choice = _CHOICE,
     only: str | None = None,
     data: Data = _DATA,
     common: Common = _COMMON,
@@ -179,12 +186,8 @@ def train_experts(
 
     Args:
         source: see `dstill run`.
-        recipe: name, YAML file, or `smoke`.
-        method: see `dstill run`.
-        ipc: see `dstill run`.
-        net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
-        changes: section.key=value, for example `--set experts.count=4`.
         only: numbers of the experts to train, joined by commas, for a share of the work elsewhere.
+        choice: which settings it takes.
         data: how the real data are read.
         common: where and how the command runs.
     """
@@ -196,9 +199,7 @@ def train_experts(
     except ValueError as error:
         raise DstillError(f"--only takes numbers joined by commas, got {only!r}") from error
     real = data.load(source, common.seed)
-    trajectories = commands.train_experts(
-        real, recipe=recipe, method=method, ipc=ipc, net=net, changes=changes, only=numbers, **common.arguments(reporter)
-    )
+    trajectories = commands.train_experts(real, only=numbers, **choice.arguments(), **common.arguments(reporter))
     print(trajectories.summary())
 
 
@@ -206,12 +207,8 @@ def train_experts(
 def distill(
     source: str,
     *,
+    choice: Choice = _CHOICE,
     experts: Path | None = None,
-    recipe: str | None = None,
-    method: str | None = None,
-    ipc: int | None = None,
-    net: str | None = None,
-    changes: Set = (),
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("distilled"),
     validate_every: int = 0,
     checkpoint_every: int = 25,
@@ -223,14 +220,10 @@ def distill(
     Args:
         source: see `dstill run`.
         experts: folder of trajectories (default: the recipe's, trained if the cache lacks them).
-        recipe: name, YAML file, or `smoke`.
-        method: see `dstill run`.
-        ipc: see `dstill run`.
-        net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
-        changes: see `dstill run`.
         out: folder for the set, its picture, its metrics and its checkpoints.
         validate_every: measure on the validation part every so many iterations; 0 for never.
         checkpoint_every: store the state every so many iterations.
+        choice: which settings it takes.
         data: how the real data are read.
         common: where and how the command runs.
     """
@@ -240,14 +233,10 @@ def distill(
     commands.distill(
         data.load(source, common.seed),
         experts=experts,
-        recipe=recipe,
-        method=method,
-        ipc=ipc,
-        net=net,
-        changes=changes,
         out=out,
         validate_every=validate_every,
         checkpoint_every=checkpoint_every,
+        **choice.arguments(),
         **common.arguments(reporter),
     )
     print(out)
@@ -303,11 +292,7 @@ def tune(
     source: str,
     *,
     budget: float,
-    method: str | None = None,
-    ipc: int | None = None,
-    recipe: str | None = None,
-    net: str | None = None,
-    changes: Set = (),
+    choice: Choice = _CHOICE,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     data: Data = _DATA,
     common: Common = _COMMON,
@@ -317,12 +302,8 @@ def tune(
     Args:
         source: see `dstill run`.
         budget: minutes.
-        method: see `dstill run`.
-        ipc: see `dstill run`.
-        recipe: where the search starts.
-        net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
-        changes: see `dstill run`; distill.iterations bounds a candidate's length.
         out: recipe file to write.
+        choice: which settings it takes.
         data: how the real data are read.
         common: where and how the command runs.
     """
@@ -334,12 +315,8 @@ def tune(
         tuning.tune(
             real,
             budget=budget,
-            method=method,
-            ipc=ipc,
-            recipe=recipe,
-            net=net,
-            changes=changes,
             out=out,
+            **choice.arguments(),
             **common.arguments(reporter),
         )
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def test_commands_are_found_whatever_stands_around_them() -> None:
 
 def parsed(tokens: list[str]) -> dict[str, Any]:
     _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
-    return dict(bound.arguments)
+    groups = {name: vars(value) for name, value in bound.arguments.items() if is_dataclass(value)}
+    return {**bound.arguments, **groups.get("choice", {})}
 
 
 @pytest.mark.parametrize("tokens", FOUND, ids=" ".join)
