@@ -79,8 +79,7 @@ def train_experts(
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     if resolved.experts is None and not method_info(resolved.method).needs_experts:
         raise DstillError(f"method {resolved.method!r} needs no experts")
-    folder, count = ensure_experts(real, resolved, seed, where, cache_folder(cache), reporter, only)
-    return Trajectories(folder, count if only is None else None)
+    return ensure_experts(real, resolved, seed, where, cache_folder(cache), reporter, only)
 
 
 def distill(
@@ -134,8 +133,7 @@ def distill(
     if experts is not None:
         trajectories = experts if isinstance(experts, Trajectories) else Trajectories(Path(experts))
     elif method_info(resolved.method).needs_experts:
-        folder, count = ensure_experts(real, resolved, trained_with, where, store, reporter)
-        trajectories = Trajectories(folder, count)
+        trajectories = ensure_experts(real, resolved, trained_with, where, store, reporter)
     preprocess = fitted_preprocess(resolved.preprocess, real, store)
     describing = feature_expert(real, resolved, trajectories, trained_with, where, store, reporter)
     problem = Problem(real, preprocess, resolved, trajectories, where, seed, describing)

@@ -92,7 +92,11 @@ def ensure_experts(
     cache: Path,
     reporter: Reporter,
     only: Sequence[int] | None = None,
-) -> tuple[Path, int]:
+) -> Trajectories:
+    """The recipe's experts, those that the cache lacks trained first.
+
+    With `only`, no others are trained, and whatever the cache then holds is returned.
+    """
     config = recipe.expert_config
     assert config.epochs is not None
     preprocess = fitted_preprocess(recipe.preprocess, real, cache)
@@ -110,7 +114,7 @@ def ensure_experts(
 
     train_missing(task, folder, device, only=only, observer=observe)
     reporter.note(f"experts: {folder}")
-    return folder, config.count
+    return Trajectories(folder, config.count if only is None else None)
 
 
 def feature_expert(
@@ -133,5 +137,4 @@ def feature_expert(
         return None
     longer = recipe.expert_config.model_copy(update={"count": 1, "epochs": distill.feature_epochs})
     reporter.note(f"one expert of {distill.feature_epochs} epochs, to describe images for the initialisation")
-    folder, count = ensure_experts(real, recipe.model_copy(update={"experts": longer}), seed, device, cache, reporter)
-    return Trajectories(folder, count)
+    return ensure_experts(real, recipe.model_copy(update={"experts": longer}), seed, device, cache, reporter)

@@ -68,7 +68,7 @@ def resolve(
     if method is not None:
         method_info(method)
     if recipe == "smoke":
-        found = _smoke(_default(shape, method or "ast", ipc or 1)[0], shape)
+        found = _smoke(_default(shape, method or "ast", ipc or 1)[0])
         origin = "settings of a smoke run: they show that everything works, not what it can reach"
     elif recipe is None:
         found, origin = _default(shape, method or "ast", ipc or 1)
@@ -164,7 +164,7 @@ def _steps_in_memory(distill: MatchingConfig, width: int, depth: int, shape: Dat
     return max(distill.expert_epochs, int(min(distill.student_steps, affordable)))
 
 
-def _smoke(recipe: Recipe, shape: DataShape) -> Recipe:
+def _smoke(recipe: Recipe) -> Recipe:
     """A recipe shrunk until it takes seconds: narrow network, two short experts, a few iterations."""
     update: dict[str, Any] = {"net": recipe.net.model_copy(update={"width": 8}), "protocol": "quick"}
     if recipe.experts and recipe.distill:
