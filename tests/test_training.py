@@ -14,8 +14,8 @@ from dstill.training import (
     EpochReport,
     accuracy,
     cross_entropy,
+    cross_entropy_objective,
     fit,
-    plain_objective,
     predictions,
     shuffled_batches,
     step_at,
@@ -88,7 +88,7 @@ def watched(epochs: int = 2, augmentation: str = "none") -> tuple[list[Batch], l
 
     def objective(net: nn.Module, batch: Batch) -> Tensor:
         batches.append(batch)
-        plain_objective(net, batch)
+        cross_entropy_objective(net)(net, batch)
         return torch.tensor(float(len(batch.rows)))
 
     net = small_net()
@@ -155,7 +155,7 @@ def test_fit_trains_in_training_mode() -> None:
 
     def objective(net: nn.Module, batch: Batch) -> Tensor:
         modes.append(net.training)
-        return plain_objective(net, batch)
+        return cross_entropy_objective(net)(net, batch)
 
     net = small_net().eval()
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)

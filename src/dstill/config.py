@@ -68,8 +68,10 @@ class ExpertConfig(Settings):
     """Flat minima by GSAM (FTD); left out: plain gradients."""
     store: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which trajectories are stored."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the convolutions' products (ConvNet with instance norm); bfloat16 is an approximation."""
     compile: bool = False
-    """torch.compile the training step: about a minute of compilation, then faster on a CPU."""
+    """torch.compile the training step where native CPU kernels do not run: about a minute, then faster."""
 
 
 class MatchingConfig(Settings):
@@ -122,8 +124,13 @@ class MatchingConfig(Settings):
     """Decay of the moving average of the images that is the result (FTD); left out: the images themselves."""
     gradient: Literal["adjoint", "graph", "tesla"] = "adjoint"
     """Exact in the memory of one step; exact by plain autograd; or TESLA's approximation."""
+    memory: Literal["auto", "keep", "recompute"] = "auto"
+    """What the adjoint keeps of the forward sweep: as much as half of the free memory holds, everything, or nothing. The
+    numbers are the same; keeping is faster."""
+    precision: Literal["float32", "bfloat16-backward", "bfloat16"] = "float32"
+    """Exact; bfloat16 convolutions in the backward sweep; or everywhere. The last two are approximations."""
     compile: bool = False
-    """torch.compile the student's hand-written step: half a minute of compilation, then faster on a CPU."""
+    """torch.compile the student's step where native CPU kernels do not run: about a minute, then faster."""
     guard: Literal["on", "off"] = "on"
     """Skip a step whose loss or gradient is not finite or that would make α non-positive. Off only to study collapse."""
     max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.2

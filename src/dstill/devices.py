@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -38,4 +39,30 @@ def total_memory(device: torch.device) -> float:
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError, AttributeError):
+        return float("inf")
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that can be allocated on the device now; half of the machine's memory where that cannot be told."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return min(_machine_available(), _group_available())
+
+
+def _machine_available() -> float:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return float(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return total_memory(torch.device("cpu")) / 2
+
+
+def _group_available() -> float:
+    """What a container's limit leaves (Linux control groups, version 2)."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return float((folder / "memory.max").read_text()) - float((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # no such limit, or the word "max"
         return float("inf")

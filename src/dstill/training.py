@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dstill.data import siamese
+from dstill.engine import Precision, derivatives_of
 
 # Computes the loss of a batch, leaves its gradients in `parameter.grad`, returns the detached loss.
 Objective = Callable[[nn.Module, "Batch"], Tensor]
@@ -45,6 +46,11 @@ class EpochReport:
     images_per_second: float
 
 
+def probabilities(labels: Tensor, classes: int) -> Tensor:
+    """Target probabilities `[B, K]` of class ids `[B]` (float32), or the softmax of label logits `[B, K]`."""
+    return labels.softmax(1) if labels.is_floating_point() else nn.functional.one_hot(labels, classes).float()
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy with class ids `[B]`, or with the softmax of label logits `[B, K]`."""
     if labels.is_floating_point():
@@ -52,11 +58,32 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, labels)
 
 
-def plain_objective(net: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the augmented batch."""
-    loss = cross_entropy(net(batch.images), batch.labels)
-    loss.backward()
-    return loss.detach()
+def cross_entropy_objective(net: nn.Module, *, precision: Precision = "float32", compiled: bool = False) -> Objective:
+    """Mean cross-entropy of the augmented batch, by hand-written derivatives where `net` has them.
+
+    Args:
+        net: what will be trained.
+        precision: of the hand-written derivatives' convolutions.
+        compiled: `torch.compile` the derivatives where native kernels do not run.
+    """
+    written = derivatives_of(net, precision=precision, compiled=compiled)
+
+    def by_hand(net: nn.Module, batch: Batch) -> Tensor:
+        assert written is not None
+        parameters = list(net.parameters())
+        targets = probabilities(batch.labels, len(parameters[-1])).to(parameters[-1])
+        loss, gradients, _ = written.gradient(parameters, batch.images, targets)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if parameter.requires_grad:
+                parameter.grad = gradient
+        return loss
+
+    def by_library(net: nn.Module, batch: Batch) -> Tensor:
+        loss = cross_entropy(net(batch.images), batch.labels)
+        loss.backward()
+        return loss.detach()
+
+    return by_library if written is None else by_hand
 
 
 def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -86,7 +113,7 @@ def fit(
     batch_size: int,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
-    objective: Objective = plain_objective,
+    objective: Objective | None = None,
     augmentation: str = "none",
     schedule: Schedule | None = None,
     observer: Callable[[EpochReport], None] | None = None,
@@ -101,12 +128,13 @@ def fit(
         batch_size: images a step.
         optimiser: over `net.parameters()`.
         generator: CPU generator for the order of the images and for augmentation.
-        objective: what is minimised.
+        objective: what is minimised; cross-entropy if left out.
         augmentation: a strategy of `dstill.data.siamese`, drawn anew for every batch.
         schedule: called before each epoch.
         observer: called after each epoch.
     """
     net.train()
+    objective = objective or cross_entropy_objective(net)
     for epoch in range(epochs):
         if schedule is not None:
             schedule(optimiser, epoch)
@@ -126,6 +154,9 @@ def fit(
 @torch.no_grad()
 def predictions(net: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
     """Class ids predicted for `[N, C, H, W]`, in evaluation mode; the network's mode is restored."""
+    written = derivatives_of(net)
+    if written is not None and written.native:
+        return written.logits(list(net.parameters()), images).argmax(1)
     mode = net.training
     net.eval()
     try:

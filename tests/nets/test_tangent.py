@@ -1,4 +1,4 @@
-"""The hand-written derivatives against torch.autograd's double backward, in float64."""
+"""The hand-written derivatives, in tensor operations and in native kernels, against torch.autograd in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dstill.nets import tangent
+from dstill.engine import Derivatives, supports
+from dstill.native import kernels
 from dstill.nets.convnet import ConvNet
 from dstill.nets.vgg import VGG11
 
@@ -27,6 +28,7 @@ class Case:
     images: Tensor
     label_logits: Tensor
     hard_labels: Tensor
+    derivatives: Derivatives
 
     def logits(self, parameters: Sequence[Tensor], images: Tensor) -> Tensor:
         names = [name for name, _ in self.net.named_parameters()]
@@ -42,10 +44,10 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    depth, width, channels = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    depth, width, channels = draw(st.integers(1, 3)), draw(st.integers(1, 20)), draw(st.sampled_from([1, 2, 3, 9]))
     side = st.integers(2**depth, 2**depth + 5)
     size = draw(side), draw(side)
-    classes, batch = draw(st.integers(2, 4)), draw(st.integers(1, 3))
+    classes, batch = draw(st.integers(2, 4)), draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
 
     def normal(*shape: int) -> Tensor:
@@ -59,6 +61,9 @@ def cases(draw: st.DrawFn) -> Case:
         images=normal(batch, channels, *size),
         label_logits=normal(batch, classes),
         hard_labels=torch.randint(classes, (batch,), generator=generator),
+        derivatives=Derivatives(
+            net, torch.device("cpu"), torch.float64, threads=draw(st.integers(1, 3)), native=draw(st.booleans())
+        ),
     )
 
 
@@ -84,7 +89,7 @@ def test_the_cross_entropy_gradient_equals_autograd(case: Case, soft: bool):
     loss = case.loss(parameters, case.images, case.targets(soft))
     expected = torch.autograd.grad(loss, parameters)
 
-    actual_loss, actual = tangent.cross_entropy_gradient(case.parameters, case.images, case.targets(soft))
+    actual_loss, actual, _ = case.derivatives.gradient(case.parameters, case.images, case.targets(soft))
 
     assert_equal([actual_loss, *actual], [loss.detach(), *expected])
 
@@ -96,7 +101,7 @@ def test_the_cross_entropy_tangents_equal_double_backward(case: Case, soft: bool
     slope = inner(torch.autograd.grad(loss, parameters, create_graph=True), case.direction)
     *hessian_vector, by_images = torch.autograd.grad(slope, [*parameters, images])
 
-    actual = tangent.cross_entropy_tangents(case.parameters, case.direction, case.images, case.targets(soft))
+    actual = case.derivatives.tangents(case.parameters, case.direction, case.images, case.targets(soft))
 
     assert_equal([actual.loss, *actual.parameters, actual.images], [slope.detach(), *hessian_vector, by_images])
 
@@ -108,34 +113,73 @@ def test_the_tangent_by_label_logits_equals_double_backward(case: Case):
     slope = inner(torch.autograd.grad(loss, parameters, create_graph=True), case.direction)
     (expected,) = torch.autograd.grad(slope, logits)
 
-    actual = tangent.cross_entropy_tangents(case.parameters, case.direction, case.images, case.targets(soft=True))
+    actual = case.derivatives.tangents(case.parameters, case.direction, case.images, case.targets(soft=True))
 
     assert_equal([actual.labels], [expected])
 
 
 @given(cases(), st.booleans(), st.sampled_from([0.0, 1.0, 2.5]))
 def test_the_gradient_penalty_equals_double_backward(case: Case, pixelwise: bool, target: float):
-    cotangent = case.label_logits[0]
     parameters, (images,) = tracked(case.parameters), tracked([case.images])
-    output = (case.logits(parameters, images) * cotangent).sum()
-    (jacobian,) = torch.autograd.grad(output, images, create_graph=True)
+    (jacobian,) = torch.autograd.grad(case.logits(parameters, images).sum(), images, create_graph=True)
     norm = torch.linalg.vector_norm(jacobian, dim=1 if pixelwise else (1, 2, 3))
     penalty = (norm - target).square().mean()
     expected = torch.autograd.grad(penalty, parameters, materialize_grads=True)
 
-    value, actual = tangent.input_gradient_tangents(case.parameters, case.images, cotangent, pixelwise, target)
+    value, actual = case.derivatives.penalty(case.parameters, case.images, pixelwise=pixelwise, target=target)
 
     assert_equal([value, *actual], [penalty.detach(), *expected])
 
 
+@given(cases())
+def test_logits_equal_the_network(case: Case):
+    actual = case.derivatives.logits(case.parameters, case.images)
+    assert_equal([actual], [case.logits(case.parameters, case.images)])
+
+
+@given(cases(), st.booleans())
+def test_tangents_from_what_the_gradient_kept_are_the_same_to_the_last_bit(case: Case, soft: bool):
+    _, _, kept = case.derivatives.gradient(case.parameters, case.images, case.targets(soft), keep=True)
+    arguments = case.parameters, case.direction, case.images, case.targets(soft)
+    kept_all, recomputed = case.derivatives.tangents(*arguments, kept), case.derivatives.tangents(*arguments)
+    assert torch.equal(kept_all.loss, recomputed.loss)
+    assert torch.equal(kept_all.images, recomputed.images)
+    assert all(torch.equal(a, b) for a, b in zip(kept_all.parameters, recomputed.parameters, strict=True))
+
+
+def test_this_machine_runs_the_native_kernels():
+    """Otherwise half of the cases above would test the other half again."""
+    if kernels() is None:
+        pytest.skip("no C++ compiler here: native kernels are not tested")
+    net = ConvNet(3, 10, (32, 32))
+    assert Derivatives(net, torch.device("cpu")).native
+    assert not Derivatives(net, torch.device("cpu"), native=False).native
+
+
+def test_bfloat16_products_are_near_the_exact_ones_and_not_equal():
+    torch.manual_seed(0)
+    net = ConvNet(3, 4, (16, 16), width=32)
+    parameters = [p.detach() for p in net.parameters()]
+    direction = [torch.randn_like(p) for p in parameters]
+    images, targets = torch.randn(6, 3, 16, 16), torch.eye(4)[torch.arange(6) % 4]
+    exact, backward, everywhere = (
+        Derivatives(net, torch.device("cpu"), precision=precision) for precision in ("float32", "bfloat16-backward", "bfloat16")
+    )
+    assert torch.equal(exact.gradient(parameters, images, targets)[1][0], backward.gradient(parameters, images, targets)[1][0])
+    wanted = exact.tangents(parameters, direction, images, targets).images
+    for rounded, bound in ((backward, 0.02), (everywhere, 0.2)):
+        found = rounded.tangents(parameters, direction, images, targets).images
+        assert 0 < float((found - wanted).norm() / wanted.norm()) < bound
+
+
 def test_the_instance_norm_convnet_is_supported_at_any_depth():
-    assert tangent.supports(ConvNet(3, 10, (32, 32)))
-    assert tangent.supports(ConvNet(1, 2, (8, 8), width=3, depth=1))
+    assert supports(ConvNet(3, 10, (32, 32)))
+    assert supports(ConvNet(1, 2, (8, 8), width=3, depth=1))
 
 
 @pytest.mark.parametrize("norm", ["group", "batch", "layer", "none"])
 def test_other_norms_are_not_supported(norm):
-    assert not tangent.supports(ConvNet(3, 10, (8, 8), width=4, norm=norm))
+    assert not supports(ConvNet(3, 10, (8, 8), width=4, norm=norm))
 
 
 def test_a_subclass_is_not_supported_since_its_forward_may_differ():
@@ -143,8 +187,8 @@ def test_a_subclass_is_not_supported_since_its_forward_may_differ():
         def forward(self, images: Tensor) -> Tensor:
             return 2 * super().forward(images)
 
-    assert not tangent.supports(Doubled(3, 10, (8, 8)))
+    assert not supports(Doubled(3, 10, (8, 8)))
 
 
 def test_other_networks_are_not_supported():
-    assert not tangent.supports(VGG11(3, 10, (8, 8)))
+    assert not supports(VGG11(3, 10, (8, 8)))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dstill.config import Form
-from dstill.nets import tangent
-from dstill.training import Batch, Objective, cross_entropy
+from dstill.engine import Precision, derivatives_of
+from dstill.training import Batch, Objective, cross_entropy_objective
 
 
 def clip_factor(epoch: int, form: Form) -> float:
@@ -59,48 +57,42 @@ def gradient_penalty(net: nn.Module, images: Tensor, form: Form, target: float =
     return (norm - target).square().mean()
 
 
-def smooth_objective(clip: Form, penalty: Form, *, compiled: bool = False) -> Objective:
+def smooth_objective(
+    net: nn.Module, clip: Form, penalty: Form, *, precision: Precision = "float32", compiled: bool = False
+) -> Objective:
     """L_SC = λ_e CE + μ E[(|grad_x W| - K)^2] (Eq. 19) as an objective of `dstill.training.fit`.
 
     Args:
+        net: what will be trained; where it has hand-written derivatives, these are taken.
         clip: form of the clipped loss.
         penalty: form of the gradient penalty.
-        compiled: `torch.compile` the network and the tangent pass: faster on a CPU after about a minute of compilation; the
-            numbers differ from the eager ones by rounding only.
+        precision: of the hand-written derivatives' convolutions.
+        compiled: `torch.compile` the derivatives where native kernels do not run.
     """
-    wrap: Callable[..., Any] = _compile if compiled else lambda function: function
-    forward = wrap(_call)
-    penalty_and_gradients = wrap(tangent.input_gradient_tangents)
+    cross_entropy = cross_entropy_objective(net, precision=precision, compiled=compiled)
+    written = derivatives_of(net, precision=precision, compiled=compiled)
 
     def objective(net: nn.Module, batch: Batch) -> Tensor:
-        loss = clip_factor(batch.epoch, clip) * cross_entropy(forward(net, batch.images), batch.labels)
-        if penalty == "off":
-            loss.backward()
-            return loss.detach()
-        weight = penalty_weight(penalty)
-        if not tangent.supports(net):
-            loss = loss + weight * gradient_penalty(net, batch.raw, penalty)
-            loss.backward()
-            return loss.detach()
-        loss.backward()
-        with torch.no_grad():
-            parameters = [p.detach() for p in net.parameters()]
-            cotangent = torch.ones_like(parameters[-1])
-            value, gradients = penalty_and_gradients(parameters, batch.raw, cotangent, penalty == "released", 1.0)
-            for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        loss = cross_entropy(net, batch)
+        factor, weight = clip_factor(batch.epoch, clip), penalty_weight(penalty)
+        if factor != 1:
+            for parameter in net.parameters():
                 assert parameter.grad is not None
-                parameter.grad.add_(gradient, alpha=weight)
-        return loss.detach() + weight * value
+                parameter.grad.mul_(factor)
+        if penalty == "off":
+            return factor * loss
+        if written is None:
+            value = gradient_penalty(net, batch.raw, penalty)
+            (weight * value).backward()
+            return factor * loss + weight * value.detach()
+        parameters = list(net.parameters())
+        value, gradients = written.penalty(parameters, batch.raw, pixelwise=penalty == "released")
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.add_(gradient, alpha=weight)
+        return factor * loss + weight * value
 
     return objective
-
-
-def _call(net: nn.Module, images: Tensor) -> Tensor:
-    return net(images)
-
-
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
 
 
 def step_lengths(trajectory: Tensor) -> Tensor:

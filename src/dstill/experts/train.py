@@ -104,12 +104,7 @@ def train_expert(
         raise ValueError("the number of expert epochs must be resolved first: see Recipe.expert_config")
     generator = seeding.generator(task.seed, "expert", index)
     net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
-    layout = torch.channels_last if config.compile and device.type == "cpu" else torch.contiguous_format
-    net = net.to(memory_format=layout)  # type: ignore[call-overload]
-    images, test = (
-        task.preprocess.forward(split.images.to(device, torch.float32) / 255).contiguous(memory_format=layout)
-        for split in (real.train, real.test)
-    )
+    images, test = (task.preprocess.forward(split.images.to(device, torch.float32) / 255) for split in (real.train, real.test))
     labels, test_labels = real.train.labels.to(device), real.test.labels.to(device)
     record: dict[str, Any] = {"loss": [], "accuracy": []}
     snapshots = [_snapshot(net)]
@@ -127,7 +122,9 @@ def train_expert(
         if observer is not None:
             observer(report, record["accuracy"][-1])
 
-    objective = smooth_objective(config.clipped_loss, config.gradient_penalty, compiled=config.compile)
+    objective = smooth_objective(
+        net, config.clipped_loss, config.gradient_penalty, precision=config.precision, compiled=config.compile
+    )
     if config.gsam is not None:
         objective = gsam_objective(objective, config.gsam.rho, config.gsam.alpha)
     fit(

@@ -36,7 +36,7 @@ class TrajectoryMatching:
         self.problem = problem
         self.settings: MatchingConfig = problem.recipe.distill
         self.trajectories: Trajectories = problem.trajectories
-        self.student = Student(problem.network(), compiled=self.settings.compile)
+        self.student = Student(problem.network(), precision=self.settings.precision, compiled=self.settings.compile)
         if self.student.numel != self.trajectories.numel:
             raise DstillError(
                 f"the experts have {self.trajectories.numel} parameters, the recipe's network {self.student.numel}: "
@@ -84,6 +84,7 @@ class TrajectoryMatching:
             loss_scale=balanced_loss(segment.epoch, settings.max_start_epoch, settings.balanced_loss),
             momentum=settings.student_momentum,
             gradient=settings.gradient,
+            memory=settings.memory,
         )
         taken = self._update(state, unrolled, iteration)
         span = (segment.start - segment.targets[-1]).norm()

@@ -42,9 +42,12 @@ class ConvNet(nn.Module):
                 f"a ConvNet of depth {depth} needs images of at least {2**depth} pixels a side, "
                 f"got {height}x{breadth}: lower net.depth or raise the image size"
             )
-        self.norm = norm
+        self.norm, self.width = norm, width
+        # Input channels and side lengths of every convolution.
+        self.geometry: list[tuple[int, tuple[int, int]]] = []
         blocks: list[nn.Module] = []
         for _ in range(depth):
+            self.geometry.append((channels, (height, breadth)))
             blocks += [nn.Conv2d(channels, width, 3, padding=1), norm_layer(norm, width, (height, breadth))]
             blocks += [nn.ReLU(), nn.AvgPool2d(2)]
             channels, height, breadth = width, height // 2, breadth // 2

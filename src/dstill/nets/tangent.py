@@ -8,8 +8,13 @@ which is everything that one step of the unrolled gradient needs (`dstill.unroll
 step-size term), and, with a direction in the *input*, the exact gradient of the expert's gradient penalty.
 
 Why by hand: library double backward also forms the gradient by the primal weights, keeps a graph, and treats the
-convolution bias, whose effect an instance norm removes exactly. Plain tensor operations only: they run on any device,
-in any dtype, and `torch.compile` fuses everything between two convolutions.
+convolution bias, whose effect an instance norm removes exactly. A block is a `Convolution` followed by a `Unit`; both have
+a form in plain tensor operations, for any device and type, and one in native CPU kernels (`dstill.native`).
+
+A pass has two halves, so that the first may run long before the second. `cross_entropy_gradient` is the first order:
+forward and backward. It leaves one `Unit` a block, holding what is dear to recompute: the convolution's output z and the
+gradient by the block's output. `cross_entropy_tangents` and `penalty_tangents` are the second order: the tangents of
+both, starting from these units.
 
 Shapes: images `[B, C, H, W]`; `parameters` is the list of `ConvNet.parameters()`, which is, for each block,
 convolution weight `[O, I, 3, 3]`, convolution bias `[O]`, norm scale `[O]`, norm shift `[O]`, and at the end the
@@ -20,39 +25,108 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dstill.nets.convnet import ConvNet
+from dstill.nets.convolution import Convolution, Operand
 
-_EPSILON = 1e-5  # torch's default in GroupNorm
-
-
-def supports(net: nn.Module) -> bool:
-    """Whether `net` has hand-written derivatives: exactly a ConvNet with instance norm."""
-    return type(net) is ConvNet and net.norm == "instance"
+EPSILON = 1e-5  # torch's default in GroupNorm
 
 
-def _conv(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight, padding=1)
+class Unit(Protocol):
+    """Instance norm (scale g, shift b), ReLU, 2x2 average pooling: z -> y.
+
+        n = (z - mean z) r,  r = 1 / sqrt(var z + eps)      a = n g + b      y = pool(relu(a))
+
+    Means are over the pixels of one channel of one image. The forms must run in this order; each leaves in the object
+    what the next ones read. `z` may be dropped in between and put back: it is the convolution's output.
+    """
+
+    z: Tensor | None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Y."""
+        ...
+
+    def backward(self, gy: Tensor) -> Tensor:
+        """Gradient by z from the gradient by y: gz = g r q,  q = ga - mean(ga) - n mean(ga n),  ga = relu'(a) pool^T(gy)."""
+        ...
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradients by scale, sum ga n, and shift, sum ga."""
+        ...
+
+    def tangent(self, dz: Tensor, dscale: Tensor | None, dshift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(y, y'):  n' = r (z' - mean z' - n mean(n z')),  r' = -r^2 mean(n z'),  y' = pool(relu'(a) a')."""
+        ...
+
+    def tangent_backward(self, dgy: Tensor) -> tuple[Tensor, Tensor]:
+        """(gz, gz'), the tangent of `backward`: gz' = g' r q + g r' q + g r q'."""
+        ...
+
+    def tangent_gradients(self) -> tuple[Tensor, Tensor]:
+        """Tangents of `gradients`."""
+        ...
 
 
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, by_input: bool, by_weight: bool) -> tuple[Tensor, Tensor]:
-    gx, gw, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [by_input, by_weight, False]
-    )
-    return gx, gw
+class TensorUnit:
+    """`Unit` in tensor operations: the formulas as they stand. Any device and type; `torch.compile` fuses each form."""
 
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        self.scale, self.shift = _channel(scale), _channel(shift)
+        self.z: Tensor | None = None
 
-def _by_input(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return _conv_backward(grad, x, weight, True, False)[0]
+    def _normalised(self) -> tuple[Tensor, Tensor]:
+        """N, and relu'(a) as ones and zeros."""
+        assert self.z is not None
+        n = (self.z - self.mean) * self.r
+        return n, (n * self.scale + self.shift > 0).to(n.dtype)
 
+    def forward(self, z: Tensor) -> Tensor:
+        self.z, self.mean = z, _mean(z)
+        self.r = torch.rsqrt(_mean((z - self.mean).square()) + EPSILON)
+        n, mask = self._normalised()
+        return F.avg_pool2d((n * self.scale + self.shift) * mask, 2)
 
-def _by_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return _conv_backward(grad, x, weight, False, True)[1]
+    def backward(self, gy: Tensor) -> Tensor:
+        self.gy = gy
+        n, mask = self._normalised()
+        ga = _unpool(gy, n.shape) * mask
+        self.mean_ga, self.mean_ga_n = _mean(ga), _mean(ga * n)
+        self.by_scale, self.by_shift = (ga * n).sum((0, 2, 3)), ga.sum((0, 2, 3))
+        return self.scale * self.r * (ga - self.mean_ga - n * self.mean_ga_n)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        return self.by_scale, self.by_shift
+
+    def tangent(self, dz: Tensor, dscale: Tensor | None, dshift: Tensor | None) -> tuple[Tensor, Tensor]:
+        n, mask = self._normalised()
+        projection = _mean(n * dz)
+        self.dr = -self.r * self.r * projection
+        self.dn = self.r * (dz - _mean(dz) - n * projection)
+        self.dscale = None if dscale is None else _channel(dscale)
+        da = self.dn * self.scale
+        if self.dscale is not None and dshift is not None:
+            da = da + n * self.dscale + _channel(dshift)
+        return F.avg_pool2d((n * self.scale + self.shift) * mask, 2), F.avg_pool2d(da * mask, 2)
+
+    def tangent_backward(self, dgy: Tensor) -> tuple[Tensor, Tensor]:
+        n, mask = self._normalised()
+        ga, dga = _unpool(self.gy, n.shape) * mask, _unpool(dgy, n.shape) * mask
+        product = dga * n + ga * self.dn
+        self.dby_scale, self.dby_shift = product.sum((0, 2, 3)), dga.sum((0, 2, 3))
+        q = ga - self.mean_ga - n * self.mean_ga_n
+        dq = dga - _mean(dga) - self.dn * self.mean_ga_n - n * _mean(product)
+        dgz = self.scale * (self.dr * q + self.r * dq)
+        if self.dscale is not None:
+            dgz = dgz + self.dscale * self.r * q
+        return self.scale * self.r * q, dgz
+
+    def tangent_gradients(self) -> tuple[Tensor, Tensor]:
+        return self.dby_scale, self.dby_shift
 
 
 def _unpool(y: Tensor, size: torch.Size) -> Tensor:
@@ -70,207 +144,260 @@ def _channel(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
 
 
-@dataclass
-class Block:
-    """Convolution W, instance norm (scale g, shift b), ReLU, 2x2 average pooling.
+class UnitMaker(Protocol):
+    """Makes a `Unit` from scale and shift."""
 
-        z = W * x      n = (z - mean z) r,  r = 1 / sqrt(var z + eps)      a = g n + b      y = pool(relu(a))
+    def __call__(self, scale: Tensor, shift: Tensor, /) -> Unit: ...
 
-    The four forms keep in the object what the next form reads.
+
+@dataclass(frozen=True)
+class Engine:
+    """How the blocks of one network geometry are computed.
+
+    Attributes:
+        unit: makes the `Unit` of a block.
+        first: the convolution of each block in the first order. ReLU masks come from these.
+        second: the convolutions of the tangents; the same objects, or cheaper ones in another precision.
     """
 
-    weight: Tensor
-    scale: Tensor
-    shift: Tensor
+    unit: UnitMaker
+    first: Sequence[Convolution]
+    second: Sequence[Convolution]
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.x = x
-        z = _conv(x, self.weight)
-        centred = z - _mean(z)
-        self.r = torch.rsqrt(_mean(centred * centred) + _EPSILON)
-        self.n = centred * self.r
-        a = self.n * _channel(self.scale) + _channel(self.shift)
-        self.mask = (a > 0).to(a.dtype)
-        return F.avg_pool2d(a * self.mask, 2)
-
-    def backward(self, gy: Tensor) -> Tensor:
-        """Gradient by the convolution's output: gz = g r q,  q = ga - mean(ga) - n mean(ga n)."""
-        self.ga = _unpool(gy, self.n.shape) * self.mask
-        self.ga_n = _mean(self.ga * self.n)
-        self.q = self.ga - _mean(self.ga) - self.n * self.ga_n
-        self.gz = _channel(self.scale) * self.r * self.q
-        return self.gz
-
-    def gradients(self) -> list[Tensor]:
-        """Gradients by weight, bias (exactly zero before an instance norm), scale and shift."""
-        by_scale = (self.ga * self.n).sum((0, 2, 3))
-        return [_by_weight(self.gz, self.x, self.weight), torch.zeros_like(by_scale), by_scale, self.ga.sum((0, 2, 3))]
-
-    def tangent(self, dx: Tensor | None, dweight: Tensor | None, dscale: Tensor | None, dshift: Tensor | None) -> Tensor:
-        """n' = r (z' - mean z' - n mean(n z')),  r' = -r^2 mean(n z'),  y' = pool(mask a')."""
-        self.dx, self.dweight, self.dscale = dx, dweight, dscale
-        if dx is None:
-            assert dweight is not None
-            dz = _conv(self.x, dweight)
-        else:
-            dz = _conv(dx, self.weight)
-            if dweight is not None:
-                dz = dz + _conv(self.x, dweight)
-        projection = _mean(self.n * dz)
-        self.dr = -self.r * self.r * projection
-        self.dn = self.r * (dz - _mean(dz) - self.n * projection)
-        da = self.dn * _channel(self.scale)
-        if dscale is not None and dshift is not None:
-            da = da + self.n * _channel(dscale) + _channel(dshift)
-        return F.avg_pool2d(da * self.mask, 2)
-
-    def tangent_backward(self, dgy: Tensor) -> Tensor:
-        """Tangent of `backward`: gz' = g' r q + g r' q + g r q'."""
-        self.dga = _unpool(dgy, self.n.shape) * self.mask
-        mixed = _mean(self.dga * self.n) + _mean(self.ga * self.dn)
-        dq = self.dga - _mean(self.dga) - self.dn * self.ga_n - self.n * mixed
-        self.dgz = _channel(self.scale) * (self.dr * self.q + self.r * dq)
-        if self.dscale is not None:
-            self.dgz = self.dgz + _channel(self.dscale) * self.r * self.q
-        return self.dgz
-
-    def tangent_gradients(self) -> list[Tensor]:
-        """Tangents of `gradients`."""
-        by_weight = _by_weight(self.dgz, self.x, self.weight)
-        if self.dx is not None:
-            by_weight = by_weight + _by_weight(self.gz, self.dx, self.weight)
-        by_scale = (self.dga * self.n + self.ga * self.dn).sum((0, 2, 3))
-        return [by_weight, torch.zeros_like(by_scale), by_scale, self.dga.sum((0, 2, 3))]
-
-    def by_input(self) -> Tensor:
-        return _by_input(self.gz, self.x, self.weight)
-
-    def tangent_by_input(self) -> Tensor:
-        by_input = _by_input(self.dgz, self.x, self.weight)
-        return by_input if self.dweight is None else by_input + _by_input(self.gz, self.x, self.dweight)
+    def weights(self, parameters: Sequence[Tensor], *, first: bool = True, second: bool = True) -> Weights:
+        """Parameters, or a direction in them, with the filters in the domains of the orders that are asked for."""
+        filters = parameters[:-2:4]
+        if self.second is self.first:
+            both = [conv.weight(w) for conv, w in zip(self.first, filters, strict=True)]
+            return Weights(parameters, both, both)
+        return Weights(
+            parameters,
+            [conv.weight(w) for conv, w in zip(self.first, filters, strict=True)] if first else [],
+            [conv.weight(w) for conv, w in zip(self.second, filters, strict=True)] if second else [],
+        )
 
 
-class Tangents(NamedTuple):
+class Weights(NamedTuple):
+    """See `Engine.weights`; `parameters` as they are in memory."""
+
+    parameters: Sequence[Tensor]
+    first: Sequence[Operand]
+    second: Sequence[Operand]
+
+    @property
+    def classifier(self) -> tuple[Tensor, Tensor]:
+        return self.parameters[-2], self.parameters[-1]
+
+    def affine(self, block: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift of a block."""
+        return self.parameters[4 * block + 2], self.parameters[4 * block + 3]
+
+
+class Sum(NamedTuple):
+    """A gradient by the parameters of some images, its filters still in the convolutions' domain: sums come cheap there."""
+
+    filters: list[Operand]
+    affine: list[tuple[Tensor, Tensor]]
+    classifier: tuple[Tensor, Tensor]
+
+    def add_(self, other: Sum) -> None:
+        """Adds in place."""
+        for mine, theirs in zip(self._all(), other._all(), strict=True):
+            mine.add_(theirs)
+
+    def _all(self) -> list[Tensor]:
+        return [*self.filters, *(t for pair in self.affine for t in pair), *self.classifier]
+
+    def parameters(self, convolutions: Sequence[Convolution]) -> list[Tensor]:
+        """In the order of `ConvNet.parameters()`. Biases before an instance norm have none: zero."""
+        result: list[Tensor] = []
+        for conv, filters, (scale, shift) in zip(convolutions, self.filters, self.affine, strict=True):
+            result += [conv.weight_adjoint(filters), torch.zeros_like(shift), scale, shift]
+        return [*result, *self.classifier]
+
+
+class FirstOrder(NamedTuple):
+    """Loss of some images, its gradient, and the units that the second order starts from."""
+
+    loss: Tensor
+    gradient: Sum | None
+    units: list[Unit]
+
+
+class SecondOrder(NamedTuple):
     """Derivatives along one direction: of the loss, and of its gradients by parameters, images and label logits."""
 
     loss: Tensor
-    parameters: list[Tensor]
+    gradient: Sum
     images: Tensor
     labels: Tensor
 
 
-def _blocks(parameters: Sequence[Tensor]) -> list[Block]:
-    return [Block(parameters[i], parameters[i + 2], parameters[i + 3]) for i in range(0, len(parameters) - 2, 4)]
-
-
-def _forward(blocks: list[Block], images: Tensor) -> Tensor:
+def _forward(engine: Engine, point: Weights, images: Tensor) -> tuple[list[Unit], list[Operand], Tensor]:
+    """Units and convolution inputs of every block, and the features."""
+    units: list[Unit] = []
+    inputs: list[Operand] = []
     y = images
-    for block in blocks:
-        y = block.forward(y)
-    return y
+    for i, (conv, weight) in enumerate(zip(engine.first, point.first, strict=True)):
+        inputs.append(conv.input(y))
+        units.append(engine.unit(*point.affine(i)))
+        y = units[-1].forward(conv.forward((inputs[-1], weight)))
+    return units, inputs, y
 
 
-def _backward(blocks: list[Block], gy: Tensor) -> None:
-    for i, block in reversed(list(enumerate(blocks))):
-        block.backward(gy)
-        if i:
-            gy = block.by_input()
+def logits(engine: Engine, point: Weights, images: Tensor) -> Tensor:
+    """Of `[B, C, H, W]`: `[B, K]`."""
+    return F.linear(_forward(engine, point, images)[2].flatten(1), *point.classifier)
 
 
-def _tangent_backward(blocks: list[Block], dgy: Tensor) -> Tensor:
-    """Runs the last form from the top down; returns the tangent of the gradient by the images."""
-    for block in reversed(blocks):
-        block.tangent_backward(dgy)
-        dgy = block.tangent_by_input()
-    return dgy
+def cross_entropy_gradient(
+    engine: Engine, point: Weights, images: Tensor, targets: Tensor, count: int, *, weights: bool = True
+) -> FirstOrder:
+    """Cross-entropy with target probabilities `[B, K]`, summed over the images and divided by `count`, and its gradient.
 
-
-def cross_entropy_gradient(parameters: Sequence[Tensor], images: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Mean cross-entropy with target probabilities `[B, K]`, and its gradients by every parameter."""
-    blocks = _blocks(parameters)
-    features = _forward(blocks, images)
+    `weights=False` leaves out the gradient, for the sake of the units alone.
+    """
+    units, inputs, features = _forward(engine, point, images)
     flat = features.flatten(1)
-    log_probabilities = F.log_softmax(F.linear(flat, parameters[-2], parameters[-1]), 1)
-    loss = -(targets * log_probabilities).sum(1).mean()
-    gf = (log_probabilities.exp() - targets) / len(images)
-    _backward(blocks, (gf @ parameters[-2]).view_as(features))
-    gradients = [g for block in blocks for g in block.gradients()]
-    return loss, [*gradients, gf.t() @ flat, gf.sum(0)]
+    log_probabilities = F.log_softmax(F.linear(flat, *point.classifier), 1)
+    loss = -(targets * log_probabilities).sum() / count
+    gf = (log_probabilities.exp() - targets) / count
+    gy = (gf @ point.classifier[0]).view_as(features)
+    filters, _ = _backward(engine, point, units, inputs if weights else None, gy)
+    if not weights:
+        return FirstOrder(loss, None, units)
+    return FirstOrder(loss, Sum(filters, [u.gradients() for u in units], (gf.t() @ flat, gf.sum(0))), units)
+
+
+def _backward(
+    engine: Engine, point: Weights, units: list[Unit], inputs: list[Operand] | None, gy: Tensor, *, by_images: bool = False
+) -> tuple[list[Operand], Tensor | None]:
+    """Runs `backward` from the top down; the gradients by the filters where `inputs` are given, and by the images if asked."""
+    filters: list[Operand] = []
+    for i in reversed(range(len(units))):
+        conv, gz = engine.first[i], units[i].backward(gy)
+        if inputs is None and i == 0 and not by_images:
+            break
+        operand = conv.output(gz)
+        if inputs is not None:
+            filters.insert(0, conv.by_weight((operand, inputs[i])))
+        if i or by_images:
+            gy = conv.by_input((operand, point.first[i]))
+    return filters, gy if by_images else None
+
+
+def _tangent(
+    engine: Engine, point: Weights, direction: Weights | None, units: list[Unit], images: Tensor, dimages: Tensor | None
+) -> tuple[list[Operand], list[Operand | None], Tensor, Tensor]:
+    """Runs `tangent` from the bottom up: inputs of every convolution, their tangents, the features and their tangent."""
+    inputs: list[Operand] = []
+    dinputs: list[Operand | None] = []
+    y, dy = images, dimages
+    for i, (unit, conv) in enumerate(zip(units, engine.second, strict=True)):
+        if unit.z is None:
+            unit.z = engine.first[i].forward((engine.first[i].input(y), point.first[i]))
+        inputs.append(conv.input(y))
+        dinputs.append(None if dy is None else conv.input(dy))
+        pairs = [] if dinputs[i] is None else [(dinputs[i], point.second[i])]
+        pairs += [] if direction is None else [(inputs[i], direction.second[i])]
+        dscale, dshift = (None, None) if direction is None else direction.affine(i)
+        y, dy = unit.tangent(conv.forward(*pairs), dscale, dshift)
+    assert dy is not None
+    return inputs, dinputs, y, dy
+
+
+def _tangent_backward(
+    engine: Engine,
+    point: Weights,
+    direction: Weights | None,
+    units: list[Unit],
+    inputs: list[Operand],
+    dinputs: list[Operand | None],
+    dgy: Tensor,
+    *,
+    by_images: bool,
+) -> tuple[list[Operand], Tensor]:
+    """Runs `tangent_backward` from the top down: tangents of the gradients by the filters and, if asked, by the images."""
+    filters: list[Operand] = []
+    for i in reversed(range(len(units))):
+        conv = engine.second[i]
+        gz, dgz = (conv.output(g) for g in units[i].tangent_backward(dgy))
+        dx = dinputs[i]
+        filters.insert(0, conv.by_weight((dgz, inputs[i]), *([] if dx is None else [(gz, dx)])))
+        if i or by_images:
+            pairs = [] if direction is None else [(gz, direction.second[i])]
+            dgy = conv.by_input((dgz, point.second[i]), *pairs)
+    return filters, dgy
 
 
 def cross_entropy_tangents(
-    parameters: Sequence[Tensor], direction: Sequence[Tensor], images: Tensor, targets: Tensor
-) -> Tangents:
-    """Derivatives of the mean cross-entropy and of its gradients along a direction in the parameters.
+    engine: Engine,
+    point: Weights,
+    direction: Weights,
+    images: Tensor,
+    targets: Tensor,
+    count: int,
+    units: list[Unit] | None = None,
+) -> SecondOrder:
+    """Derivatives of `cross_entropy_gradient` along a direction in the parameters.
 
     Args:
-        parameters: the point.
-        direction: the direction v, one tensor a parameter.
+        engine: how.
+        point: the parameters.
+        direction: the direction v.
         images: `[B, C, H, W]`.
         targets: target probabilities q `[B, K]`, rows summing to one.
+        count: what the sum over images is divided by.
+        units: those of the first order at this point and these images; recomputed if left out. They are used up.
 
     Returns:
-        `Tangents`: <grad, v>; H v; d<grad, v>/d images; d<grad, v>/d label logits where q = softmax(label logits).
+        <grad, v>; H v; d<grad, v>/d images; d<grad, v>/d label logits where q = softmax(label logits).
     """
-    blocks = _blocks(parameters)
-    weight, dweight = parameters[-2], direction[-2]
-    features = _forward(blocks, images)
-    flat = features.flatten(1)
-    probabilities = F.softmax(F.linear(flat, weight, parameters[-1]), 1)
-    gf = (probabilities - targets) / len(images)
-    _backward(blocks, (gf @ weight).view_as(features))
-
-    dy: Tensor | None = None
-    for i, block in enumerate(blocks):
-        dy = block.tangent(dy, direction[4 * i], direction[4 * i + 2], direction[4 * i + 3])
-    assert dy is not None
-    dflat = dy.flatten(1)
-    df = F.linear(dflat, weight) + F.linear(flat, dweight, direction[-1])
+    if units is None:
+        units = cross_entropy_gradient(engine, point, images, targets, count, weights=False).units
+    inputs, dinputs, y, dy = _tangent(engine, point, direction, units, images, None)
+    flat, dflat = y.flatten(1), dy.flatten(1)
+    (weight, _), (dweight, dbias) = point.classifier, direction.classifier
+    probabilities = F.softmax(F.linear(flat, *point.classifier), 1)
+    gf = (probabilities - targets) / count
+    df = F.linear(dflat, weight) + F.linear(flat, dweight, dbias)
     dloss = (gf * df).sum()
-    dgf = probabilities * (df - (probabilities * df).sum(1, keepdim=True)) / len(images)
-    dlabels = -targets * (df - (targets * df).sum(1, keepdim=True)) / len(images)
+    dgf = probabilities * (df - (probabilities * df).sum(1, keepdim=True)) / count
+    dlabels = -targets * (df - (targets * df).sum(1, keepdim=True)) / count
+    dgy = (dgf @ weight + gf @ dweight).view_as(y)
+    filters, dimages = _tangent_backward(engine, point, direction, units, inputs, dinputs, dgy, by_images=True)
+    classifier = (dgf.t() @ flat + gf.t() @ dflat, dgf.sum(0))
+    return SecondOrder(dloss, Sum(filters, [u.tangent_gradients() for u in units], classifier), dimages, dlabels)
 
-    dimages = _tangent_backward(blocks, (dgf @ weight + gf @ dweight).view_as(features))
-    gradients = [g for block in blocks for g in block.tangent_gradients()]
-    return Tangents(dloss, [*gradients, dgf.t() @ flat + gf.t() @ dflat, dgf.sum(0)], dimages, dlabels)
 
+def penalty_tangents(engine: Engine, point: Weights, images: Tensor, pixelwise: bool, target: float, count: int) -> FirstOrder:
+    """Two-sided gradient penalty (|grad_x W(x)| - target)^2, W the sum of the logits, and its exact gradient (Eq. 19).
 
-def input_gradient_tangents(
-    parameters: Sequence[Tensor], images: Tensor, cotangent: Tensor, pixelwise: bool, target: float
-) -> tuple[Tensor, list[Tensor]]:
-    """Two-sided gradient penalty E[(|grad_x W(x)| - target)^2] and its exact gradient by the parameters (Eq. 19).
-
-    W(x) = <cotangent, logits>. With J = grad_x W and u = 2 (|J| - target) / (|J| n) J held constant, the gradient of
-    the penalty is the gradient by theta of the derivative of W along u in the input: one tangent pass.
+    Summed over the images and divided by `count`. With J = grad_x W and u = 2 (|J| - target) / |J| J held constant, the
+    gradient of the penalty is the gradient by theta of the derivative of W along u in the input: one tangent pass.
 
     Args:
-        parameters: the point.
+        engine: how.
+        point: the parameters.
         images: `[B, C, H, W]`, un-augmented.
-        cotangent: `[K]`; ones for the sum of the logits.
-        pixelwise: the norm over colour channels at each pixel (released code) instead of over the whole image (paper).
+        pixelwise: the norm over colour channels at each pixel (released code; the mean over pixels is taken) instead of
+            over the whole image (paper).
         target: K of the paper.
+        count: what the sum over images is divided by.
     """
-    blocks = _blocks(parameters)
-    weight = parameters[-2]
-    features = _forward(blocks, images)
-    gy = (cotangent @ weight).expand(len(images), -1).view_as(features)
-    _backward(blocks, gy)
-    jacobian = blocks[0].by_input()
-
-    axes = (1,) if pixelwise else (1, 2, 3)
+    units, _, features = _forward(engine, point, images)
+    weight = point.classifier[0]
+    gy = weight.sum(0).expand(len(images), -1).contiguous().view_as(features)
+    _, jacobian = _backward(engine, point, units, None, gy, by_images=True)
+    assert jacobian is not None
+    axes, share = ((1,), images[0, 0].numel()) if pixelwise else ((1, 2, 3), 1)
     norm = jacobian.square().sum(axes, keepdim=True).sqrt()
-    penalty = (norm - target).square().mean()
-    direction = 2 * (norm - target) / norm.clamp_min(1e-12) * jacobian / norm.numel()
+    penalty = (norm - target).square().sum() / (count * share)
+    direction = 2 * (norm - target) / norm.clamp_min(1e-12) * jacobian / (count * share)
 
-    dy = direction
-    for block in blocks:
-        dy = block.tangent(dy, None, None, None)
+    inputs, dinputs, _, dy = _tangent(engine, point, None, units, images, direction)
     # The cotangent does not depend on x, so the tangent of every gradient above the top block is zero.
-    top = torch.zeros_like(features)
-    for i, block in reversed(list(enumerate(blocks))):
-        block.tangent_backward(top)
-        if i:
-            top = block.tangent_by_input()
-    gradients = [g for block in blocks for g in block.tangent_gradients()]
-    by_weight = cotangent[:, None] * dy.flatten(1).sum(0)[None, :]
-    return penalty, [*gradients, by_weight, torch.zeros_like(parameters[-1])]
+    filters, _ = _tangent_backward(engine, point, None, units, inputs, dinputs, torch.zeros_like(dy), by_images=False)
+    by_weight = dy.flatten(1).sum(0).expand_as(weight).clone()
+    classifier = (by_weight, torch.zeros_like(point.classifier[1]))
+    return FirstOrder(penalty, Sum(filters, [u.tangent_gradients() for u in units], classifier), units)

@@ -1,6 +1,7 @@
 """The exact gradient through an unrolled student in the memory of one step (reverse mode after Maclaurin et al. 2015).
 
-Forward, the sweep keeps the parameters θ_0 … θ_N: P numbers a step, no graph. Backward, with v = ∂L/∂θ_{n+1}, one
+Forward, the sweep keeps the parameters θ_0 … θ_N: P numbers a step, no graph. Of the last steps it may also keep what the
+backward sweep would have to recompute; the numbers are the same. Backward, with v = ∂L/∂θ_{n+1}, one
 directional derivative of one gradient gives everything step n needs:
 
     ∂L/∂x_n = -α ∂<g_n, v>/∂x_n      ∂L/∂α -= <g_n, v>      v <- v - α H_n v (+ the matching term of step n)
@@ -12,11 +13,13 @@ and γ p is handed on to the buffer of the step before: one more adjoint vector.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dstill.data import siamese
+from dstill.engine import Kept
 from dstill.unroll.student import Student, sgd_step
 from dstill.unroll.types import Gradients, Step, Targets, Trace, Unrolled
 
@@ -33,9 +36,14 @@ def adjoint(
     loss_scale: float = 1.0,
     momentum: float = 0.0,
     hessian: bool = True,
+    keep: int = 0,
 ) -> Unrolled:
-    """See `dstill.unroll.unroll`. `hessian=False` drops H_n v: TESLA's published approximation."""
-    thetas, buffers, losses = _forward(student, theta0, images, labels, steps, alpha, loss_scale, momentum)
+    """See `dstill.unroll.unroll`.
+
+    `hessian=False` drops H_n v: TESLA's published approximation. The last `keep` steps are not recomputed.
+    """
+    swept = _forward(student, theta0, images, labels, steps, alpha, loss_scale, momentum, keep)
+    thetas, buffers = swept.thetas, swept.buffers
     by_images, by_alpha = torch.zeros_like(images), torch.zeros_like(alpha)
     by_labels = torch.zeros_like(labels) if labels.is_floating_point() else None
     v, by_buffer = torch.zeros_like(theta0), torch.zeros_like(theta0)
@@ -54,7 +62,7 @@ def adjoint(
         with torch.enable_grad():
             chosen = images.detach()[rows].requires_grad_()
             augmented = siamese.apply(chosen, params)
-        t = student.tangents(thetas[n - 1], p, augmented, labels[rows])
+        t = student.tangents(thetas[n - 1], p, augmented, labels[rows], swept.kept.pop(n, None))
         # Without momentum p = -α v, so h = <g, p> already holds <g, v>.
         by_alpha -= buffers[n] @ v if momentum else -loss_scale * t.h / alpha
         (pulled_back,) = torch.autograd.grad(augmented, chosen, t.images) if params else (t.images,)
@@ -66,7 +74,16 @@ def adjoint(
         by_buffer = momentum * p
 
     loss = torch.stack([matches[n] for n in sorted(matches)]).sum()
-    return Unrolled(loss, Gradients(by_images, by_labels, by_alpha), Trace(losses, matches, thetas[-1]))
+    return Unrolled(loss, Gradients(by_images, by_labels, by_alpha), Trace(swept.losses, matches, thetas[-1]))
+
+
+class _Swept(NamedTuple):
+    """θ_0 … θ_N, the momentum buffers (where there is momentum), the inner losses, and what was kept of the last steps."""
+
+    thetas: list[Tensor]
+    buffers: list[Tensor]
+    losses: list[Tensor]
+    kept: dict[int, Kept | None]
 
 
 @torch.no_grad()
@@ -79,15 +96,18 @@ def _forward(
     alpha: Tensor,
     loss_scale: float,
     momentum: float,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """θ_0 … θ_N, the momentum buffers (kept only where there is momentum), and the inner losses."""
+    keep: int,
+) -> _Swept:
     theta, buffer = theta0, torch.zeros_like(theta0)
-    thetas, buffers, losses = [theta], [buffer], []
-    for rows, params in steps:
-        loss, gradient = student.gradient(theta, siamese.apply(images[rows], params), labels[rows])
+    swept = _Swept([theta], [buffer], [], {})
+    for n, (rows, params) in enumerate(steps, 1):
+        keeping = n > len(steps) - keep
+        loss, gradient, kept = student.gradient(theta, siamese.apply(images[rows], params), labels[rows], keep=keeping)
+        if keeping:
+            swept.kept[n] = kept
         theta, buffer = sgd_step(theta, buffer, loss_scale * gradient, alpha, momentum)
-        thetas.append(theta)
-        losses.append(loss_scale * loss)
+        swept.thetas.append(theta)
+        swept.losses.append(loss_scale * loss)
         if momentum:
-            buffers.append(buffer)
-    return thetas, buffers, losses
+            swept.buffers.append(buffer)
+    return swept

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dstill import engine
+from dstill.engine import Precision
 from dstill.errors import DstillError
-from dstill.nets import tangent
 from dstill.training import cross_entropy
 
 
@@ -28,16 +29,25 @@ class Student:
     """Pure functions of a flat parameter vector θ `[P]` around one network.
 
     Args:
-        net: the network; its own weights are never read or changed. Instance-norm ConvNets take hand-written derivatives
-            when `compiled`, any other module double backward.
-        compiled: `torch.compile` the hand-written derivatives; ignored where the network has none.
+        net: the network; its own weights are never read or changed. Instance-norm ConvNets take the hand-written
+            derivatives of `dstill.engine`, any other module double backward.
+        precision: of the convolutions, see `dstill.engine.Derivatives`; other modules know `float32` alone.
+        compiled: `torch.compile` the hand-written derivatives where native kernels do not run.
+        native: False for tensor operations also where native kernels could run.
 
     Raises:
         DstillError: the network has running statistics or dropout: the first would be state outside θ, the second would
-            make a step impossible to recompute.
+            make a step impossible to recompute. Or it has no hand-written derivatives and `precision` asks for them.
     """
 
-    def __init__(self, net: nn.Module, *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        precision: Precision = "float32",
+        compiled: bool = False,
+        native: bool = True,
+    ) -> None:
         for name, module in net.named_modules():
             if getattr(module, "running_mean", None) is not None:
                 raise DstillError(
@@ -46,15 +56,29 @@ class Student:
                 )
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 raise DstillError(f"the student's layer {name!r} drops units at random: build the network with p=0")
+        self.written = engine.supports(net)
+        if precision != "float32" and not self.written:
+            raise DstillError(
+                f"precision {precision!r} is for ConvNets with instance norm; {type(net).__name__} knows float32 alone"
+            )
         self.net = net.train()
         named = list(net.named_parameters())
         self.names = [name for name, _ in named]
         self.shapes = [parameter.shape for _, parameter in named]
         self.sizes = [parameter.numel() for _, parameter in named]
         self.numel = sum(self.sizes)
-        self._written = compiled and tangent.supports(net)
-        self._gradient = _compiled(self._written_gradient) if self._written else self._autograd_gradient
-        self._tangents = _compiled(self._written_tangents) if self._written else self._autograd_tangents
+        self.precision: Precision = precision
+        self.compiled, self.native = compiled, native
+        self._derivatives: dict[tuple[torch.device, torch.dtype], engine.Derivatives] = {}
+
+    def derivatives(self, like: Tensor) -> engine.Derivatives | None:
+        """The hand-written derivatives for tensors like this one; None where the network has none."""
+        key = (like.device, like.dtype)
+        if self.written and key not in self._derivatives:
+            self._derivatives[key] = engine.Derivatives(
+                self.net, *key, self.precision, compiled=self.compiled, native=self.native
+            )
+        return self._derivatives.get(key)
 
     def split(self, theta: Tensor) -> list[Tensor]:
         """Views of θ in the shapes of the network's parameters."""
@@ -68,14 +92,35 @@ class Student:
         """Mean cross-entropy with class ids `[B]` or label logits `[B, K]`."""
         return cross_entropy(self.logits(theta, images), labels)
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and its gradient by θ `[P]`, both detached."""
-        return self._gradient(theta.detach(), images.detach(), labels.detach())
+    def kept_bytes(self, like: Tensor, images: int) -> int | None:
+        """About what `gradient(keep=True)` holds on to for so many images; None where nothing can be kept."""
+        written = self.derivatives(like)
+        return None if written is None else written.kept_bytes(images)
 
-    def tangents(self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor) -> StepTangents:
-        """Derivatives of h = <grad_θ loss, v>; the label term is None for class ids."""
-        t = StepTangents(*self._tangents(theta.detach(), v.detach(), images.detach(), labels.detach()))
-        return t if labels.is_floating_point() else t._replace(labels=None)
+    def gradient(
+        self, theta: Tensor, images: Tensor, labels: Tensor, *, keep: bool = False
+    ) -> tuple[Tensor, Tensor, engine.Kept | None]:
+        """The loss, its gradient by θ `[P]`, and what `tangents` may start from if asked and possible; all detached."""
+        written = self.derivatives(theta)
+        if written is None:
+            return *self._autograd_gradient(theta.detach(), images.detach(), labels), None
+        loss, gradients, kept = written.gradient(self.split(theta), images, self._probabilities(labels, theta.dtype), keep=keep)
+        return loss, _flat(gradients), kept
+
+    def tangents(
+        self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor, kept: engine.Kept | None = None
+    ) -> StepTangents:
+        """Derivatives of h = <grad_θ loss, v>; the label term is None for class ids.
+
+        `kept` is of `gradient` at the same θ, images and labels, and is used up; recomputed where it is None: the same
+        numbers.
+        """
+        written = self.derivatives(theta)
+        if written is None:
+            return self._autograd_tangents(theta.detach(), v.detach(), images.detach(), labels.detach())
+        probabilities = self._probabilities(labels, theta.dtype)
+        t = written.tangents(self.split(theta), self.split(v), images.detach(), probabilities, kept)
+        return StepTangents(t.loss, _flat(t.parameters), t.images, t.labels if labels.is_floating_point() else None)
 
     def _autograd_gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -84,7 +129,7 @@ class Student:
             (gradient,) = torch.autograd.grad(loss, theta)
         return loss.detach(), gradient
 
-    def _autograd_tangents(self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor) -> tuple[Any, ...]:
+    def _autograd_tangents(self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor) -> StepTangents:
         with torch.enable_grad():
             inputs = [theta.requires_grad_(), images.requires_grad_()]
             if labels.is_floating_point():
@@ -92,37 +137,15 @@ class Student:
             (gradient,) = torch.autograd.grad(self.loss(theta, images, labels), theta, create_graph=True)
             h = gradient @ v
             terms = torch.autograd.grad(h, inputs)
-        return (h.detach(), *terms) if len(terms) == 3 else (h.detach(), *terms, None)
-
-    def _written_gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            loss, gradients = tangent.cross_entropy_gradient(
-                self.split(theta), images, self._probabilities(labels, theta.dtype)
-            )
-            return loss, _flat(gradients)
-
-    def _written_tangents(self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            probabilities = self._probabilities(labels, theta.dtype)
-            t = tangent.cross_entropy_tangents(self.split(theta), self.split(v), images, probabilities)
-            return t.loss, _flat(t.parameters), t.images, t.labels
+        return StepTangents(h.detach(), terms[0], terms[1], terms[2] if len(terms) == 3 else None)
 
     def _probabilities(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        labels = labels.detach()
         return labels.softmax(1) if labels.is_floating_point() else F.one_hot(labels, self.shapes[-1][0]).to(dtype)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    fast = torch.compile(function, dynamic=False)
-
-    def call(*arguments: Tensor) -> Any:
-        # The convolutions want channels-last images; parameters are views of one vector and stay as they are.
-        return fast(*(a.contiguous(memory_format=torch.channels_last) if a.ndim == 4 else a for a in arguments))
-
-    return call
 
 
 def sgd_step(parameter: Tensor, buffer: Tensor, gradient: Tensor, lr: Tensor | float, momentum: float) -> tuple[Tensor, Tensor]:

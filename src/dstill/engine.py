@@ -1,0 +1,219 @@
+"""What runs the hand-written derivatives: native kernels or tensor operations, in which precision and in which pieces."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dstill.native import Kernels, kernels
+from dstill.native.convolutions import Patches, Winograd
+from dstill.native.unit import NativeUnit
+from dstill.nets import tangent
+from dstill.nets.convnet import ConvNet
+from dstill.nets.convolution import Convolution, Direct
+from dstill.nets.tangent import Engine, Sum, TensorUnit, Unit
+
+Precision = Literal["float32", "bfloat16-backward", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16-backward", "bfloat16")
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+# Fewer input channels than this: patches. Sides below this: the direct form, of which a 4x4 tile would be mostly padding.
+_FEW_CHANNELS, _SMALL_SIDE = 8, 3
+# Images are taken a few at a time, so that one convolution's operands stay in the processor's caches.
+_PIECE_BYTES = 3_000_000
+
+
+def supports(net: nn.Module) -> bool:
+    """Whether `net` has hand-written derivatives: exactly a ConvNet with instance norm."""
+    return type(net) is ConvNet and net.norm == "instance"
+
+
+class Tangents(NamedTuple):
+    """Derivatives along a direction: of the loss, and of its gradients by parameters, images, and label logits."""
+
+    loss: Tensor
+    parameters: list[Tensor]
+    images: Tensor
+    labels: Tensor
+
+
+Kept = list[list[Unit]]
+
+
+class Derivatives:
+    """Derivatives of the mean cross-entropy of one ConvNet, a few images at a time, the pieces side by side on threads.
+
+    An instance norm looks at one image at a time, so cutting a batch into pieces is exact. Pieces are added up in order:
+    the numbers depend on how many threads there are, for rounding, but not on which is first.
+
+    Args:
+        net: supported by `supports`; its geometry alone is read.
+        device: where the tensors will be.
+        dtype: their type.
+        precision: `float32`: every product in the tensors' own type. `bfloat16-backward`: convolutions of the second order
+            in bfloat16; `bfloat16`: all convolutions. The latter two are approximations.
+        threads: pieces at a time on a CPU; torch's own number if left out.
+        compiled: `torch.compile` the tensor operations, where native kernels do not run: faster after up to a minute.
+        native: False for tensor operations also where native kernels could run.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        precision: Precision = "float32",
+        threads: int | None = None,
+        compiled: bool = False,
+        native: bool = True,
+    ) -> None:
+        if not supports(net):
+            raise TypeError("only a ConvNet with instance norm has hand-written derivatives")
+        assert isinstance(net, ConvNet)
+        self.geometry, self.width, self.dtype = net.geometry, net.width, dtype
+        suitable = native and device.type == "cpu" and dtype in (torch.float32, torch.float64)
+        compiled_kernels = kernels() if suitable else None
+        self.native = compiled_kernels is not None
+        exact: list[Convolution] = [_exact(compiled_kernels, channels, size, dtype) for channels, size in self.geometry]
+        rounded: list[Convolution] = [Direct(dtype, torch.bfloat16) for _ in self.geometry]
+        first = rounded if precision == "bfloat16" else exact
+        unit = TensorUnit if compiled_kernels is None else functools.partial(NativeUnit, compiled_kernels)
+        self.engine = Engine(unit, first, exact if precision == "float32" else rounded)
+        self.threads = 1 if device.type != "cpu" else threads or torch.get_num_threads()
+        self.piece = _piece(self.geometry, net.width, dtype) if device.type == "cpu" else None
+        self._pool: ThreadPoolExecutor | None = None
+        wrap = functools.partial(torch.compile, dynamic=False) if compiled and not self.native else _unchanged
+        self._first, self._second, self._penalty = (
+            wrap(f) for f in (tangent.cross_entropy_gradient, tangent.cross_entropy_tangents, tangent.penalty_tangents)
+        )
+
+    def kept_bytes(self, images: int) -> int:
+        """About what `gradient(keep=True)` holds on to for so many images."""
+        numbers = 0
+        for i, (_, (height, breadth)) in enumerate(self.geometry):
+            numbers += self.width * ((height * breadth if i else 0) + (height // 2) * (breadth // 2) + 4)
+        return images * numbers * self.dtype.itemsize
+
+    @torch.no_grad()
+    def gradient(
+        self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, *, keep: bool = False
+    ) -> tuple[Tensor, list[Tensor], Kept | None]:
+        """Mean cross-entropy with target probabilities `[B, K]`, its gradients, and what `tangents` may start from."""
+        point = self.engine.weights(parameters, second=False)
+
+        def work(piece: tuple[Tensor, Tensor]) -> tangent.FirstOrder:
+            result = self._first(self.engine, point, *piece, len(images))
+            if keep:
+                result.units[0].z = None  # few input channels: cheaper to convolve again than to keep
+            return result if keep else result._replace(units=[])
+
+        parts = self._each(work, zip(self._cut(images), self._cut(targets), strict=True))
+        loss, total = _added([part.loss for part in parts]), _summed([part.gradient for part in parts])
+        kept = [part.units for part in parts] if keep else None
+        return loss, total.parameters(self.engine.first), kept
+
+    @torch.no_grad()
+    def tangents(
+        self,
+        parameters: Sequence[Tensor],
+        direction: Sequence[Tensor],
+        images: Tensor,
+        targets: Tensor,
+        kept: Kept | None = None,
+    ) -> Tangents:
+        """Derivatives of the mean cross-entropy's gradient along a direction in the parameters.
+
+        `kept` is of `gradient` at the same point and images, and is used up; recomputed where it is None: the same numbers.
+        """
+        point, along = self.engine.weights(parameters), self.engine.weights(direction, first=False)
+
+        def work(piece: tuple[Tensor, Tensor, list[Unit] | None]) -> tangent.SecondOrder:
+            some, labels, units = piece
+            return self._second(self.engine, point, along, some, labels, len(images), units)
+
+        cut = self._cut(images)
+        units: Sequence[list[Unit] | None] = kept or [None] * len(cut)
+        parts = self._each(work, zip(cut, self._cut(targets), units, strict=True))
+        return Tangents(
+            _added([part.loss for part in parts]),
+            _summed([part.gradient for part in parts]).parameters(self.engine.second),
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.labels for part in parts]),
+        )
+
+    @torch.no_grad()
+    def penalty(
+        self, parameters: Sequence[Tensor], images: Tensor, *, pixelwise: bool, target: float = 1.0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The expert's gradient penalty, E[(|grad_x W(x)| - target)^2], and its exact gradients (paper Eq. 19)."""
+        point = self.engine.weights(parameters)
+
+        def work(some: Tensor) -> tangent.FirstOrder:
+            return self._penalty(self.engine, point, some, pixelwise, target, len(images))
+
+        parts = self._each(work, self._cut(images))
+        total = _summed([part.gradient for part in parts])
+        return _added([part.loss for part in parts]), total.parameters(self.engine.second)
+
+    @torch.no_grad()
+    def logits(self, parameters: Sequence[Tensor], images: Tensor) -> Tensor:
+        """`[B, K]` of preprocessed images."""
+        point = self.engine.weights(parameters, second=False)
+        return torch.cat(self._each(lambda some: tangent.logits(self.engine, point, some), self._cut(images)))
+
+    def _cut(self, batch: Tensor) -> list[Tensor]:
+        if self.piece is None:
+            return [batch]
+        size = min(self.piece, -(-len(batch) // self.threads))
+        return list(batch.tensor_split(-(-len(batch) // size)))
+
+    def _each(self, work: Callable[[_Item], _Result], pieces: Iterable[_Item]) -> list[_Result]:
+        if self.threads == 1:
+            return [work(piece) for piece in pieces]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.threads)
+        return list(self._pool.map(torch.no_grad()(work), pieces))
+
+
+def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def derivatives_of(net: nn.Module, *, precision: Precision = "float32", compiled: bool = False) -> Derivatives | None:
+    """The hand-written derivatives of a network where it stands; None where it has none."""
+    if not supports(net):
+        return None
+    weight = next(net.parameters())
+    return Derivatives(net, weight.device, weight.dtype, precision, compiled=compiled)
+
+
+def _exact(kernels: Kernels | None, channels: int, size: tuple[int, int], dtype: torch.dtype) -> Convolution:
+    if kernels is None or (min(size) < _SMALL_SIDE and channels >= _FEW_CHANNELS):
+        return Direct(dtype)
+    return Patches(kernels, channels, size) if channels < _FEW_CHANNELS else Winograd(kernels, size)
+
+
+def _piece(geometry: Sequence[tuple[int, tuple[int, int]]], width: int, dtype: torch.dtype) -> int:
+    """Images whose largest operand, 36 numbers for every 16 pixels of the second block's input, fits the budget."""
+    height, breadth = geometry[min(1, len(geometry) - 1)][1]
+    return max(1, int(_PIECE_BYTES / (36 / 16 * height * breadth * width * dtype.itemsize)))
+
+
+def _added(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).sum()
+
+
+def _summed(parts: Sequence[Sum | None]) -> Sum:
+    total = parts[0]
+    assert total is not None
+    for part in parts[1:]:
+        assert part is not None
+        total.add_(part)
+    return total

@@ -1,0 +1,114 @@
+"""The 3x3 convolution as a bilinear map: its three products, each a sum over pairs of operands."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# An image, a weight or an output gradient, brought into whatever form the products below want it in.
+Operand = Any
+Pair = tuple[Operand, Operand]
+
+_THIN = 8  # with fewer input channels than this, by_input is one matrix product and nine shifted sums on a CPU
+
+
+class Convolution(Protocol):
+    """z = W * x with padding 1, and its two transposes.
+
+    Each operand is brought into the products' domain once and used in several products; sums of products, such as
+    W * x' + W' * x, are formed inside the domain.
+    """
+
+    def weight(self, weight: Tensor) -> Operand:
+        """Of `[O, I, 3, 3]`."""
+        ...
+
+    def weight_adjoint(self, total: Operand) -> Tensor:
+        """`[O, I, 3, 3]` from a sum of results of `by_weight`."""
+        ...
+
+    def input(self, x: Tensor) -> Operand:
+        """Of `[B, I, H, W]`."""
+        ...
+
+    def output(self, g: Tensor) -> Operand:
+        """Of a gradient by the output, `[B, O, H, W]`."""
+        ...
+
+    def forward(self, *pairs: Pair) -> Tensor:
+        """The sum of W * x over pairs (x, W): `[B, O, H, W]`."""
+        ...
+
+    def by_input(self, *pairs: Pair) -> Tensor:
+        """The sum of transposed convolutions over pairs (g, W): `[B, I, H, W]`."""
+        ...
+
+    def by_weight(self, *pairs: Pair) -> Operand:
+        """The sum over pairs (g, x), before `weight_adjoint`."""
+        ...
+
+
+class Direct:
+    """Library convolutions on any device.
+
+    Args:
+        result: type of the tensors that come and go.
+        product: type in which they are multiplied, for example bfloat16; `result` if left out.
+    """
+
+    def __init__(self, result: torch.dtype, product: torch.dtype | None = None) -> None:
+        self.result, self.product = result, product or result
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.product)
+
+    def weight(self, weight: Tensor) -> Operand:
+        return self._cast(weight)
+
+    def weight_adjoint(self, total: Operand) -> Tensor:
+        return total
+
+    def input(self, x: Tensor) -> Operand:
+        return self._cast(x)
+
+    def output(self, g: Tensor) -> Operand:
+        return self._cast(g)
+
+    def forward(self, *pairs: Pair) -> Tensor:
+        return self._sum([F.conv2d(x, w, padding=1) for x, w in pairs])
+
+    def by_input(self, *pairs: Pair) -> Tensor:
+        return self._sum([_by_input(g, w) for g, w in pairs])
+
+    def by_weight(self, *pairs: Pair) -> Operand:
+        shape = (pairs[0][0].shape[1], pairs[0][1].shape[1], 3, 3)
+        return self._sum([_backward(g, x, x.new_empty(()).expand(shape), 1) for g, x in pairs])
+
+    def _sum(self, terms: list[Tensor]) -> Tensor:
+        total = terms[0].to(self.result)
+        for term in terms[1:]:
+            total = total + term
+        return total
+
+
+def _backward(g: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+    mask = [which == 0, which == 1, False]
+    gradients = torch.ops.aten.convolution_backward(g, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask)
+    return gradients[which]
+
+
+def _by_input(g: Tensor, weight: Tensor) -> Tensor:
+    batch, outputs, height, width = g.shape
+    inputs = weight.shape[1]
+    if g.device.type != "cpu" or inputs >= _THIN:
+        return _backward(g, g.new_empty(()).expand(batch, inputs, height, width), weight, 0)
+    rows = g.permute(0, 2, 3, 1).reshape(-1, outputs)
+    patches = (rows @ weight.permute(0, 2, 3, 1).reshape(outputs, -1)).view(batch, height, width, 3, 3, inputs)
+    padded = patches.new_zeros(batch, height + 2, width + 2, inputs)
+    for i in range(3):
+        for j in range(3):
+            padded[:, i : i + height, j : j + width] += patches[:, :, :, i, j]
+    return padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
