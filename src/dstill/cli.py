@@ -72,7 +72,8 @@ class Common:
         seed: decides everything random.
         device: auto, cpu, cuda or mps.
         cache: folder that keeps experts for every run ($DSTILL_CACHE, else ~/.cache/dstill).
-        threads: CPU threads; the machine's cores if left out.
+        threads: CPU threads of distilling; the machine's cores if left out.
+        workers: processes that train experts and networks at once: a number, or auto for one a core.
         quiet: print the result only.
         debug: show the traceback of an error.
     """
@@ -81,6 +82,7 @@ class Common:
     device: str = "auto"
     cache: Path | None = None
     threads: int | None = None
+    workers: int | Literal["auto"] = "auto"
     quiet: bool = False
     debug: bool = False
 
@@ -92,7 +94,7 @@ class Common:
         return ConsoleReporter(sys.stderr, quiet=self.quiet)
 
     def arguments(self, reporter: ConsoleReporter) -> dict[str, Any]:
-        return {"seed": self.seed, "device": self.device, "cache": self.cache, "reporter": reporter}
+        return {"seed": self.seed, "device": self.device, "cache": self.cache, "workers": self.workers, "reporter": reporter}
 
 
 @Parameter(name="*")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dstill import recipes
+from dstill import native, recipes
 from dstill.artifacts import header as files
 from dstill.artifacts import pictures
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
@@ -19,9 +20,10 @@ from dstill.console import Reporter, Silent
 from dstill.data.real import RealSet, check_ipc, load_real
 from dstill.devices import resolve_device
 from dstill.distillation import Cadence, run_method
+from dstill.engine import supports
 from dstill.errors import DstillError
 from dstill.evaluation.baselines import random_baseline, whole_set
-from dstill.evaluation.networks import evaluate_set, prepared
+from dstill.evaluation.networks import Trial, measure, prepared, trials_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.trajectory import Trajectories
 from dstill.methods import method_info
@@ -38,6 +40,7 @@ from dstill.preparation import (
 )
 from dstill.runs import RunFolder
 from dstill.version import __version__
+from dstill.workers import Workers
 
 RESULT_NAME = "result.json"
 
@@ -54,6 +57,7 @@ def train_experts(
     device: str = "auto",
     cache: str | Path | None = None,
     only: Sequence[int] | None = None,
+    workers: Workers = 1,
     reporter: Reporter | None = None,
 ) -> Trajectories:
     """Trains the expert trajectories that a recipe needs and that the cache does not hold yet.
@@ -69,6 +73,7 @@ def train_experts(
         device: auto, cpu, cuda or mps.
         cache: folder that keeps experts for every run that can use them.
         only: train just these experts, for a share of the work elsewhere.
+        workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
         reporter: receives progress.
 
     Returns:
@@ -79,7 +84,7 @@ def train_experts(
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     if resolved.experts is None and not method_info(resolved.method).needs_experts:
         raise DstillError(f"method {resolved.method!r} needs no experts")
-    return ensure_experts(real, resolved, seed, where, cache_folder(cache), reporter, only)
+    return ensure_experts(real, resolved, seed, where, cache_folder(cache), reporter, only=only, workers=workers)
 
 
 def distill(
@@ -98,6 +103,7 @@ def distill(
     cache: str | Path | None = None,
     validate_every: int = 0,
     checkpoint_every: int = 25,
+    workers: Workers = 1,
     reporter: Reporter | None = None,
 ) -> DistilledSet:
     """Distils a real image set.
@@ -117,6 +123,7 @@ def distill(
         cache: folder that keeps experts for every run that can use them.
         validate_every: measure the set on the validation part every so many iterations; 0 for never.
         checkpoint_every: store the state every so many iterations; 0 for never.
+        workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
         reporter: receives progress.
 
     Raises:
@@ -133,7 +140,7 @@ def distill(
     if experts is not None:
         trajectories = experts if isinstance(experts, Trajectories) else Trajectories(Path(experts))
     elif method_info(resolved.method).needs_experts:
-        trajectories = ensure_experts(real, resolved, trained_with, where, store, reporter)
+        trajectories = ensure_experts(real, resolved, trained_with, where, store, reporter, workers=workers)
     preprocess = fitted_preprocess(resolved.preprocess, real, store)
     describing = feature_expert(real, resolved, trajectories, trained_with, where, store, reporter)
     problem = Problem(real, preprocess, resolved, trajectories, where, seed, describing)
@@ -157,6 +164,7 @@ def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Repor
         reporter.note(f"{finished} is finished: nothing to do")
         distilled = DistilledSet.load(finished)
     else:
+        reporter.note(_how(problem))
         distilled = run_method(problem, folder, cadence=cadence, observer=_watch(reporter))
         distilled.save(out)
     settings = out / "recipe.yaml"
@@ -173,9 +181,22 @@ def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Repor
     return distilled
 
 
+def _how(problem: Problem) -> str:
+    """What the numbers are worked out by, in a line."""
+    settings = problem.recipe.distill
+    if settings is None or problem.device.type != "cpu":
+        return f"distilling on {problem.device}"
+    engine = native.describe() if supports(problem.network()) else "library double backward"
+    exact = "exact" if settings.precision == "float32" else f"inexact, {settings.precision}"
+    return f"distilling on {torch.get_num_threads()} CPU thread(s), {engine}, {settings.gradient}, {exact}"
+
+
 def _watch(reporter: Reporter) -> Callable[[int, int, dict[str, float]], None]:
     def observe(iteration: int, total: int, row: dict[str, float]) -> None:
         parts = [f"loss {row['loss']:.3f}", f"α {row['alpha']:.4g}"] if "loss" in row else []
+        if "gradient_cosine" in row:
+            cosine = f"{row['gradient_cosine']:.7f}"
+            reporter.note(f"inexact precision: at the start, cosine {cosine} to the exact gradient of the images")
         if row.get("skipped"):
             parts.append(f"{row['skipped']:.0f} skipped")
         if "validation_accuracy" in row:
@@ -198,6 +219,7 @@ def evaluate(
     device: str = "auto",
     cache: str | Path | None = None,
     out: str | Path | None = None,
+    workers: Workers = 1,
     reporter: Reporter | None = None,
 ) -> Result:
     """Trains fresh networks on one or several sets of a method and measures each once on the whole test set.
@@ -214,6 +236,7 @@ def evaluate(
         device: auto, cpu, cuda or mps.
         cache: folder that keeps the whole set's accuracy.
         out: file or folder for `result.json`.
+        workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
         reporter: receives progress.
 
     Raises:
@@ -236,21 +259,28 @@ def evaluate(
 
     scores: dict[str, Score] = {}
     for config in configs:
-        by_set: list[list[float]] = []
-        for i, one in enumerate(sets):
-            by_set.append([])
-            for k in range(count):
-                stream = (one.seed, i, k)
-                by_set[i] += evaluate_set(one, test, chosen, net=config, networks=1, seed=seed, stream=stream)
-                detail = f"{config.name} {by_set[i][-1]:.1%}"
-                reporter.progress(f"evaluating {config.name}", i * count + k + 1, len(sets) * count, detail)
+        trials = [
+            trial
+            for i, one in enumerate(sets)
+            for k in range(count)
+            for trial in trials_of(one, 1, net=config, seed=seed, stream=(one.seed, i, k))
+        ]
+        done = itertools.count(1)
+
+        def watch(trial: Trial, score: float, done: Iterator[int] = done, total: int = len(trials)) -> None:
+            reporter.progress(f"evaluating {trial.net.name}", next(done), total, f"{trial.net.name} {score:.1%}")
+
+        values = measure(trials, test, chosen, workers=workers, progress=watch)
         rates = {one.alpha or chosen.lr for one in sets}
+        by_set = [values[i * count : (i + 1) * count] for i in range(len(sets))]
         scores[config.name] = Score.of(by_set, lr=rates.pop() if len(rates) == 1 else None)
     evaluated = time.perf_counter()
 
     beside = None
     if random and real.judged_on == "test":
-        beside = random_baseline(first, real, test, chosen, net=configs[0], networks=networks, seed=seed, tick=reporter.note)
+        beside = random_baseline(
+            first, real, test, chosen, net=configs[0], networks=networks, seed=seed, workers=workers, tick=reporter.note
+        )
     full = _whole_cached(first, configs[0], real, test, seed, cache_folder(cache)) if whole else None
     stages = {"evaluate": evaluated - started, "baselines": time.perf_counter() - evaluated}
     result = Result(
@@ -320,6 +350,7 @@ def run(
     seed: int = 0,
     device: str = "auto",
     cache: str | Path | None = None,
+    workers: Workers = 1,
     reporter: Reporter | None = None,
 ) -> Result:
     """Experts, distillation, evaluation, summary. Interrupted, the same call continues where it stopped.
@@ -342,6 +373,7 @@ def run(
         seed: decides everything random.
         device: auto, cpu, cuda or mps.
         cache: folder that keeps experts for every run that can use them.
+        workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
         reporter: receives progress.
 
     Raises:
@@ -357,7 +389,9 @@ def run(
     reporter.note(f"run folder: {folder}")
     trajectories: Trajectories | None = None
     if method_info(resolved.method).needs_experts:
-        trajectories = train_experts(real, recipe=resolved, seed=seed, device=device, cache=cache, reporter=reporter)
+        trajectories = train_experts(
+            real, recipe=resolved, seed=seed, device=device, cache=cache, workers=workers, reporter=reporter
+        )
     trained = time.perf_counter()
     distilled = [
         distill(
@@ -371,6 +405,7 @@ def run(
             cache=cache,
             validate_every=validate_every,
             checkpoint_every=checkpoint_every,
+            workers=workers,
             reporter=reporter,
         )
         for k in range(sets)
@@ -385,6 +420,7 @@ def run(
         seed=seed,
         device=device,
         cache=cache,
+        workers=workers,
         reporter=reporter,
     )
     stages = {"experts": trained - started, "distill": matched - trained, **result.stages}

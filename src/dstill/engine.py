@@ -27,7 +27,7 @@ _Result = TypeVar("_Result")
 # Fewer input channels than this: patches. Sides below this: the direct form, of which a 4x4 tile would be mostly padding.
 _FEW_CHANNELS, _SMALL_SIDE = 8, 3
 # Images are taken a few at a time, so that one convolution's operands stay in the processor's caches.
-_PIECE_BYTES = 3_000_000
+_PIECE_BYTES = 1_500_000
 
 
 def supports(net: nn.Module) -> bool:
@@ -51,7 +51,7 @@ class Derivatives:
     """Derivatives of the mean cross-entropy of one ConvNet, a few images at a time, the pieces side by side on threads.
 
     An instance norm looks at one image at a time, so cutting a batch into pieces is exact. Pieces are added up in order:
-    the numbers depend on how many threads there are, for rounding, but not on which is first.
+    the numbers do not depend on the number of threads.
 
     Args:
         net: supported by `supports`; its geometry alone is read.
@@ -169,10 +169,7 @@ class Derivatives:
         return torch.cat(self._each(lambda some: tangent.logits(self.engine, point, some), self._cut(images)))
 
     def _cut(self, batch: Tensor) -> list[Tensor]:
-        if self.piece is None:
-            return [batch]
-        size = min(self.piece, -(-len(batch) // self.threads))
-        return list(batch.tensor_split(-(-len(batch) // size)))
+        return [batch] if self.piece is None else list(batch.tensor_split(-(-len(batch) // self.piece)))
 
     def _each(self, work: Callable[[_Item], _Result], pieces: Iterable[_Item]) -> list[_Result]:
         if self.threads == 1:

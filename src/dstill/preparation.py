@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,9 +21,11 @@ from dstill.devices import total_memory
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import ExpertTask, train_missing
-from dstill.experts.trajectory import Trajectories
+from dstill.experts.trajectory import Trajectories, expert_path
 from dstill.nets import build, network_class
+from dstill.training import EpochReport
 from dstill.unroll import Student
+from dstill.workers import Workers
 
 _PREPROCESS = "preprocessing"
 
@@ -91,7 +93,9 @@ def ensure_experts(
     device: torch.device,
     cache: Path,
     reporter: Reporter,
+    *,
     only: Sequence[int] | None = None,
+    workers: Workers = 1,
 ) -> Trajectories:
     """The recipe's experts, those that the cache lacks trained first.
 
@@ -105,14 +109,14 @@ def ensure_experts(
     wanted = list(range(config.count)) if only is None else list(only)
     if any(index < 0 for index in wanted):
         raise DstillError(f"experts are numbered from 0, got {min(wanted)}")
-    epochs = config.epochs
+    total = len(wanted) * config.epochs
+    done = itertools.count(1 + config.epochs * sum(expert_path(folder, index).exists() for index in wanted))
 
-    def observe(index: int, report: Any, score: float) -> None:
-        done = wanted.index(index) * epochs + report.epochs_done
+    def observe(index: int, report: EpochReport, score: float) -> None:
         detail = f"expert {index}: {real.judged_on} accuracy {score:.1%}, {report.images_per_second:,.0f} images/s"
-        reporter.progress("expert epochs", done, len(wanted) * epochs, detail)
+        reporter.progress("expert epochs", next(done), total, detail)
 
-    train_missing(task, folder, device, only=only, observer=observe)
+    train_missing(task, folder, device, only=only, workers=workers, observer=observe)
     reporter.note(f"experts: {folder}")
     return Trajectories(folder, config.count if only is None else None)
 

@@ -19,6 +19,7 @@ from dstill.data.real import RealSet, load_real
 from dstill.devices import resolve_device
 from dstill.errors import DstillError
 from dstill.preparation import resolve_recipe
+from dstill.workers import Workers
 
 _RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 _ALPHA_FACTORS = (0.3, 1.0, 3.0, 10.0)
@@ -37,6 +38,7 @@ def tune(
     seed: int = 0,
     device: str = "auto",
     cache: str | Path | None = None,
+    workers: Workers = 1,
     reporter: Reporter | None = None,
 ) -> Path:
     """Searches lr_images, T+ and α₀ and writes the best recipe found.
@@ -57,6 +59,7 @@ def tune(
         seed: decides the validation part and the candidates.
         device: auto, cpu, cuda or mps.
         cache: folder that keeps experts.
+        workers: processes that train experts at once; `auto`: one a core where the work is worth it.
         reporter: receives progress.
 
     Returns:
@@ -76,7 +79,7 @@ def tune(
     longest = base.model_copy(
         update={"distill": base.distill.model_copy(update={"max_start_epoch": 2 * base.distill.max_start_epoch})}
     )
-    experts = train_experts(held, recipe=longest, seed=seed, device=device, cache=cache, reporter=reporter)
+    experts = train_experts(held, recipe=longest, seed=seed, device=device, cache=cache, workers=workers, reporter=reporter)
     best, best_score, tried = base, -1.0, 0
     for candidate in _candidates(base, seed):
         if tried and time.monotonic() - started > 60 * budget:

@@ -303,3 +303,13 @@ def test_epochs_that_are_asked_for_are_kept_and_nothing_else_changes() -> None:
     open_ended = recipe.model_copy(update={"experts": ExpertConfig()})
     assert open_ended.expert_config == ExpertConfig(epochs=21)
     assert open_ended.model_copy(update={"distill": None}).expert_config.epochs == ExpertConfig().planned_epochs
+
+
+def test_the_number_of_workers_does_not_change_an_expert(make_task: MakeTask, tmp_path: Path) -> None:
+    task = make_task(count=3, augmentation=DSA, gradient_penalty="paper")
+    told: list[tuple[int, int]] = []
+    train_missing(task, tmp_path / "one", CPU)
+    train_missing(task, tmp_path / "two", CPU, workers=2, observer=lambda i, report, _: told.append((i, report.epochs_done)))
+    one, two = Trajectories(tmp_path / "one"), Trajectories(tmp_path / "two")
+    assert all(torch.equal(one.rows(i, 0, 3), two.rows(i, 0, 3)) for i in range(3))
+    assert sorted(told) == [(i, epoch) for i in range(3) for epoch in (1, 2)]

@@ -12,9 +12,10 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.result import Score
 from dstill.config import NetConfig, Protocol
 from dstill.data.real import RealSet, Split
-from dstill.evaluation.networks import evaluate_set, prepared, train_and_measure
+from dstill.evaluation.networks import Trial, measure, prepared, train_and_measure, trials_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.methods.initialisation import random_rows
+from dstill.workers import Workers
 
 RANDOM_DRAWS = 3
 # Learning rates that random images may choose from, beside the one the distilled set learned.
@@ -38,6 +39,7 @@ def random_baseline(
     net: NetConfig | None = None,
     networks: int | None,
     seed: int,
+    workers: Workers = 1,
     tick: Callable[[str], None] = lambda _: None,
 ) -> Score:
     """Random real images under the protocol: `RANDOM_DRAWS` draws, several networks each.
@@ -49,14 +51,15 @@ def random_baseline(
     if int(torch.bincount(real.train.labels, minlength=real.classes).min()) < 2:
         tick("a class has a single training image: nothing can be held out, random images take the protocol's rate")
         rates = [protocol.lr]
-    best = _best_rate(rates, like, real, protocol, net, test[0].device, seed, tick) if len(rates) > 1 else rates[0]
-    by_draw: list[list[float]] = []
-    for draw_index in range(RANDOM_DRAWS):
-        tick(f"random images: draw {draw_index + 1} of {RANDOM_DRAWS}")
-        draw = random_set(like, real.train, seeding.generator(seed, "random-draw", draw_index))
-        stream = ("random", draw_index)
-        by_draw.append(evaluate_set(draw, test, protocol, net=net, networks=networks, lr=best, seed=seed, stream=stream))
-    return Score.of(by_draw, lr=best)
+    best = _best_rate(rates, like, real, protocol, net, test[0].device, seed, workers, tick) if len(rates) > 1 else rates[0]
+    count = networks or protocol.networks
+    trials: list[Trial] = []
+    for k in range(RANDOM_DRAWS):
+        draw = random_set(like, real.train, seeding.generator(seed, "random-draw", k))
+        trials += trials_of(draw, count, net=net, lr=best, seed=seed, stream=("random", k))
+    tick(f"random images: {RANDOM_DRAWS} draws, {count} network(s) each")
+    scores = measure(trials, test, protocol, workers=workers)
+    return Score.of([scores[k * count : (k + 1) * count] for k in range(RANDOM_DRAWS)], lr=best)
 
 
 def _best_rate(
@@ -67,19 +70,17 @@ def _best_rate(
     net: NetConfig | None,
     device: torch.device,
     seed: int,
+    workers: Workers,
     tick: Callable[[str], None],
 ) -> float:
     """The rate with which one network trained on one draw does best on the validation part."""
     held = real.holdout(seed)
     validation = prepared(held.test, like.preprocess, device)
-    scores: dict[float, float] = {}
-    for rate in rates:
-        tick(f"random images: trying learning rate {rate:.3g}")
-        draw = random_set(like, held.train, seeding.generator(seed, "random-rate"))
-        (scores[rate],) = evaluate_set(
-            draw, validation, protocol, net=net, networks=1, lr=rate, seed=seed, stream=("random-rate",)
-        )
-    return max(scores, key=lambda rate: scores[rate])
+    draw = random_set(like, held.train, seeding.generator(seed, "random-rate"))
+    tick(f"random images: trying learning rates {', '.join(f'{rate:.3g}' for rate in rates)}")
+    trials = [trial for rate in rates for trial in trials_of(draw, 1, net=net, lr=rate, seed=seed, stream=("random-rate",))]
+    scores = measure(trials, validation, protocol, workers=workers)
+    return max(zip(scores, rates, strict=True), key=lambda pair: pair[0])[1]
 
 
 def whole_set(net: NetConfig, like: DistilledSet, real: RealSet, test: tuple[Tensor, Tensor], *, seed: int) -> Score:

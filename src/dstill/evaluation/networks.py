@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,6 +16,7 @@ from dstill.config import NetConfig, Protocol
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import Split
 from dstill.training import accuracy, fit, step_at
+from dstill.workers import Workers, choose_workers, spread
 
 
 def prepared(split: Split, preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -60,43 +66,90 @@ def train_and_measure(
     return accuracy(network, *test)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One fresh network to be trained on a set and measured.
+
+    Attributes:
+        distilled: the set.
+        net: the network.
+        lr: learning rate; the set's α, or the protocol's rate where it has none, if None.
+        seed: master seed.
+        stream: names this trial among others of the same seed.
+    """
+
+    distilled: DistilledSet
+    net: NetConfig
+    lr: float | None
+    seed: int
+    stream: tuple[str | int, ...]
+
+
+def measure(
+    trials: Sequence[Trial],
+    test: tuple[Tensor, Tensor],
+    protocol: Protocol,
+    *,
+    workers: Workers = 1,
+    progress: Callable[[Trial, float], None] | None = None,
+) -> list[float]:
+    """The accuracy of every trial's network on `test`, in order.
+
+    Args:
+        trials: which networks, on which sets; the sets' own preprocessing must have been applied to `test`.
+        test: preprocessed images and class ids.
+        protocol: how to train.
+        workers: processes; `auto`: one a core where the work is worth it, judged by the first network.
+        progress: called after each network with its trial and accuracy.
+    """
+    tell = progress or (lambda trial, score: None)
+    work = functools.partial(_measured, test, protocol)
+    started = time.perf_counter()
+    first = [work(trial, lambda score, trial=trial: tell(trial, score)) for trial in trials[:1]]  # type: ignore[misc]
+    rest = trials[1:]
+    seconds = (time.perf_counter() - started) * len(rest)
+    return first + spread(work, rest, choose_workers(workers, len(rest), test[0].device, seconds), tell)
+
+
+def _measured(test: tuple[Tensor, Tensor], protocol: Protocol, trial: Trial, report: Callable[[float], None]) -> float:
+    distilled, device = trial.distilled, test[0].device
+    score = train_and_measure(
+        trial.net,
+        distilled.images.to(device),
+        distilled.labels.to(device),
+        test,
+        classes=distilled.classes,
+        protocol=protocol,
+        lr=trial.lr or distilled.alpha or protocol.lr,
+        augmentation=distilled.augmentation,
+        generator=seeding.generator(trial.seed, "evaluate", trial.net.name, *trial.stream),
+    )
+    report(score)
+    return score
+
+
+def trials_of(
+    distilled: DistilledSet,
+    count: int,
+    *,
+    net: NetConfig | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    stream: tuple[str | int, ...] = (),
+) -> list[Trial]:
+    """`count` fresh networks on one set; the set's own network if `net` is left out."""
+    return [Trial(distilled, net or distilled.net, lr, seed, (*stream, k)) for k in range(count)]
+
+
 def evaluate_set(
     distilled: DistilledSet,
     test: tuple[Tensor, Tensor],
     protocol: Protocol,
     *,
-    net: NetConfig | None = None,
     networks: int | None = None,
     lr: float | None = None,
     seed: int = 0,
     stream: tuple[str | int, ...] = (),
 ) -> list[float]:
-    """Accuracies of `networks` fresh networks trained on a set.
-
-    Args:
-        distilled: the set; its own preprocessing must have been applied to `test`.
-        test: preprocessed images and class ids.
-        protocol: how to train.
-        net: evaluation network; the set's own if left out.
-        networks: how many; the protocol's number if left out.
-        lr: learning rate; the set's α, or the protocol's rate where it has none, if left out.
-        seed: master seed.
-        stream: names this evaluation among others of the same seed.
-    """
-    config = net or distilled.net
-    device = test[0].device
-    images, labels = distilled.images.to(device), distilled.labels.to(device)
-    return [
-        train_and_measure(
-            config,
-            images,
-            labels,
-            test,
-            classes=distilled.classes,
-            protocol=protocol,
-            lr=lr or distilled.alpha or protocol.lr,
-            augmentation=distilled.augmentation,
-            generator=seeding.generator(seed, "evaluate", config.name, *stream, k),
-        )
-        for k in range(networks or protocol.networks)
-    ]
+    """Accuracies of `networks` fresh networks (the protocol's number if left out) trained on a set; see `measure`."""
+    return measure(trials_of(distilled, networks or protocol.networks, lr=lr, seed=seed, stream=stream), test, protocol)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ from dstill.errors import DstillError
 from dstill.experts.gsam import gsam_objective
 from dstill.experts.smooth import smooth_objective, step_lengths
 from dstill.experts.trajectory import expert_path, save_expert
-from dstill.training import EpochReport, Schedule, accuracy, fit, step_at
+from dstill.training import Batch, EpochReport, Objective, Schedule, accuracy, fit, step_at
+from dstill.workers import Workers, choose_workers, spread
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,6 @@ def train_expert(
         if observer is not None:
             observer(report, record["accuracy"][-1])
 
-    objective = smooth_objective(
-        net, config.clipped_loss, config.gradient_penalty, precision=config.precision, compiled=config.compile
-    )
-    if config.gsam is not None:
-        objective = gsam_objective(objective, config.gsam.rho, config.gsam.alpha)
     fit(
         net,
         images,
@@ -135,7 +133,7 @@ def train_expert(
         batch_size=config.batch_size,
         optimiser=optimiser(net, config),
         generator=generator,
-        objective=objective,
+        objective=_objective(net, config),
         augmentation=task.augmentation,
         schedule=lr_schedule(config),
         observer=observe,
@@ -145,9 +143,29 @@ def train_expert(
     return trajectory.to(getattr(torch, config.store)), record
 
 
+def _objective(net: nn.Module, config: ExpertConfig) -> Objective:
+    objective = smooth_objective(
+        net, config.clipped_loss, config.gradient_penalty, precision=config.precision, compiled=config.compile
+    )
+    return objective if config.gsam is None else gsam_objective(objective, config.gsam.rho, config.gsam.alpha)
+
+
 def _snapshot(net: nn.Module) -> Tensor:
     """A copy of the weights: an alias would follow the live tensors."""
     return torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()]).clone().cpu()
+
+
+def expected_seconds(task: ExpertTask, device: torch.device) -> float:
+    """About how long one expert takes, from the time of one batch."""
+    real, config = task.real, task.config
+    generator = torch.Generator().manual_seed(0)
+    net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
+    images = task.preprocess.forward(real.train.images[: config.batch_size].to(device, torch.float32) / 255)
+    labels = real.train.labels[: config.batch_size].to(device)
+    batch = Batch(images, images, labels, torch.arange(len(images)), 0)
+    started = time.perf_counter()
+    _objective(net, config)(net, batch)
+    return (time.perf_counter() - started) * len(real.train.images) / len(images) * (config.epochs or 1)
 
 
 def train_missing(
@@ -156,24 +174,40 @@ def train_missing(
     device: torch.device,
     *,
     only: Sequence[int] | None = None,
+    workers: Workers = 1,
     observer: Callable[[int, EpochReport, float], None] | None = None,
 ) -> Path:
     """Trains the experts that `folder` lacks, each written atomically as soon as it is done.
+
+    An expert is the same whatever the number of workers.
 
     Args:
         task: what to train.
         folder: one folder a task (named after its fingerprint).
         device: where to train.
         only: train just these indices, for a share of the work on another machine.
+        workers: processes; `auto`: one a core where the work is worth it.
         observer: called after each epoch with the expert's index, the report and the accuracy.
 
     Returns:
         `folder`.
     """
-    for index in range(task.config.count) if only is None else only:
-        if expert_path(folder, index).exists():
-            continue
-        watch = None if observer is None else (lambda report, score, i=index: observer(i, report, score))
-        trajectory, record = train_expert(task, index, device, watch)
-        save_expert(folder, index, trajectory, {**task.identity(), "index": index, "record": record})
+    missing = [i for i in (range(task.config.count) if only is None else only) if not expert_path(folder, i).exists()]
+    if not missing:
+        return folder
+    seconds = expected_seconds(task, device) * len(missing) if workers == "auto" and len(missing) > 1 else 0.0
+    watch = None if observer is None else (lambda index, told: observer(index, *told))
+    spread(
+        functools.partial(_train_and_save, task, folder, device),
+        missing,
+        choose_workers(workers, len(missing), device, seconds),
+        watch,
+    )
     return folder
+
+
+def _train_and_save(
+    task: ExpertTask, folder: Path, device: torch.device, index: int, report: Callable[[tuple[EpochReport, float]], None]
+) -> None:
+    trajectory, record = train_expert(task, index, device, lambda epoch, score: report((epoch, score)))
+    save_expert(folder, index, trajectory, {**task.identity(), "index": index, "record": record})

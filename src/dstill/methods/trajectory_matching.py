@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import final
 
@@ -20,6 +21,10 @@ from dstill.training import shuffled_batches
 from dstill.unroll import Step, Student, Unrolled, sgd_step, unroll
 
 _MIN_SKIPS = 10
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float((a.double() * b.double()).sum() / (a.double().norm() * b.double().norm()))
 
 
 @final
@@ -73,19 +78,24 @@ class TrajectoryMatching:
         targets = intermediate_matching(
             segment, origin, settings.student_steps, settings.intermediate_matching, settings.intermediate_scale
         )
-        unrolled = unroll(
-            self.student,
-            start,
-            state["images"],
-            self._labels(state, segment),
-            self._draw_steps(generator),
-            state["alpha"],
-            targets,
+        differentiate = functools.partial(
+            unroll,
+            theta0=start,
+            images=state["images"],
+            labels=self._labels(state, segment),
+            steps=self._draw_steps(generator),
+            alpha=state["alpha"],
+            targets=targets,
             loss_scale=balanced_loss(segment.epoch, settings.max_start_epoch, settings.balanced_loss),
             momentum=settings.student_momentum,
             gradient=settings.gradient,
             memory=settings.memory,
         )
+        unrolled = differentiate(self.student)
+        extra: Metrics = {}
+        if iteration == 0 and settings.precision != "float32":
+            exact = differentiate(Student(self.problem.network()))
+            extra["gradient_cosine"] = _cosine(unrolled.grads.images, exact.grads.images)
         taken = self._update(state, unrolled, iteration)
         span = (segment.start - segment.targets[-1]).norm()
         return {
@@ -99,6 +109,7 @@ class TrajectoryMatching:
             "image_gradient_norm": float(unrolled.grads.images.norm()),
             "skipped": int(state["skipped"]),
             "taken": int(taken),
+            **extra,
         }
 
     def result(self, state: State) -> DistilledSet:

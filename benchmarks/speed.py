@@ -1,0 +1,295 @@
+"""How fast, how large and how exact: every engine of the unrolled gradient, expert training, and evaluation.
+
+    python benchmarks/speed.py -o results/speed            # everything; a quarter of an hour on two cores
+    python benchmarks/speed.py --only cases,memory -o ...
+
+Everything that is compared is measured in turns within one process, and compared by medians, because machines are shared.
+Memory is the growth of a fresh process's peak. Plain autograd's cost is linear in N, so it is timed on the last few steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstill import native
+from dstill.data import siamese
+from dstill.experts.smooth import gradient_penalty, smooth_objective
+from dstill.nets.convnet import ConvNet
+from dstill.training import Batch, predictions
+from dstill.unroll import Step, Student, unroll
+
+DSA = "colour_crop_cutout_flip_scale_rotate"
+
+
+@dataclass(frozen=True)
+class Case:
+    """`batch` of `images` a step, N = `steps`; ConvNet of `width` on `side` x `side`."""
+
+    images: int
+    batch: int
+    steps: int
+    classes: int = 10
+    width: int = 128
+    side: int = 32
+    dsa: bool = False
+
+
+CASES = {
+    "a": Case(10, 10, 50),
+    "b": Case(100, 100, 30),
+    "c": Case(1000, 100, 20, classes=100),
+    "a, DSA": Case(10, 10, 50, dsa=True),
+}
+# How the student of each engine is made, and the options of `unroll`.
+ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "graph": ({}, {"gradient": "graph"}),
+    "double backward": ({"generic": True}, {}),
+    "tensor operations": ({"native": False}, {"memory": "recompute"}),
+    "native, keep": ({}, {"memory": "keep"}),
+    "native, recompute": ({}, {"memory": "recompute"}),
+    "native, bfloat16-backward": ({"precision": "bfloat16-backward"}, {"memory": "keep"}),
+    "native, bfloat16": ({"precision": "bfloat16"}, {"memory": "keep"}),
+}
+
+
+def problem(case: Case, steps: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[ConvNet, tuple[Any, ...]]:
+    """A network and the arguments of `unroll` after the student, from float64 draws."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    net = ConvNet(3, case.classes, (case.side, case.side), width=case.width).to(dtype)
+    theta = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+    images = torch.randn(case.images, 3, case.side, case.side, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.arange(case.images) % case.classes
+    strategy = DSA if case.dsa else "none"
+    draws = [
+        Step(torch.randperm(case.images, generator=generator)[: case.batch], siamese.sample(strategy, case.batch, generator))
+        for _ in range(steps)
+    ]
+    target = theta + 0.02 * torch.randn(len(theta), generator=generator, dtype=torch.float64).to(dtype)
+    return net, (theta, images, labels, draws, torch.tensor(0.02, dtype=dtype), {steps: (target, 1.0)})
+
+
+class Plain(ConvNet):
+    """The same network, unknown to the hand-written derivatives."""
+
+
+def runner(engine: str, case: Case, steps: int) -> Callable[[], Tensor]:
+    """Runs one unrolled gradient; returns that of the images."""
+    net, arguments = problem(case, steps)
+    if engine == "torchopt":
+        return lambda: through_torchopt(net, *arguments)
+    made, options = ENGINES[engine]
+    made = dict(made)
+    if made.pop("generic", False):
+        net.__class__ = Plain
+    student = Student(net, **made)
+    return lambda: unroll(student, *arguments, **options).grads.images
+
+
+def through_torchopt(
+    net: ConvNet, theta: Tensor, images: Tensor, labels: Tensor, steps: list[Step], alpha: Tensor, targets: Any
+) -> Tensor:
+    """A differentiable optimiser that users would pick: torchopt's functional SGD."""
+    import torchopt  # type: ignore[import-untyped]
+
+    student, images = Student(net), images.clone().requires_grad_()
+    sgd = torchopt.sgd(lr=float(alpha))
+    weights = (theta.clone().requires_grad_(),)
+    state = sgd.init(weights)
+    for rows, params in steps:
+        loss = student.loss(weights[0], siamese.apply(images[rows], params), labels[rows])
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        updates, state = sgd.update(gradients, state, inplace=False)
+        weights = torchopt.apply_updates(weights, updates, inplace=False)
+    target, weight = targets[len(steps)]
+    (gradient,) = torch.autograd.grad(weight * (weights[0] - target).square().sum(), images)
+    return gradient
+
+
+def in_turns(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after a round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(rounds + 1):
+        for name, function in work.items():
+            started = time.perf_counter()
+            function()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def gemm() -> float:
+    """GFLOP/s of a float32 matrix product of side 1024, the best of twenty."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    best = float("inf")
+    for _ in range(20):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * 1024**3 / best / 1e9
+
+
+def cases(rounds: int) -> dict[str, Any]:
+    """Milliseconds an image and step of every engine, and speed against `graph`."""
+    found: dict[str, Any] = {}
+    for name, case in CASES.items():
+        steps = max(2, min(case.steps, 200 // case.batch))
+        engines = [*ENGINES, "torchopt"] if not case.dsa else ["graph", "native, keep", "native, recompute"]
+        seconds = in_turns({engine: runner(engine, case, steps) for engine in engines}, rounds)
+        found[name] = {
+            engine: {"ms": 1e3 * s / steps / case.batch, "speed": seconds["graph"] / s} for engine, s in seconds.items()
+        }
+        print(name, json.dumps(found[name]), flush=True)
+    return found
+
+
+def _peak(connection: Any, engine: str, case: Case, steps: int) -> None:
+    torch.set_num_threads(1)
+    if engine != "graph" and engine != "torchopt":
+        native.kernels()
+    runner(engine, Case(2, 2, 1, case.classes, case.width, case.side), 1)()
+    run = runner(engine, case, steps)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - started
+    connection.send((max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, seconds))
+
+
+def peak(engine: str, case: Case, steps: int) -> dict[str, float]:
+    """Growth of the peak in MiB, and the seconds, of one gradient in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_peak, args=(there, engine, case, steps))
+    process.start()
+    mebibytes, seconds = here.recv()
+    process.join()
+    return {"MiB": mebibytes, "seconds": seconds}
+
+
+def memory() -> dict[str, Any]:
+    """Peak memory at full N. Plain autograd, whose memory is linear in N, at an eighth of it beyond case a."""
+    found: dict[str, Any] = {}
+    for name in ("a", "b", "c"):
+        case = CASES[name]
+        share = 1 if name == "a" else 8
+        graph = peak("graph", case, case.steps // share)
+        found[name] = {"graph": {"MiB": graph["MiB"] * share, "measured_at_N": case.steps // share}}
+        for engine in ("native, keep", "native, recompute"):
+            found[name][engine] = peak(engine, case, case.steps)
+        print(name, json.dumps(found[name]), flush=True)
+    return found
+
+
+def growth() -> dict[str, Any]:
+    """Recompute mode along one axis at a time."""
+    axes = {
+        "N": [(Case(10, 10, n, width=64), n) for n in (5, 50, 200)],
+        "IPC": [(Case(10 * ipc, min(100, 10 * ipc), 5), ipc) for ipc in (1, 10, 50)],
+        "width": [(Case(10, 10, 10, width=width), width) for width in (32, 64, 128, 256)],
+        "side": [(Case(10, 10, 5, width=64, side=side), side) for side in (32, 64, 128)],
+    }
+    found: dict[str, Any] = {}
+    for axis, points in axes.items():
+        found[axis] = {str(at): peak("native, recompute", case, case.steps) for case, at in points}
+        print(axis, json.dumps(found[axis]), flush=True)
+    return found
+
+
+def error(draws: int, steps: int) -> dict[str, Any]:
+    """Relative error of the images' gradient against plain autograd in float64: the median over draws, case a, N = `steps`."""
+    engines = [engine for engine in ENGINES if engine != "double backward"]
+    errors: dict[str, list[float]] = {engine: [] for engine in engines}
+    for seed in range(draws):
+        net, exact = problem(CASES["a"], steps, seed, torch.float64)
+        truth = unroll(Student(net), *exact, gradient="graph").grads.images
+        net, rounded = problem(CASES["a"], steps, seed)
+        for engine in engines:
+            made, options = ENGINES[engine]
+            found = unroll(Student(net, **made), *rounded, **options).grads.images.double()
+            errors[engine].append(float((found - truth).norm() / truth.norm()))
+    return {"draws": draws, "N": steps, "median": {name: statistics.median(values) for name, values in errors.items()}}
+
+
+def experts(rounds: int) -> dict[str, Any]:
+    """Images a second of one training step of 256: library autograd and ours, with and without the gradient penalty."""
+    found: dict[str, Any] = {}
+    for width in (32, 128):
+        torch.manual_seed(0)
+        net = ConvNet(3, 10, (32, 32), width=width)
+        raw, labels = torch.randn(256, 3, 32, 32), torch.randint(10, (256,))
+        generator = torch.Generator().manual_seed(0)
+        sgd = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+
+        def batch(raw: Tensor = raw, labels: Tensor = labels, generator: torch.Generator = generator) -> Batch:
+            augmented = siamese.apply(raw, siamese.sample(DSA, len(raw), generator))
+            return Batch(augmented, raw, labels, torch.arange(len(raw)), 0)
+
+        def eager(penalty: bool, net: ConvNet = net, sgd: torch.optim.SGD = sgd, batch: Any = batch) -> None:
+            sgd.zero_grad()
+            b = batch()
+            loss = torch.nn.functional.cross_entropy(net(b.images), b.labels)
+            (loss + gradient_penalty(net, b.raw, "paper") if penalty else loss).backward()
+            sgd.step()
+
+        def ours(penalty: bool, net: ConvNet = net, sgd: torch.optim.SGD = sgd, batch: Any = batch) -> None:
+            smooth_objective(net, "off", "paper" if penalty else "off")(net, batch())
+            sgd.step()
+
+        test = torch.randn(1000, 3, 32, 32)
+        seconds = in_turns(
+            {
+                "eager": lambda eager=eager: eager(False),
+                "native": lambda ours=ours: ours(False),
+                "eager, penalty": lambda eager=eager: eager(True),
+                "native, penalty": lambda ours=ours: ours(True),
+                "test pass, eager": lambda net=net, test=test: torch.no_grad()(net)(test),
+                "test pass, native": lambda net=net, test=test: predictions(net, test),
+            },
+            rounds,
+        )
+        found[str(width)] = {name: (1000 if "test" in name else 256) / s for name, s in seconds.items()}
+        print(width, json.dumps(found[str(width)]), flush=True)
+    return found
+
+
+def main() -> None:
+    parts: dict[str, Callable[[argparse.Namespace], Any]] = {
+        "cases": lambda options: cases(options.rounds),
+        "memory": lambda options: memory(),
+        "growth": lambda options: growth(),
+        "error": lambda options: error(options.draws, options.steps),
+        "experts": lambda options: experts(options.rounds),
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for speed.json")
+    parser.add_argument("--only", default=",".join(parts), help="parts, joined by commas")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each time")
+    parser.add_argument("--draws", type=int, default=24, help="random problems of the error")
+    parser.add_argument("--steps", type=int, default=30, help="N of the error's problems")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path = options.out / "speed.json"
+    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.only.split(","):
+        report[name] = parts[name](options)
+        report["machine"] = {"processor": platform.machine(), "torch": torch.__version__, "gemm_gflops": gemm()}
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Independent pieces of work, one process a core: experts, and networks that are trained to be measured."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from dstill.errors import DstillError
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+Workers = int | Literal["auto"]
+# Work on one item: function(item, report), where report(anything) reaches `progress` of `spread`.
+Work = Callable[[_Item, Callable[[Any], None]], _Result]
+
+# A process that imports torch and receives the data takes a few seconds to start.
+_WORTH_SECONDS = 20.0
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_workers(asked: Workers, items: int, device: torch.device, seconds: float) -> int:
+    """How many processes work on `items`, of which all together would take about `seconds` in one.
+
+    `auto` takes one a core, and this process alone for little work, for a single item, or on an accelerator.
+
+    Raises:
+        DstillError: fewer than one is asked for.
+    """
+    if asked != "auto":
+        if asked < 1:
+            raise DstillError(f"workers must be at least 1, or auto, got {asked}")
+        return min(asked, max(items, 1))
+    if device.type != "cpu" or seconds < _WORTH_SECONDS:
+        return 1
+    return max(1, min(items, cores()))
+
+
+def spread(
+    function: Work[_Item, _Result], items: Sequence[_Item], workers: int, progress: Callable[[_Item, Any], None] | None = None
+) -> list[_Result]:
+    """`[function(item, report) for item in items]`, in `workers` processes of `cores() / workers` threads each.
+
+    With one worker everything happens in this process.
+
+    Args:
+        function: picklable, as are the items, the results and whatever is reported.
+        items: worked on in this order.
+        workers: processes.
+        progress: called here with the item and what was reported.
+
+    Raises:
+        DstillError: a process died, of lacking memory for instance. What `function` raises is raised here; the others are
+            stopped.
+    """
+    tell = progress or (lambda item, report: None)
+    if workers == 1:
+        return [function(item, lambda report, item=item: tell(item, report)) for item in items]  # type: ignore[misc]
+    payload = pickle.dumps(function)  # by value and not through shared memory, of which containers have little
+    context = multiprocessing.get_context("spawn")
+    results: dict[int, _Result] = {}
+    busy: dict[Connection, int] = {}
+    waiting = iter(range(len(items)))
+    processes: list[multiprocessing.context.SpawnProcess] = []
+    try:
+        for _ in range(workers):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, max(1, cores() // workers)), daemon=True)
+            process.start()
+            processes.append(process)
+            there.close()
+            here.send_bytes(payload)
+            _next(here, waiting, items, busy)
+        while busy:
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                index = busy[ready]
+                kind, content = _received(ready)
+                if kind == "report":
+                    tell(items[index], content)
+                elif kind == "failed":
+                    raise content
+                else:
+                    results[index] = content
+                    del busy[ready]
+                    _next(ready, waiting, items, busy)
+    finally:
+        for process in processes:
+            process.terminate()
+    return [results[index] for index in range(len(items))]
+
+
+def _next(to: Connection, waiting: Any, items: Sequence[Any], busy: dict[Connection, int]) -> None:
+    index = next(waiting, None)
+    if index is not None:
+        busy[to] = index
+        to.send_bytes(pickle.dumps(items[index]))
+
+
+def _received(connection: Connection) -> tuple[str, Any]:
+    try:
+        message: tuple[str, Any] = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own process
+    except EOFError as error:
+        raise DstillError("a worker process died, perhaps for lack of memory: try fewer --workers") from error
+    return message
+
+
+def _serve(connection: Connection, threads: int) -> None:
+    """What a worker process runs: the function first, then item after item."""
+    torch.set_num_threads(threads)
+
+    def send(kind: str, content: Any) -> None:
+        connection.send_bytes(pickle.dumps((kind, content)))
+
+    function = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own parent process
+    while True:
+        try:
+            item = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own parent process
+        except EOFError:
+            return
+        try:
+            send("done", function(item, lambda report: send("report", report)))
+        except Exception as error:  # the parent raises it again
+            send("failed", error)

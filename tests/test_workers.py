@@ -1,0 +1,67 @@
+"""Work spread over processes: the same results as in one, in order, with reports and errors coming through."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dstill.errors import DstillError
+from dstill.workers import choose_workers, cores, spread
+
+CPU = torch.device("cpu")
+
+
+def square(item: torch.Tensor, report: Callable[[int], None]) -> tuple[torch.Tensor, int, int]:
+    report(int(item.sum()))
+    return item * item, os.getpid(), torch.get_num_threads()
+
+
+def fails_at_two(item: int, report: Callable[[int], None]) -> int:
+    if item == 2:
+        raise DstillError("item 2 cannot be done")
+    return item
+
+
+def dies_at_two(item: int, report: Callable[[int], None]) -> int:
+    if item == 2:
+        os._exit(1)
+    return item
+
+
+def test_processes_return_what_one_returns_in_order_and_report() -> None:
+    items = [torch.full((2,), float(i)) for i in range(5)]
+    told: list[tuple[int, int]] = []
+    results = spread(square, items, 2, lambda item, report: told.append((int(item[0]), report)))
+    assert [result[0].tolist() for result in results] == [[i * i, i * i] for i in range(5)]
+    assert sorted(told) == [(i, 2 * i) for i in range(5)]
+    processes = {result[1] for result in results}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+    assert {result[2] for result in results} == {max(1, cores() // 2)}
+
+
+def test_one_worker_is_this_process() -> None:
+    assert {result[1] for result in spread(square, [torch.ones(1)] * 3, 1)} == {os.getpid()}
+
+
+def test_an_error_of_one_item_is_raised_here() -> None:
+    with pytest.raises(DstillError, match="item 2 cannot be done"):
+        spread(fails_at_two, [1, 2, 3], 2)
+
+
+def test_a_process_that_dies_is_named() -> None:
+    with pytest.raises(DstillError, match="worker process died"):
+        spread(dies_at_two, [1, 2, 3], 2)
+
+
+def test_auto_is_one_a_core_for_much_work_alone() -> None:
+    assert choose_workers("auto", 100, CPU, 1000.0) == cores()
+    assert choose_workers("auto", 100, CPU, 1.0) == 1
+    assert choose_workers("auto", 1, CPU, 1000.0) == 1
+    assert choose_workers("auto", 100, torch.device("cuda"), 1000.0) == 1
+    assert choose_workers(7, 3, CPU, 0.0) == 3
+    with pytest.raises(DstillError, match="at least 1"):
+        choose_workers(0, 3, CPU, 0.0)
