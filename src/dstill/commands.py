@@ -187,8 +187,9 @@ def _how(problem: Problem) -> str:
     if settings is None or problem.device.type != "cpu":
         return f"distilling on {problem.device}"
     engine = native.describe() if supports(problem.network()) else "library double backward"
-    exact = "exact" if settings.precision == "float32" else f"inexact, {settings.precision}"
-    return f"distilling on {torch.get_num_threads()} CPU thread(s), {engine}, {settings.gradient}, {exact}"
+    exact = settings.gradient != "tesla" and settings.precision == "float32"
+    kind = f"{settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
+    return f"distilling on {torch.get_num_threads()} CPU thread(s), {engine}, {kind}"
 
 
 def _watch(reporter: Reporter) -> Callable[[int, int, dict[str, float]], None]:

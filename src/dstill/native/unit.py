@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dstill.native import Kernels
+from dstill.native.convolutions import rows
 from dstill.nets.tangent import EPSILON
 
 
@@ -93,8 +94,7 @@ class NativeUnit:
 
 def _channels_last(x: Tensor) -> Tensor:
     """Dense in the order [image, row, column, channel]; strides alone decide, also where a size is 1."""
-    rows = x.permute(0, 2, 3, 1)
-    return x if rows.is_contiguous() else rows.contiguous().permute(0, 3, 1, 2)
+    return rows(x).permute(0, 3, 1, 2)
 
 
 def _shape(z: Tensor) -> tuple[int, int, int, int]:

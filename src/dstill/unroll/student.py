@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from dstill import engine
 from dstill.engine import Precision
 from dstill.errors import DstillError
-from dstill.training import cross_entropy
+from dstill.training import cross_entropy, probabilities
 
 
 class StepTangents(NamedTuple):
@@ -104,7 +103,7 @@ class Student:
         written = self.derivatives(theta)
         if written is None:
             return *self._autograd_gradient(theta.detach(), images.detach(), labels), None
-        loss, gradients, kept = written.gradient(self.split(theta), images, self._probabilities(labels, theta.dtype), keep=keep)
+        loss, gradients, kept = written.gradient(self.split(theta), images, self._targets(labels, theta), keep=keep)
         return loss, _flat(gradients), kept
 
     def tangents(
@@ -118,9 +117,12 @@ class Student:
         written = self.derivatives(theta)
         if written is None:
             return self._autograd_tangents(theta.detach(), v.detach(), images.detach(), labels.detach())
-        probabilities = self._probabilities(labels, theta.dtype)
-        t = written.tangents(self.split(theta), self.split(v), images.detach(), probabilities, kept)
+        targets = self._targets(labels, theta)
+        t = written.tangents(self.split(theta), self.split(v), images.detach(), targets, kept)
         return StepTangents(t.loss, _flat(t.parameters), t.images, t.labels if labels.is_floating_point() else None)
+
+    def _targets(self, labels: Tensor, like: Tensor) -> Tensor:
+        return probabilities(labels.detach(), self.shapes[-1][0]).to(like.dtype)
 
     def _autograd_gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -138,10 +140,6 @@ class Student:
             h = gradient @ v
             terms = torch.autograd.grad(h, inputs)
         return StepTangents(h.detach(), terms[0], terms[1], terms[2] if len(terms) == 3 else None)
-
-    def _probabilities(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        labels = labels.detach()
-        return labels.softmax(1) if labels.is_floating_point() else F.one_hot(labels, self.shapes[-1][0]).to(dtype)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
