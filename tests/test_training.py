@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dstill import seeding
 from dstill.data import siamese
+from dstill.engine import derivatives_of
 from dstill.training import (
     Batch,
     EpochReport,
@@ -88,7 +89,7 @@ def watched(epochs: int = 2, augmentation: str = "none") -> tuple[list[Batch], l
 
     def objective(net: nn.Module, batch: Batch) -> Tensor:
         batches.append(batch)
-        cross_entropy_objective(net)(net, batch)
+        cross_entropy_objective(derivatives_of(net))(net, batch)
         return torch.tensor(float(len(batch.rows)))
 
     net = small_net()
@@ -155,7 +156,7 @@ def test_fit_trains_in_training_mode() -> None:
 
     def objective(net: nn.Module, batch: Batch) -> Tensor:
         modes.append(net.training)
-        return cross_entropy_objective(net)(net, batch)
+        return cross_entropy_objective(derivatives_of(net))(net, batch)
 
     net = small_net().eval()
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)

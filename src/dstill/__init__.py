@@ -14,9 +14,10 @@ from dstill.version import __version__
 if TYPE_CHECKING:
     from dstill.artifacts.distilled import DistilledSet
     from dstill.artifacts.result import Result
-    from dstill.commands import distill, evaluate, run, train_experts
+    from dstill.commands import distill, run, train_experts
     from dstill.config import Recipe
     from dstill.data.real import RealSet, load_real
+    from dstill.evaluating import evaluate
     from dstill.experts.trajectory import Trajectories
     from dstill.recipes import load_recipe
     from dstill.tuning import tune
@@ -52,7 +53,7 @@ _HOME = {
     "Trajectories": "experts.trajectory",
     "Unrolled": "unroll",
     "distill": "commands",
-    "evaluate": "commands",
+    "evaluate": "evaluating",
     "load_real": "data.real",
     "load_recipe": "recipes",
     "run": "commands",

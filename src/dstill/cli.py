@@ -272,10 +272,10 @@ def evaluate(
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import commands, summary
+    from dstill import evaluating, summary
 
     reporter = common.start()
-    result = commands.evaluate(
+    result = evaluating.evaluate(
         distilled,
         data.load(source, common.seed),
         protocol=protocol,

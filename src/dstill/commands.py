@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,18 @@ from dstill import native, recipes
 from dstill.artifacts import header as files
 from dstill.artifacts import pictures
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
-from dstill.artifacts.result import ProtocolId, Result, Score
-from dstill.config import NetConfig, Recipe, canonical
+from dstill.artifacts.result import Result
+from dstill.config import Recipe, canonical
 from dstill.console import Reporter, Silent
-from dstill.data.real import RealSet, check_ipc, load_real
+from dstill.data.real import check_ipc, load_real
 from dstill.devices import resolve_device
 from dstill.distillation import Cadence, run_method
 from dstill.engine import supports
 from dstill.errors import DstillError
-from dstill.evaluation.baselines import random_baseline, whole_set
-from dstill.evaluation.networks import Trial, measure, prepared, trials_of
-from dstill.evaluation.protocols import load_protocol
+from dstill.evaluating import RESULT_NAME, evaluate
 from dstill.experts.trajectory import Trajectories
 from dstill.methods import method_info
 from dstill.methods.base import Problem
-from dstill.nets import network_class
 from dstill.preparation import (
     at_least_one,
     cache_folder,
@@ -39,10 +35,7 @@ from dstill.preparation import (
     resolve_recipe,
 )
 from dstill.runs import RunFolder
-from dstill.version import __version__
 from dstill.workers import Workers
-
-RESULT_NAME = "result.json"
 
 
 def train_experts(
@@ -205,132 +198,6 @@ def _watch(reporter: Reporter) -> Callable[[int, int, dict[str, float]], None]:
         reporter.progress("distilling", iteration + 1, total, "  ".join(parts))
 
     return observe
-
-
-def evaluate(
-    distilled: DistilledSet | str | Path | Sequence[DistilledSet],
-    source: Any,
-    *,
-    protocol: str | None = None,
-    nets: Sequence[str] = (),
-    networks: int | None = None,
-    random: bool = True,
-    whole: bool = False,
-    seed: int = 0,
-    device: str = "auto",
-    cache: str | Path | None = None,
-    out: str | Path | None = None,
-    workers: Workers = 1,
-    reporter: Reporter | None = None,
-) -> Result:
-    """Trains fresh networks on one or several sets of a method and measures each once on the whole test set.
-
-    Args:
-        distilled: a set, its file or folder, or several sets of one method and IPC.
-        source: a `RealSet`, or anything `load_real` takes.
-        protocol: name or file; the recipe's if left out.
-        nets: evaluation networks; the set's own if left out. The first gives `accuracy`.
-        networks: fresh networks a set; the protocol's number if left out.
-        random: also measure random real images of the same IPC, with the first network.
-        whole: also measure the whole training set with the first network (cached by data, network and preprocessing).
-        seed: decides initial weights, order and augmentation.
-        device: auto, cpu, cuda or mps.
-        cache: folder that keeps the whole set's accuracy.
-        out: file or folder for `result.json`.
-        workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
-        reporter: receives progress.
-
-    Raises:
-        DstillError: the set was made for other classes or another image size than `source` has.
-    """
-    reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
-    at_least_one(networks=networks)
-    if isinstance(distilled, str | Path):
-        distilled = DistilledSet.load(distilled)
-    sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
-    first = sets[0]
-    real = load_real(source)
-    _check_fits(first, real)
-    chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
-    test = prepared(real.test, first.preprocess, where)
-    count = networks or chosen.networks
-    configs = [first.net if name == first.net.name else NetConfig(name=name) for name in nets] or [first.net]
-    for config in configs:
-        network_class(config.name)
-
-    scores: dict[str, Score] = {}
-    for config in configs:
-        trials = [
-            trial
-            for i, one in enumerate(sets)
-            for k in range(count)
-            for trial in trials_of(one, 1, net=config, seed=seed, stream=(one.seed, i, k))
-        ]
-        done = itertools.count(1)
-
-        def watch(trial: Trial, score: float, done: Iterator[int] = done, total: int = len(trials)) -> None:
-            reporter.progress(f"evaluating {trial.net.name}", next(done), total, f"{trial.net.name} {score:.1%}")
-
-        values = measure(trials, test, chosen, workers=workers, progress=watch)
-        rates = {one.alpha or chosen.lr for one in sets}
-        by_set = [values[i * count : (i + 1) * count] for i in range(len(sets))]
-        scores[config.name] = Score.of(by_set, lr=rates.pop() if len(rates) == 1 else None)
-    evaluated = time.perf_counter()
-
-    beside = None
-    if random and real.judged_on == "test":
-        beside = random_baseline(
-            first, real, test, chosen, net=configs[0], networks=networks, seed=seed, workers=workers, tick=reporter.note
-        )
-    full = _whole_cached(first, configs[0], real, test, seed, cache_folder(cache)) if whole else None
-    stages = {"evaluate": evaluated - started, "baselines": time.perf_counter() - evaluated}
-    result = Result(
-        method=first.method,
-        data=real.name,
-        data_fingerprint=real.fingerprint,
-        ipc=first.ipc,
-        sets=len(sets),
-        protocol=ProtocolId(name=chosen.name, version=chosen.version),
-        measured_on=real.judged_on,
-        accuracy=scores[configs[0].name],
-        random=beside,
-        whole=full,
-        nets=scores,
-        alpha=first.alpha,
-        stored_bytes=first.images.numel() + first.labels.numel() * (4 if first.labels.is_floating_point() else 1),
-        seconds=sum(stages.values()),
-        stages=stages,
-        dstill=__version__,
-    )
-    if out is not None:
-        target = Path(out)
-        result.save(target if target.suffix == ".json" else target / RESULT_NAME)
-    return result
-
-
-def _check_fits(distilled: DistilledSet, real: RealSet) -> None:
-    if distilled.class_names != real.class_names:
-        raise DstillError(
-            f"the distilled set has the classes {', '.join(distilled.class_names[:4])}…, {real.name} has "
-            f"{', '.join(real.class_names[:4])}…: evaluate it on the data it was distilled from"
-        )
-    theirs, ours = tuple(distilled.images.shape[1:]), (real.channels, *real.size)
-    if theirs != ours:
-        raise DstillError(f"distilled images are {theirs} and real ones {ours} (channels, height, width): pass --image-size")
-
-
-def _whole_cached(
-    like: DistilledSet, config: NetConfig, real: RealSet, test: tuple[torch.Tensor, torch.Tensor], seed: int, cache: Path
-) -> Score:
-    version = load_protocol("whole").version
-    net = "-".join(str(value) for value in canonical(config, exclude_none=True).values())
-    name = f"{real.fingerprint}-{like.preprocess.kind}-{like.augmentation}-{net}-seed{seed}-v{version}.json"
-    path = cache / "whole" / name.replace("/", "_").replace(":", "_")
-    if path.exists():
-        return Score.model_validate_json(path.read_text(encoding="utf-8"))
-    score = whole_set(config, like, real, test, seed=seed)
-    files.write_text(path, score.model_dump_json())
-    return score
 
 
 def run(

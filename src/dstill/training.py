@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dstill.data import siamese
-from dstill.engine import Precision, derivatives_of
+from dstill.engine import Derivatives, derivatives_of
 
 # Computes the loss of a batch, leaves its gradients in `parameter.grad`, returns the detached loss.
 Objective = Callable[[nn.Module, "Batch"], Tensor]
@@ -58,15 +58,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, labels)
 
 
-def cross_entropy_objective(net: nn.Module, *, precision: Precision = "float32", compiled: bool = False) -> Objective:
-    """Mean cross-entropy of the augmented batch, by hand-written derivatives where `net` has them.
-
-    Args:
-        net: what will be trained.
-        precision: of the hand-written derivatives' convolutions.
-        compiled: `torch.compile` the derivatives where native kernels do not run.
-    """
-    written = derivatives_of(net, precision=precision, compiled=compiled)
+def cross_entropy_objective(written: Derivatives | None) -> Objective:
+    """Mean cross-entropy of the augmented batch, by the network's hand-written derivatives; by the library's without."""
 
     def by_hand(net: nn.Module, batch: Batch) -> Tensor:
         assert written is not None
@@ -134,7 +127,7 @@ def fit(
         observer: called after each epoch.
     """
     net.train()
-    objective = objective or cross_entropy_objective(net)
+    objective = objective or cross_entropy_objective(derivatives_of(net))
     for epoch in range(epochs):
         if schedule is not None:
             schedule(optimiser, epoch)

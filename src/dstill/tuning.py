@@ -12,12 +12,13 @@ import torch
 
 from dstill import recipes, seeding
 from dstill.artifacts.header import write_text
-from dstill.commands import distill, evaluate, train_experts
+from dstill.commands import distill, train_experts
 from dstill.config import Recipe
 from dstill.console import Reporter, Silent
 from dstill.data.real import RealSet, load_real
 from dstill.devices import resolve_device
 from dstill.errors import DstillError
+from dstill.evaluating import evaluate
 from dstill.preparation import resolve_recipe
 from dstill.workers import Workers
 

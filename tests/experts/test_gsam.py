@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from dstill.engine import derivatives_of
 from dstill.experts.gsam import gsam_objective
 from dstill.nets.convnet import ConvNet
 from dstill.training import Batch, cross_entropy_objective
@@ -36,7 +37,7 @@ def left_behind(rho: float, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """Weights before, weights after, and the gradient that the wrapped objective leaves."""
     net = small_net()
     before = parameters_to_vector(net.parameters()).detach().clone()
-    gsam_objective(cross_entropy_objective(net), rho, alpha)(net, batch())
+    gsam_objective(cross_entropy_objective(derivatives_of(net)), rho, alpha)(net, batch())
     gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
     return before, parameters_to_vector(net.parameters()).detach(), parameters_to_vector(gradients)
 
@@ -69,7 +70,7 @@ def test_a_vanishing_climb_gives_the_plain_gradient() -> None:
 def test_the_loss_is_that_of_the_weights_before_the_climb() -> None:
     net = small_net()
     expected = F.cross_entropy(net(batch().images), batch().labels).detach()
-    assert float(gsam_objective(cross_entropy_objective(net), 0.5, 1.0)(net, batch())) == pytest.approx(
+    assert float(gsam_objective(cross_entropy_objective(derivatives_of(net)), 0.5, 1.0)(net, batch())) == pytest.approx(
         float(expected), rel=1e-12
     )
 
@@ -78,6 +79,6 @@ def test_frozen_parameters_stay_out_of_it() -> None:
     net = small_net()
     first = next(iter(net.parameters())).requires_grad_(False)
     before = first.clone()
-    gsam_objective(cross_entropy_objective(net), 0.5, 1.0)(net, batch())
+    gsam_objective(cross_entropy_objective(derivatives_of(net)), 0.5, 1.0)(net, batch())
     assert first.grad is None
     assert torch.equal(first, before)

@@ -69,8 +69,8 @@ def smooth_objective(
         precision: of the hand-written derivatives' convolutions.
         compiled: `torch.compile` the derivatives where native kernels do not run.
     """
-    cross_entropy = cross_entropy_objective(net, precision=precision, compiled=compiled)
     written = derivatives_of(net, precision=precision, compiled=compiled)
+    cross_entropy = cross_entropy_objective(written)
 
     def objective(net: nn.Module, batch: Batch) -> Tensor:
         loss = cross_entropy(net, batch)
