@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from dstill.config import ExpertConfig, GsamConfig, MatchingConfig, NetConfig, Protocol, Recipe, Settings
+from dstill.config import ExpertConfig, GsamConfig, NetConfig, Protocol, Recipe, Settings
+from dstill.methods.settings import MatchingConfig
 
 
 def every_model(base: type[Settings] = Settings) -> Iterator[type[Settings]]:

@@ -25,6 +25,7 @@ from dstill.evaluating import RESULT_NAME, evaluate
 from dstill.experts.trajectory import Trajectories
 from dstill.methods import method_info
 from dstill.methods.base import Problem
+from dstill.methods.settings import MatchingConfig
 from dstill.preparation import (
     at_least_one,
     cache_folder,
@@ -33,6 +34,7 @@ from dstill.preparation import (
     feature_expert,
     fitted_preprocess,
     resolve_recipe,
+    trained_on_all,
 )
 from dstill.runs import RunFolder
 from dstill.workers import Workers
@@ -136,7 +138,8 @@ def distill(
         trajectories = ensure_experts(real, resolved, trained_with, where, store, reporter, workers=workers)
     preprocess = fitted_preprocess(resolved.preprocess, real, store)
     describing = feature_expert(real, resolved, trajectories, trained_with, where, store, reporter)
-    problem = Problem(real, preprocess, resolved, trajectories, where, seed, describing)
+    trained = trained_on_all(real, resolved, trained_with, where, store, reporter)
+    problem = Problem(real, preprocess, resolved, trajectories, where, seed, describing, trained)
     cadence = Cadence(checkpoint=checkpoint_every, validate=validate_every)
     if out is None:
         return run_method(problem, cadence=cadence, observer=_watch(reporter))
@@ -177,7 +180,7 @@ def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Repor
 def _how(problem: Problem) -> str:
     """What the numbers are worked out by, in a line."""
     settings = problem.recipe.distill
-    if settings is None or problem.device.type != "cpu":
+    if not isinstance(settings, MatchingConfig) or problem.device.type != "cpu":
         return f"distilling on {problem.device}"
     engine = native.describe() if supports(problem.network()) else "library double backward"
     exact = settings.gradient != "tesla" and settings.precision == "float32"
@@ -187,7 +190,7 @@ def _how(problem: Problem) -> str:
 
 def _watch(reporter: Reporter) -> Callable[[int, int, dict[str, float]], None]:
     def observe(iteration: int, total: int, row: dict[str, float]) -> None:
-        parts = [f"loss {row['loss']:.3f}", f"α {row['alpha']:.4g}"] if "loss" in row else []
+        parts = [f"{sign} {row[key]:.4g}" for key, sign in (("loss", "loss"), ("alpha", "α")) if key in row]
         if "gradient_cosine" in row:
             cosine = f"{row['gradient_cosine']:.7f}"
             reporter.note(f"inexact precision: at the start, cosine {cosine} to the exact gradient of the images")

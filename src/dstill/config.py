@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
+
+from dstill.methods import method_info
+from dstill.plugins import load_class
 
 Form = Literal["off", "paper", "released"]
 Positive = Annotated[float, Field(gt=0)]
@@ -74,80 +77,30 @@ class ExpertConfig(Settings):
     """torch.compile the training step where native CPU kernels do not run: about a minute, then faster."""
 
 
-class MatchingConfig(Settings):
-    """How a synthetic set is made to reproduce expert segments (paper IV-C, IV-D, Algorithm 2)."""
+class TrainingConfig(Settings):
+    """Plain training of one network on all real images, by SGD and without augmentation."""
 
-    iterations: Count = 5000
-    """Segments matched, one update of the images each."""
-    student_steps: Count = 30
-    """N, steps of the student in a segment."""
-    expert_epochs: Count = 2
-    """M, expert epochs that a segment spans."""
-    max_start_epoch: Count = 20
-    """T+, exclusive upper end of the start epochs."""
-    min_start_epoch: Annotated[int, Field(ge=0)] = 0
-    """Lowest start epoch (0 in the paper; others for Fig. 11)."""
-    batch_syn: Count | None = None
-    """Synthetic images a student step; left out: the whole set."""
-    lr_images: Positive = 100.0
-    """Step size of the images, in preprocessed units squared per unit of matching loss."""
-    lr_alpha: Annotated[float, Field(ge=0)] = 1e-5
-    """Step size of the student learning rate α."""
-    alpha_init: Positive = 0.01
-    """α at the start."""
-    image_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Momentum of the SGD on images and α."""
-    student_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Momentum of the student's inner SGD: 0 in the paper, 0.9 in the released code."""
-    initialisation: Literal["random", "representative", "representative-released", "noise"] = "random"
-    """Real images drawn at random; nearest to K-Means centroids of expert features (paper) or logits (released); or noise."""
-    feature_epochs: Count | None = None
-    """Epochs of the expert whose features are clustered (50 in the paper, trained for this where the experts are shorter);
-    left out: the last recorded epoch of the first expert."""
-    balanced_loss: Form = "off"
-    """ν of Eq. 20: natural logarithm (paper), base 5 (released), or 1 (off)."""
-    intermediate_matching: Form = "off"
-    """Eq. 22: points after floor(kN/M) steps (paper), k floor(N/M) (released), or the final match alone."""
-    intermediate_scale: Literal["equal", "ramp"] = "equal"
-    """β of the intermediate terms: 1, or k/M for the k-th."""
-    perturbation: Form = "off"
-    """Eq. 23: one normalised draw a filter, scaled by rho (paper); one a 4-d layer, times the weight (released); or off."""
-    rho: Positive = 0.1
-    """Relative size of the paper's perturbation."""
-    denominator: Literal["perturbed", "unperturbed"] = "perturbed"
-    """Which start the denominators of Eq. 22 are measured from."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the student's starting weights set to zero after the perturbation (Fig. 11)."""
-    soft_labels: Literal["off", "expert"] = "off"
-    """Class ids, or logits of the target expert on the current images, renewed every iteration (TESLA)."""
-    image_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of the moving average of the images that is the result (FTD); left out: the images themselves."""
-    gradient: Literal["adjoint", "graph", "tesla"] = "adjoint"
-    """Exact in the memory of one step; exact by plain autograd; or TESLA's approximation."""
-    memory: Literal["auto", "keep", "recompute"] = "auto"
-    """What the adjoint keeps of the forward sweep: as much as half of the free memory holds, everything, or nothing. The
-    numbers are the same; keeping is faster."""
-    precision: Literal["float32", "bfloat16-backward", "bfloat16"] = "float32"
-    """Exact; bfloat16 convolutions in the backward sweep; or everywhere. The last two are approximations."""
-    compile: bool = False
-    """torch.compile the student's step where native CPU kernels do not run: about a minute, then faster."""
-    guard: Literal["on", "off"] = "on"
-    """Skip a step whose loss or gradient is not finite or that would make α non-positive. Off only to study collapse."""
-    max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """The run stops with advice once more than this share of the steps, and at least 10, has been skipped."""
+    epochs: Count = 30
+    """Passes over the real training set."""
+    lr: Positive = 0.01
+    """Learning rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """L2 coefficient added to the gradient."""
+    batch_size: Count = 256
+    """Real images a step."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> MatchingConfig:
-        if self.min_start_epoch >= self.max_start_epoch:
-            raise ValueError(f"min_start_epoch {self.min_start_epoch} must be below max_start_epoch {self.max_start_epoch}")
-        if self.student_steps < self.expert_epochs:
-            raise ValueError(f"student_steps {self.student_steps} must be at least expert_epochs {self.expert_epochs}")
-        return self
 
-    @property
-    def epochs_needed(self) -> int:
-        """Expert epochs that matching reads: T+ + M - 1."""
-        return self.max_start_epoch + self.expert_epochs - 1
+class DistillConfig(Settings):
+    """Base of the settings of a method, the section `distill` of its recipes."""
+
+    iterations: Annotated[int, Field(ge=0)] = 0
+    """Updates of the synthetic set; 0 for methods that select real images."""
+
+    def smoke(self) -> Self:
+        """These settings shrunk until a run takes seconds."""
+        return self.model_copy(update={"iterations": min(self.iterations, 5)})
 
 
 class Recipe(Settings):
@@ -169,10 +122,21 @@ class Recipe(Settings):
     """Network of experts, student and evaluation."""
     experts: ExpertConfig | None = None
     """Expert trajectories; left out by methods that need none."""
-    distill: MatchingConfig | None = None
-    """Trajectory matching; left out by selection methods."""
+    distill: Annotated[SerializeAsAny[DistillConfig], Field(validate_default=True)] = DistillConfig()
+    """The method's own settings; keys and defaults are those of the class that `dstill.methods` names for it."""
     protocol: str = "ast"
     """Evaluation protocol, a name of `dstill ls protocols`."""
+
+    @field_validator("distill", mode="before")
+    @classmethod
+    def _settings_of_the_method(cls, section: Any, info: ValidationInfo) -> Any:
+        """Reads `distill` as the class of the method's settings."""
+        if "method" not in info.data:
+            return section
+        wanted = settings_class(info.data["method"])
+        if isinstance(section, wanted):
+            return section
+        return wanted.model_validate({} if section is None or type(section) is DistillConfig else section)
 
     @property
     def expert_config(self) -> ExpertConfig:
@@ -180,8 +144,7 @@ class Recipe(Settings):
         experts = self.experts or ExpertConfig()
         if experts.epochs is not None:
             return experts
-        epochs = self.distill.epochs_needed if self.distill else experts.planned_epochs
-        return experts.model_copy(update={"epochs": epochs})
+        return experts.model_copy(update={"epochs": getattr(self.distill, "epochs_needed", experts.planned_epochs)})
 
 
 class Protocol(Settings):
@@ -205,6 +168,19 @@ class Protocol(Settings):
     """Factor on the learning rate at half of the passes."""
     networks: Count
     """Fresh networks trained and measured."""
+
+
+def settings_class(method: str) -> type[DistillConfig]:
+    """The class of a method's `distill` section.
+
+    Raises:
+        DstillError: the method is unknown, or its settings cannot be imported.
+    """
+    path = method_info(method).settings
+    if path is None:
+        return DistillConfig
+    found: type[DistillConfig] = load_class(path, f"settings of method {method!r}")
+    return found
 
 
 def canonical(settings: Settings, **exclude: Any) -> dict[str, Any]:

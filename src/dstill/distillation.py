@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from dstill.evaluation.networks import evaluate_set, prepared
 from dstill.evaluation.protocols import load_protocol
 from dstill.methods import method_info
 from dstill.methods.base import Method, Metrics, Problem
+from dstill.plugins import load_class
 from dstill.runs import RunFolder
 
 
@@ -35,8 +35,7 @@ class Cadence:
 
 def make_method(problem: Problem) -> Method:
     """The recipe's method, started on the problem."""
-    module, _, name = method_info(problem.recipe.method).path.partition(":")
-    method: Method = getattr(importlib.import_module(module), name)()
+    method: Method = load_class(method_info(problem.recipe.method).path, f"method {problem.recipe.method!r}")()
     method.start(problem)
     return method
 

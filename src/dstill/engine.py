@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -84,15 +84,12 @@ class Derivatives:
         exact: list[Convolution] = [_exact(compiled_kernels, channels, size, dtype) for channels, size in self.geometry]
         rounded: list[Convolution] = [Direct(dtype, torch.bfloat16) for _ in self.geometry]
         first = rounded if precision == "bfloat16" else exact
-        unit = TensorUnit if compiled_kernels is None else functools.partial(NativeUnit, compiled_kernels)
+        operations = _compiled_unit() if compiled else TensorUnit
+        unit = operations if compiled_kernels is None else functools.partial(NativeUnit, compiled_kernels)
         self.engine = Engine(unit, first, exact if precision == "float32" else rounded)
         self.threads = 1 if device.type != "cpu" else threads or torch.get_num_threads()
         self.piece = _piece(self.geometry, net.width, dtype) if device.type == "cpu" else None
         self._pool: ThreadPoolExecutor | None = None
-        wrap = functools.partial(torch.compile, dynamic=False) if compiled and not self.native else _unchanged
-        self._first, self._second, self._penalty = (
-            wrap(f) for f in (tangent.cross_entropy_gradient, tangent.cross_entropy_tangents, tangent.penalty_tangents)
-        )
 
     def kept_bytes(self, images: int) -> int:
         """About what `gradient(keep=True)` holds on to for so many images."""
@@ -109,7 +106,7 @@ class Derivatives:
         point = self.engine.weights(parameters, second=False)
 
         def work(piece: tuple[Tensor, Tensor]) -> tangent.FirstOrder:
-            result = self._first(self.engine, point, *piece, len(images))
+            result = tangent.cross_entropy_gradient(self.engine, point, *piece, len(images))
             if keep:
                 result.units[0].z = None  # few input channels: cheaper to convolve again than to keep
             return result if keep else result._replace(units=[])
@@ -136,7 +133,7 @@ class Derivatives:
 
         def work(piece: tuple[Tensor, Tensor, list[Unit] | None]) -> tangent.SecondOrder:
             some, labels, units = piece
-            return self._second(self.engine, point, along, some, labels, len(images), units)
+            return tangent.cross_entropy_tangents(self.engine, point, along, some, labels, len(images), units)
 
         cut = self._cut(images)
         units: Sequence[list[Unit] | None] = kept or [None] * len(cut)
@@ -156,7 +153,7 @@ class Derivatives:
         point = self.engine.weights(parameters)
 
         def work(some: Tensor) -> tangent.FirstOrder:
-            return self._penalty(self.engine, point, some, pixelwise, target, len(images))
+            return tangent.penalty_tangents(self.engine, point, some, pixelwise, target, len(images))
 
         parts = self._each(work, self._cut(images))
         total = _summed([part.gradient for part in parts])
@@ -167,6 +164,12 @@ class Derivatives:
         """`[B, K]` of preprocessed images."""
         point = self.engine.weights(parameters, second=False)
         return torch.cat(self._each(lambda some: tangent.logits(self.engine, point, some), self._cut(images)))
+
+    @torch.no_grad()
+    def features(self, parameters: Sequence[Tensor], images: Tensor) -> Tensor:
+        """What enters the classifier, `[B, F]`, of preprocessed images."""
+        point = self.engine.weights(parameters, second=False)
+        return torch.cat(self._each(lambda some: tangent.features(self.engine, point, some), self._cut(images)))
 
     def _cut(self, batch: Tensor) -> list[Tensor]:
         return [batch] if self.piece is None else list(batch.tensor_split(-(-len(batch) // self.piece)))
@@ -179,8 +182,11 @@ class Derivatives:
         return list(self._pool.map(torch.no_grad()(work), pieces))
 
 
-def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
+@functools.cache
+def _compiled_unit() -> type[TensorUnit]:
+    """`TensorUnit` with each form compiled by itself: compiling a whole sweep takes ten times as long."""
+    forms = ("forward", "backward", "tangent", "tangent_backward")
+    return type("CompiledUnit", (TensorUnit,), {f: torch.compile(getattr(TensorUnit, f), dynamic=False) for f in forms})
 
 
 def derivatives_of(net: nn.Module, *, precision: Precision = "float32", compiled: bool = False) -> Derivatives | None:

@@ -7,7 +7,7 @@ from typing import Any
 from dstill import recipes
 from dstill.data.catalog import DATASETS
 from dstill.evaluation.protocols import load_protocol, protocol_names
-from dstill.methods import METHODS
+from dstill.methods import methods
 from dstill.nets import NETWORKS
 
 
@@ -16,8 +16,8 @@ def rows(kind: str) -> list[dict[str, Any]]:
     match kind:
         case "methods":
             return [
-                {"name": n, "note": m.note, "family": m.family, "paper": m.paper, "needs_experts": m.needs_experts}
-                for n, m in METHODS.items()
+                {"name": n, "note": m.note, "family": m.family, "paper": m.paper, "needs": m.needs, "labels": m.labels}
+                for n, m in methods().items()
             ]
         case "networks":
             return [{"name": name, "note": path} for name, path in NETWORKS.items()]

@@ -12,7 +12,7 @@ import torch
 
 from dstill import recipes
 from dstill.artifacts import header as files
-from dstill.config import Recipe
+from dstill.config import Recipe, TrainingConfig
 from dstill.console import Reporter
 from dstill.data import preprocess as preprocessing
 from dstill.data.preprocess import Preprocess
@@ -21,7 +21,10 @@ from dstill.devices import total_memory
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import ExpertTask, train_missing
+from dstill.experts.trained import NetworkTask, TrainedNetwork, trained_network
 from dstill.experts.trajectory import Trajectories, expert_path
+from dstill.methods import method_info
+from dstill.methods.settings import MatchingConfig, SelectionConfig
 from dstill.nets import build, network_class
 from dstill.training import EpochReport
 from dstill.unroll import Student
@@ -75,7 +78,7 @@ def check_early(real: RealSet, recipe: Recipe, nets: Sequence[str] = ()) -> None
     load_protocol(recipe.protocol)
     for name in nets:
         network_class(name)
-    if recipe.distill is not None:
+    if method_info(recipe.method).family in ("trajectory matching", "gradient matching"):
         Student(build(recipe.net, real.channels, real.classes, real.size, torch.Generator()))
 
 
@@ -121,6 +124,22 @@ def ensure_experts(
     return Trajectories(folder, config.count if only is None else None)
 
 
+def trained_on_all(
+    real: RealSet, recipe: Recipe, seed: int, device: torch.device, cache: Path, reporter: Reporter
+) -> TrainedNetwork | None:
+    """The recipe's network trained on all real images, for methods that look through one; None for the others."""
+    if method_info(recipe.method).needs != "trained network":
+        return None
+    config = recipe.distill.training if isinstance(recipe.distill, SelectionConfig) else TrainingConfig()
+    task = NetworkTask(real, fitted_preprocess(recipe.preprocess, real, cache), recipe.net, config, seed)
+
+    def observe(report: EpochReport) -> None:
+        detail = f"loss {report.loss:.3f}, {report.images_per_second:,.0f} images/s"
+        reporter.progress("training a network", report.epochs_done, config.epochs, detail)
+
+    return trained_network(task, cache / "networks", device, observe)
+
+
 def feature_expert(
     real: RealSet,
     recipe: Recipe,
@@ -135,7 +154,9 @@ def feature_expert(
     None where the recipe asks for none, or where the experts at hand are long enough.
     """
     distill = recipe.distill
-    if distill is None or trajectories is None or not distill.initialisation.startswith("representative"):
+    if not isinstance(distill, MatchingConfig) or trajectories is None:
+        return None
+    if not distill.initialisation.startswith("representative"):
         return None
     if distill.feature_epochs is None or trajectories.epochs >= distill.feature_epochs:
         return None

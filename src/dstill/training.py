@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dstill import nets
 from dstill.data import siamese
 from dstill.engine import Derivatives, derivatives_of
+
+_BLOCK = 512  # images at a time where nothing has to be remembered
 
 # Computes the loss of a batch, leaves its gradients in `parameter.grad`, returns the detached loss.
 Objective = Callable[[nn.Module, "Batch"], Tensor]
@@ -145,15 +148,28 @@ def fit(
 
 
 @torch.no_grad()
-def predictions(net: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
+def predictions(net: nn.Module, images: Tensor) -> Tensor:
     """Class ids predicted for `[N, C, H, W]`, in evaluation mode; the network's mode is restored."""
     written = derivatives_of(net)
     if written is not None and written.native:
         return written.logits(list(net.parameters()), images).argmax(1)
+    return _in_blocks(net, images, lambda block: net(block).argmax(1))
+
+
+@torch.no_grad()
+def described(net: nn.Module, images: Tensor) -> Tensor:
+    """Features `[N, F]` before the last linear layer of `[N, C, H, W]`, in evaluation mode; no gradient."""
+    written = derivatives_of(net)
+    if written is not None and written.native:
+        return written.features(list(net.parameters()), images)
+    return _in_blocks(net, images, lambda block: nets.features(net, block))
+
+
+def _in_blocks(net: nn.Module, images: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
     mode = net.training
     net.eval()
     try:
-        return torch.cat([net(block).argmax(1) for block in images.split(batch_size)])
+        return torch.cat([work(block) for block in images.split(_BLOCK)])
     finally:
         net.train(mode)
 

@@ -19,6 +19,7 @@ from dstill.data.real import RealSet, load_real
 from dstill.devices import resolve_device
 from dstill.errors import DstillError
 from dstill.evaluating import evaluate
+from dstill.methods.settings import MatchingConfig
 from dstill.preparation import resolve_recipe
 from dstill.workers import Workers
 
@@ -74,8 +75,8 @@ def tune(
     real = load_real(source)
     held = real.holdout(seed)
     base = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
-    if base.distill is None:
-        raise DstillError(f"method {base.method!r} has no settings to tune")
+    if not isinstance(base.distill, MatchingConfig):
+        raise DstillError(f"tune searches settings of trajectory matching, and method {base.method!r} is none: take ast or mtt")
     # Experts long enough for the largest T+ of the search serve every candidate.
     longest = base.model_copy(
         update={"distill": base.distill.model_copy(update={"max_start_epoch": 2 * base.distill.max_start_epoch})}
@@ -88,8 +89,7 @@ def tune(
         settings = _around(best, candidate) if tried else base
         score = _judge(settings, held, experts, seed, device, cache)
         tried += 1
-        assert settings.distill is not None
-        d = settings.distill
+        d = _matching(settings)
         chosen = f"lr_images {d.lr_images:.3g}, T+ {d.max_start_epoch}, α₀ {d.alpha_init:.3g}"
         reporter.note(f"candidate {tried}: {chosen}: validation {score:.1%}{' (best so far)' if score > best_score else ''}")
         if score > best_score:
@@ -112,10 +112,14 @@ def _candidates(base: Recipe, seed: int) -> Iterator[tuple[float, float, float]]
         yield pick(_RATE_FACTORS), pick((0.5, 1.0, 2.0)), pick(_ALPHA_FACTORS)
 
 
+def _matching(recipe: Recipe) -> MatchingConfig:
+    assert isinstance(recipe.distill, MatchingConfig)
+    return recipe.distill
+
+
 def _around(best: Recipe, factors: tuple[float, float, float]) -> Recipe:
     rate, span, alpha = factors
-    assert best.distill is not None
-    distill = best.distill
+    distill = _matching(best)
     # 2 T+ of the base recipe is what the experts were trained for; `_judge` scores a candidate beyond it as failed.
     start = max(distill.min_start_epoch + 1, math.ceil(distill.max_start_epoch * span))
     update = {"lr_images": distill.lr_images * rate, "max_start_epoch": start, "alpha_init": distill.alpha_init * alpha}

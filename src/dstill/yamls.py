@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from dstill.config import Settings
+from dstill.config import Recipe, Settings, settings_class
 from dstill.errors import DstillError, suggest
 
 S = TypeVar("S", bound=Settings)
@@ -79,19 +79,21 @@ def validate(model: type[S], values: Any, where: str) -> S:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise DstillError("; ".join(_explain(model, problem, where) for problem in error.errors()[:3])) from error
+        raise DstillError("; ".join(_explain(model, values, problem, where) for problem in error.errors()[:3])) from error
 
 
-def _explain(model: type[Settings], problem: Any, where: str) -> str:
+def _explain(model: type[Settings], values: Any, problem: Any, where: str) -> str:
     path = [str(part) for part in problem["loc"]]
     if problem["type"] != "extra_forbidden":
         given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
         return f"{where}: {'.'.join(path) or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{given}"
-    return f"{where}: unknown key {'.'.join(path)!r}; {suggest(path[-1], _fields(model, path[:-1]))}"
+    return f"{where}: unknown key {'.'.join(path)!r}; {suggest(path[-1], _fields(model, path[:-1], values))}"
 
 
-def _fields(model: type[Settings], path: list[str]) -> list[str]:
+def _fields(model: type[Settings], path: list[str], values: Any) -> list[str]:
     """Names of the fields of the settings nested at `path`."""
+    if model is Recipe and path == ["distill"]:
+        return list(settings_class(values["method"]).model_fields)
     for part in path:
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from dstill import nets, seeding
-from dstill.config import ExpertConfig, GsamConfig, MatchingConfig, NetConfig, Recipe
+from dstill.config import ExpertConfig, GsamConfig, NetConfig, Recipe
 from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
 from dstill.data.real import RealSet
@@ -23,6 +23,7 @@ from dstill.errors import DstillError
 from dstill.experts.smooth import avg_var
 from dstill.experts.train import ExpertTask, lr_schedule, optimiser, train_expert, train_missing
 from dstill.experts.trajectory import Trajectories
+from dstill.methods.settings import MatchingConfig
 from dstill.recipes import load_recipe, recipe_names
 from dstill.training import EpochReport
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from dstill.config import ExpertConfig, MatchingConfig, NetConfig, Recipe
+from dstill.config import ExpertConfig, NetConfig, Recipe
 from dstill.data import preprocess as preprocessing
 from dstill.data.real import RealSet
 from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trajectory import Trajectories
 from dstill.methods.base import Problem
+from dstill.methods.settings import MatchingConfig
 
 NET = NetConfig(width=4, depth=2)
 EXPERTS = ExpertConfig(

@@ -32,6 +32,10 @@ class Split:
     def take(self, rows: Tensor) -> Split:
         return Split(self.images[rows], self.labels[rows])
 
+    def by_class(self, classes: int) -> list[Tensor]:
+        """The rows of each class."""
+        return [(self.labels == c).nonzero().squeeze(1) for c in range(classes)]
+
 
 @dataclass(frozen=True)
 class RealSet:

@@ -24,7 +24,7 @@ RANDOM_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 def random_set(like: DistilledSet, split: Split, generator: torch.Generator) -> DistilledSet:
     """Random real images in the preprocessing, augmentation and IPC of another set."""
-    rows = random_rows(split.labels, like.classes, like.ipc, generator)
+    rows = random_rows(split, like.classes, like.ipc, generator)
     images = like.preprocess.forward(split.images[rows].float() / 255)
     fields = {**like.__dict__, "images": images, "labels": split.labels[rows], "alpha": None, "method": "random"}
     return DistilledSet(**fields)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dstill import nets, seeding
 from dstill.artifacts.distilled import DistilledSet
-from dstill.config import Recipe
+from dstill.config import DistillConfig, NetConfig, Recipe
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
+from dstill.experts.trained import TrainedNetwork
 from dstill.experts.trajectory import Trajectories
 
 # Everything that must survive a restart, by name; `step` replaces entries in place.
 State = dict[str, Tensor]
 Metrics = dict[str, float]
+_Settings = TypeVar("_Settings", bound=DistillConfig)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Problem:
         device: where tensors live.
         seed: recorded in the result.
         feature_expert: the trajectory whose last epoch describes real images; the first of `trajectories` if left out.
+        trained: the recipe's network trained on all real images, for methods that need it.
     """
 
     real: RealSet
@@ -41,16 +44,34 @@ class Problem:
     device: torch.device
     seed: int
     feature_expert: Trajectories | None = None
+    trained: TrainedNetwork | None = None
+
+    def settings(self, kind: type[_Settings]) -> _Settings:
+        """The recipe's `distill` section, which is of the class that the method's table entry names."""
+        found = self.recipe.distill
+        assert isinstance(found, kind), f"{self.recipe.method} has {type(found).__name__} for settings, not {kind.__name__}"
+        return found
 
     def prepared(self, rows: Tensor) -> Tensor:
         """Preprocessed real training images of these rows, float32 on the device."""
         return self.preprocess.forward(self.real.train.images[rows].to(self.device, torch.float32) / 255)
 
-    def network(self) -> nn.Module:
-        """A network of the recipe's kind, whose weights mean nothing yet."""
+    def network(self, weights: Tensor | None = None) -> nn.Module:
+        """A network of the recipe's kind with these weights `[P]`; left out, they mean nothing yet."""
+        net = self.fresh_network(seeding.generator(self.seed, "skeleton"))
+        if weights is not None:
+            nn.utils.vector_to_parameters(weights.to(self.device), net.parameters())
+        return net
+
+    def fresh_network(self, generator: torch.Generator, config: NetConfig | None = None) -> nn.Module:
+        """A network of the recipe's kind, or another, with random weights."""
         real = self.real
-        generator = seeding.generator(self.seed, "skeleton")
-        return nets.build(self.recipe.net, real.channels, real.classes, real.size, generator).to(self.device)
+        return nets.build(config or self.recipe.net, real.channels, real.classes, real.size, generator).to(self.device)
+
+    def trained_network(self) -> nn.Module:
+        """The recipe's network as it is after training on all real images."""
+        assert self.trained is not None
+        return self.network(self.trained.weights)
 
     def labels(self) -> Tensor:
         """Class ids of a synthetic set, `ipc` of each class in turn."""

@@ -6,21 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dstill import nets
+from dstill import training
+from dstill.data.real import Split
 from dstill.errors import DstillError
 from dstill.methods.base import Problem
-from dstill.unroll import Student
 
 _BLOCK = 512
 
 
-def random_rows(labels: Tensor, classes: int, ipc: int, generator: torch.Generator) -> Tensor:
-    """Rows of `ipc` distinct real images of each class, class by class."""
-    chosen: list[Tensor] = []
-    for c in range(classes):
-        rows = (labels == c).nonzero().squeeze(1)
-        chosen.append(rows[torch.randperm(len(rows), generator=generator)[:ipc]])
-    return torch.cat(chosen)
+def random_rows(split: Split, classes: int, ipc: int, generator: torch.Generator) -> Tensor:
+    """Rows of `ipc` distinct real images of each class (all of them where there are fewer), class by class."""
+    return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:ipc]] for rows in split.by_class(classes)])
 
 
 def clusters(ipc: int, *, released: bool) -> int:
@@ -64,11 +60,8 @@ def expert_network(problem: Problem) -> nn.Module:
     if trajectories is None:
         raise DstillError("representative initialisation needs expert trajectories: take a method that has them")
     records = trajectories.headers[0]["shape"][0]
-    theta = trajectories.rows(0, records - 1, records)[0].to(problem.device)
-    net = problem.network()
-    for parameter, value in zip(net.parameters(), Student(net).split(theta), strict=True):
-        parameter.copy_(value)
-    return net.eval()
+    theta = trajectories.rows(0, records - 1, records)[0]
+    return problem.network(theta).eval()
 
 
 @torch.no_grad()
@@ -80,10 +73,9 @@ def representative_rows(problem: Problem, generator: torch.Generator, *, release
     net = expert_network(problem)
     real, ipc = problem.real, problem.recipe.ipc
     chosen: list[Tensor] = []
-    for c in range(real.classes):
-        rows = (real.train.labels == c).nonzero().squeeze(1)
+    for rows in real.train.by_class(real.classes):
         blocks = [problem.prepared(block) for block in rows.split(_BLOCK)]
-        described = torch.cat([net(block) if released else nets.features(net, block) for block in blocks])
+        described = torch.cat([net(block) if released else training.described(net, block) for block in blocks])
         seed = int(torch.randint(2**31, (), generator=generator))
         picks = nearest_to_centroids(described.cpu().numpy(), ipc, clusters(ipc, released=released), seed)
         chosen.append(rows[torch.from_numpy(picks)])
@@ -103,7 +95,7 @@ def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> T
         shape = (ipc * real.classes, real.channels, *real.size)
         return torch.randn(shape, generator=generator).to(problem.device)
     if kind == "random":
-        rows = random_rows(real.train.labels, real.classes, ipc, generator)
+        rows = random_rows(real.train, real.classes, ipc, generator)
     else:
         rows = representative_rows(problem, generator, released=kind == "representative-released")
     return problem.prepared(rows)

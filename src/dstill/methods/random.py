@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from typing import final
+import functools
 
 import torch
+from torch import Tensor
 
-from dstill.artifacts.distilled import DistilledSet
-from dstill.methods.base import Metrics, Problem, State
+from dstill.methods.base import Problem
 from dstill.methods.initialisation import random_rows
+from dstill.methods.selection import Selection
 
 
-@final
-class Random:
-    """See the module."""
+def _rows(problem: Problem, generator: torch.Generator) -> Tensor:
+    return random_rows(problem.real.train, problem.real.classes, problem.recipe.ipc, generator)
 
-    def start(self, problem: Problem) -> None:
-        self.problem = problem
 
-    def initialise(self, generator: torch.Generator) -> State:
-        real = self.problem.real
-        return {
-            "images": self.problem.prepared(random_rows(real.train.labels, real.classes, self.problem.recipe.ipc, generator))
-        }
-
-    def iterations(self) -> int:
-        return 0
-
-    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
-        return {}
-
-    def result(self, state: State) -> DistilledSet:
-        return self.problem.result(state["images"], self.problem.labels(), None)
+Random = functools.partial(Selection, _rows)

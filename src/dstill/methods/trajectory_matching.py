@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.config import MatchingConfig
 from dstill.data import siamese
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.initialisation import initial_images
+from dstill.methods.settings import MatchingConfig
 from dstill.training import shuffled_batches
 from dstill.unroll import Step, Student, Unrolled, sgd_step, unroll
 
@@ -36,10 +36,10 @@ class TrajectoryMatching:
     """
 
     def start(self, problem: Problem) -> None:
-        if problem.recipe.distill is None or problem.trajectories is None:
-            raise DstillError(f"method {problem.recipe.method!r} needs a distill section in its recipe and expert trajectories")
+        if problem.trajectories is None:
+            raise DstillError(f"method {problem.recipe.method!r} needs expert trajectories")
         self.problem = problem
-        self.settings: MatchingConfig = problem.recipe.distill
+        self.settings = problem.settings(MatchingConfig)
         self.trajectories: Trajectories = problem.trajectories
         self.student = Student(problem.network(), precision=self.settings.precision, compiled=self.settings.compile)
         if self.student.numel != self.trajectories.numel:

@@ -5,11 +5,11 @@ Importing this module does not import torch, so `dstill ls networks` stays insta
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
 from dstill.errors import DstillError, suggest
+from dstill.plugins import load_class
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # A new network is one file and one line here. The class takes (channels, classes, size, **options).
 NETWORKS: dict[str, str] = {
     "convnet": "dstill.nets.convnet:ConvNet",
+    "convnet-widening": "dstill.nets.widening:WideningConvNet",
     "alexnet": "dstill.nets.alexnet:AlexNet",
     "vgg11": "dstill.nets.vgg:VGG11",
     "resnet18": "dstill.nets.resnet:ResNet18",
@@ -34,13 +35,9 @@ def network_class(name: str) -> type[nn.Module]:
         DstillError: the name is unknown, or the module or class cannot be imported.
     """
     path = NETWORKS.get(name, name)
-    module, separator, attribute = path.partition(":")
-    if not (module and separator):
+    if ":" not in path:
         raise DstillError(f"unknown network {name!r}; {suggest(name, NETWORKS)} (or your own package.module:Class)")
-    try:
-        cls: type[nn.Module] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise DstillError(f"network {path!r} cannot be imported: {error}. Is it installed or on PYTHONPATH?") from error
+    cls: type[nn.Module] = load_class(path, "network")
     return cls
 
 
@@ -92,3 +89,36 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
     finally:
         hook.remove()
     return seen[-1]
+
+
+def layers(net: nn.Module, images: Tensor) -> list[Tensor]:
+    """What leaves each block of a network, first to last, and at the end the features before its last linear layer.
+
+    A block ends with a pooling layer, or is a module of its own that holds convolutions, such as a residual block.
+    """
+    seen: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) for block in _block_ends(net)]
+    try:
+        last = features(net, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*seen, last]
+
+
+def _block_ends(module: nn.Module) -> list[nn.Module]:
+    from torch import nn
+
+    ends: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, nn.Sequential):
+            ends += _block_ends(child)
+        elif isinstance(child, nn.AvgPool2d | nn.MaxPool2d) or _holds_convolutions(child):
+            ends.append(child)
+    return ends
+
+
+def _holds_convolutions(module: nn.Module) -> bool:
+    from torch import nn
+
+    return any(isinstance(inner, nn.Conv2d) for inner in module.modules() if inner is not module)

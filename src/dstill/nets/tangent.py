@@ -245,9 +245,14 @@ def _forward(engine: Engine, point: Weights, images: Tensor) -> tuple[list[Unit]
     return units, inputs, y
 
 
+def features(engine: Engine, point: Weights, images: Tensor) -> Tensor:
+    """What enters the classifier, of `[B, C, H, W]`: `[B, F]`."""
+    return _forward(engine, point, images)[2].flatten(1)
+
+
 def logits(engine: Engine, point: Weights, images: Tensor) -> Tensor:
     """Of `[B, C, H, W]`: `[B, K]`."""
-    return F.linear(_forward(engine, point, images)[2].flatten(1), *point.classifier)
+    return F.linear(features(engine, point, images), *point.classifier)
 
 
 def cross_entropy_gradient(

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dstill import yamls
-from dstill.config import MatchingConfig, Recipe, canonical
+from dstill.config import Recipe, canonical, settings_class
 from dstill.data.catalog import DATASETS
 from dstill.errors import DstillError, suggest
-from dstill.methods import METHODS, method_info
+from dstill.methods import method_info
+from dstill.methods.settings import MatchingConfig
 
 _FOLDER = Path(__file__).parent
 # Data sets that share the recipes of another name.
@@ -20,6 +21,7 @@ _SHARED = dict.fromkeys(("nette", "woof", "meow", "squawk", "fruit", "yellow"), 
 # Side, classes of the data sets that recipes are written for: how near another data set is to them.
 _PUBLISHED = {"cifar10": (32, 10), "cifar100": (32, 100), "tiny-imagenet": (64, 200), "imagenet-subset": (128, 10)}
 _ZCA_MAX_PIXELS = 3 * 48 * 48
+_FOREIGN = 100.0  # added to the distance of other data: more than any two cases of one data set are apart
 
 
 @dataclass(frozen=True)
@@ -103,40 +105,63 @@ def _default(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
     name = f"{group}/{method}-ipc{ipc}"
     if name in recipe_names():
         return load_recipe(name), f"recipe {name}"
-    if not method_info(method).needs_experts:
-        like, _ = _default(shape, "ast", ipc)
-        nothing = {"data": shape.name, "method": method, "experts": None, "distill": None, "note": ""}
-        return like.model_copy(update=nothing), "no settings needed; preprocessing, network and augmentation are those of ast"
-    return _derived(shape, method, ipc)
+    if any(method == other.split("/")[1].rsplit("-ipc")[0] for other in recipe_names()):
+        return _derived(shape, method, ipc)
+    like, _ = _default(shape, "ast", ipc)
+    update = {
+        "data": shape.name,
+        "method": method,
+        "experts": like.experts if method_info(method).needs_experts else None,
+        "distill": settings_class(method)(),
+        "note": "",
+    }
+    return like.model_copy(update=update), "the method's own settings; preprocessing, network and augmentation are those of ast"
 
 
 def _distance(shape: DataShape, ipc: int, candidate: Recipe) -> float:
+    if candidate.data == shape.name:
+        return abs(math.log2(ipc / candidate.ipc))
     side, classes = _PUBLISHED[candidate.data]
-    return abs(math.log2(shape.side / side)) + abs(math.log2(shape.classes / classes)) + abs(math.log2(ipc / candidate.ipc))
+    return (
+        _FOREIGN
+        + abs(math.log2(shape.side / side))
+        + abs(math.log2(shape.classes / classes))
+        + abs(math.log2(ipc / candidate.ipc))
+    )
 
 
 def _derived(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
-    """Settings for data that no recipe was written for: those of the nearest published case, cut to fit."""
-    names = [n for n in recipe_names() if n.split("/")[0] in _PUBLISHED and n.split("/")[1].startswith(f"{method}-ipc")]
-    if not names:
-        raise DstillError(f"no recipe of method {method!r} to derive settings from; known methods: {', '.join(METHODS)}")
+    """Settings for a case that no recipe was written for: those of the nearest one, cut to fit.
+
+    The data set's own recipe of another IPC is nearest; else published cases are compared by side, classes and IPC.
+    """
+    names = [
+        name
+        for name in recipe_names()
+        if name.split("/")[0] in {*_PUBLISHED, shape.name} and name.split("/")[1].startswith(f"{method}-ipc")
+    ]
     nearest = min(names, key=lambda name: _distance(shape, ipc, load_recipe(name)))
     base = load_recipe(nearest)
     depth = max(1, min(5, int(math.log2(shape.side)) - 2)) if shape.side >= 16 else max(1, int(math.log2(shape.side)) - 1)
+    if base.data == shape.name:
+        update: dict[str, Any] = {"ipc": ipc, "note": f"derived from {nearest}"}
+        return base.model_copy(update=update), f"no recipe for {shape.name} at IPC {ipc}: settings derived from {nearest}"
     net = base.net.model_copy(update={"depth": depth})
-    distill = base.distill or MatchingConfig()
-    steps = _steps_in_memory(distill, net.width or 128, depth, shape)
-    batch = distill.batch_syn if distill.batch_syn is not None and distill.batch_syn < ipc * shape.classes else None
+    distill, cut = base.distill, ""
+    if isinstance(distill, MatchingConfig):
+        steps = _steps_in_memory(distill, net.width or 128, depth, shape)
+        batch = distill.batch_syn if distill.batch_syn is not None and distill.batch_syn < ipc * shape.classes else None
+        cut = f"; N cut from {distill.student_steps} to {steps} to fit the memory" if steps < distill.student_steps else ""
+        distill = distill.model_copy(update={"student_steps": steps, "batch_syn": batch})
     update = {
         "data": shape.name,
         "ipc": ipc,
         "net": net,
         "augmentation": _augmentation(base.augmentation, shape.name),
         "preprocess": _preprocess(base.preprocess, shape),
-        "distill": distill.model_copy(update={"student_steps": steps, "batch_syn": batch}),
+        "distill": distill,
         "note": f"derived from {nearest}",
     }
-    cut = f"; N cut from {distill.student_steps} to {steps} to fit the memory" if steps < distill.student_steps else ""
     origin = (
         f"no recipe for {shape.name} at IPC {ipc}: settings derived from {nearest}{cut}. "
         "dstill tune finds better ones on a validation part"
@@ -166,11 +191,10 @@ def _steps_in_memory(distill: MatchingConfig, width: int, depth: int, shape: Dat
 
 def _smoke(recipe: Recipe) -> Recipe:
     """A recipe shrunk until it takes seconds: narrow network, two short experts, a few iterations."""
-    update: dict[str, Any] = {"net": recipe.net.model_copy(update={"width": 8}), "protocol": "quick"}
-    if recipe.experts and recipe.distill:
+    net = recipe.net.model_copy(update={"width": 8})
+    update: dict[str, Any] = {"net": net, "protocol": "quick", "distill": recipe.distill.smoke()}
+    if recipe.experts:
         update["experts"] = recipe.experts.model_copy(update={"count": 2, "epochs": None, "compile": False})
-        small = {"iterations": 5, "student_steps": 6, "max_start_epoch": 2, "min_start_epoch": 0, "expert_epochs": 2}
-        update["distill"] = recipe.distill.model_copy(update={**small, "feature_epochs": None})
     return recipe.model_copy(update=update)
 
 

@@ -1,0 +1,117 @@
+"""One network trained on the real images, with what it got wrong on the way: what selection methods look through."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dstill import nets, seeding
+from dstill.artifacts import header as files
+from dstill.config import NetConfig, TrainingConfig, canonical
+from dstill.data.preprocess import Preprocess
+from dstill.data.real import RealSet
+from dstill.engine import derivatives_of
+from dstill.training import Batch, EpochReport, Objective, cross_entropy_objective, fit, predictions
+
+_KIND = "trained network"
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """Weights `[P]` after training, and for each training image how often it was forgotten (int64 `[N]`).
+
+    `forgotten` counts the passes in which an image that the pass before had right was wrong; images that were never right
+    have one more than any other can have: the number of passes.
+    """
+
+    weights: Tensor
+    forgotten: Tensor
+
+
+@dataclass(frozen=True)
+class NetworkTask:
+    """Everything that determines a trained network; see `ExpertTask`."""
+
+    real: RealSet
+    preprocess: Preprocess
+    net: NetConfig
+    config: TrainingConfig
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        """What the weights depend on."""
+        return {
+            "data": self.real.fingerprint,
+            "preprocess": self.preprocess.kind,
+            "net": canonical(self.net, exclude_none=True),
+            "training": canonical(self.config),
+            "seed": self.seed,
+        }
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the identity's SHA-256."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Events:
+    """Counts, for each training image, the changes from right to wrong between its presentations."""
+
+    def __init__(self, count: int, objective: Objective) -> None:
+        self.objective = objective
+        self.right = torch.zeros(count, dtype=torch.bool)
+        self.ever_right = torch.zeros(count, dtype=torch.bool)
+        self.forgotten = torch.zeros(count, dtype=torch.int64)
+
+    def __call__(self, net: nn.Module, batch: Batch) -> Tensor:
+        right = (predictions(net, batch.raw) == batch.labels).cpu()
+        self.forgotten[batch.rows] += self.right[batch.rows] & ~right
+        self.ever_right[batch.rows] |= right
+        self.right[batch.rows] = right
+        return self.objective(net, batch)
+
+
+def train_network(
+    task: NetworkTask, device: torch.device, observer: Callable[[EpochReport], None] | None = None
+) -> TrainedNetwork:
+    """Trains on the whole real training set without augmentation, and records forgetting events (Toneva et al. 2019).
+
+    An image is judged as it is presented, before the step that its batch takes.
+    """
+    real, config = task.real, task.config
+    generator = seeding.generator(task.seed, "trained-network")
+    net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
+    images = task.preprocess.forward(real.train.images.to(device, torch.float32) / 255)
+    events = _Events(len(real.train), cross_entropy_objective(derivatives_of(net)))
+    sgd = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    fit(
+        net,
+        images,
+        real.train.labels.to(device),
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        optimiser=sgd,
+        generator=generator,
+        objective=events,
+        observer=observer,
+    )
+    forgotten = torch.where(events.ever_right, events.forgotten, config.epochs)
+    return TrainedNetwork(nn.utils.parameters_to_vector(net.parameters()).detach().cpu(), forgotten)
+
+
+def trained_network(
+    task: NetworkTask, folder: Path, device: torch.device, observer: Callable[[EpochReport], None] | None = None
+) -> TrainedNetwork:
+    """The task's network from `folder`, trained and stored there first where it is missing."""
+    path = folder / f"{task.fingerprint()}.safetensors"
+    if not path.exists():
+        trained = train_network(task, device, observer)
+        files.save(path, _KIND, {"weights": trained.weights, "forgotten": trained.forgotten}, task.identity())
+    _, tensors = files.load(path, _KIND)
+    return TrainedNetwork(tensors["weights"], tensors["forgotten"])

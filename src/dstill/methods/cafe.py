@@ -1,0 +1,130 @@
+"""CAFE: condensation by aligning features (Wang et al. 2022).
+
+Two parts are minimised by the images. Alignment: in every layer, the mean features of a class agree between real and
+synthetic images. Discrimination: the synthetic means of the last features, taken as a classifier, classify real features.
+The network is trained on the synthetic set in between, for as long as a batch of real images, the query, says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dstill import nets
+from dstill.artifacts.distilled import DistilledSet
+from dstill.methods.base import Metrics, Problem, State
+from dstill.methods.batches import ClassBatches, update_images
+from dstill.methods.initialisation import initial_images
+from dstill.methods.settings import CafeConfig
+from dstill.training import accuracy, fit
+
+
+def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """`[K, ...]` means over the rows of each class of `[B, ...]`; every class must occur."""
+    sums = torch.zeros(classes, *features.shape[1:], dtype=features.dtype, device=features.device)
+    counts = torch.bincount(labels, minlength=classes).view(-1, *[1] * (features.dim() - 1))
+    return sums.index_add(0, labels, features) / counts
+
+
+def layer_alignment(real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Σ_classes |mean real - mean synthetic|^2 of the outputs `[B, ...]` of one layer (CAFE, Eq. 3)."""
+    return (class_means(real, real_labels, classes) - class_means(synthetic, labels, classes)).square().sum()
+
+
+def discrimination(real: Tensor, real_labels: Tensor, centres: Tensor) -> Tensor:
+    """Cross-entropy, summed over real features `[B, F]`, of their products with the synthetic centres `[K, F]` (Eq. 6)."""
+    return F.cross_entropy(real @ centres.t(), real_labels, reduction="sum")
+
+
+def spread_of(values: Sequence[float], window: int) -> float | None:
+    """Largest minus smallest of the last `window` values; None while there are fewer."""
+    return max(values[-window:]) - min(values[-window:]) if len(values) >= window else None
+
+
+@final
+class Cafe:
+    """State: `images` and `images.momentum` `[S, C, H, W]`. One step is one network: its loops, both bounded."""
+
+    def start(self, problem: Problem) -> None:
+        self.problem, self.settings = problem, problem.settings(CafeConfig)
+        self.strategy = problem.recipe.augmentation if self.settings.augment else "none"
+        self.batches = ClassBatches(problem, self.settings.batch_real, self.strategy)
+
+    def initialise(self, generator: torch.Generator) -> State:
+        images = initial_images(self.problem, self.settings.initialisation, generator)
+        return {"images": images, "images.momentum": torch.zeros_like(images)}
+
+    def iterations(self) -> int:
+        return self.settings.iterations
+
+    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+        settings, net = self.settings, self.problem.fresh_network(generator)
+        halvings = sum(iteration >= share * settings.iterations for share in settings.halve_at)
+        losses: list[float] = []
+        accuracies: list[float] = []
+        for _ in range(settings.max_outer):
+            loss, gradient = self._loss(net, state["images"], generator)
+            update_images(state, gradient, settings.lr_images * 0.5**halvings, settings.image_momentum)
+            losses.append(float(loss))
+            accuracies.append(self._query(net, generator))
+            spread = spread_of(accuracies, settings.window)
+            if spread is not None and spread < settings.settled:
+                break
+            self._train(net, state["images"], generator)
+        return {"loss": losses[0], "loss_last": losses[-1], "updates": len(losses), "query_accuracy": accuracies[-1]}
+
+    def _loss(self, net: nn.Module, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The objective and its gradient by the synthetic images."""
+        settings, classes = self.settings, self.problem.real.classes
+        images = images.detach().requires_grad_()
+        with torch.enable_grad():
+            drawn = [self.batches.draw(c, images, generator) for c in range(classes)]
+            real = torch.cat([batch.real for batch in drawn])
+            sizes = torch.tensor([len(batch.real) for batch in drawn], device=images.device)
+            real_labels, labels = torch.arange(classes, device=images.device).repeat_interleave(sizes), self.problem.labels()
+            with torch.no_grad():
+                of_real = nets.layers(net, real)
+            of_synthetic = nets.layers(net, torch.cat([batch.synthetic for batch in drawn]))
+            # Deepest first: the features, the last block, and the blocks before it.
+            weights = [settings.deep_weight] * 2 + [settings.shallow_weight] * len(of_real)
+            terms = zip(weights, reversed(of_real), reversed(of_synthetic), strict=False)
+            loss = sum((w * layer_alignment(r, real_labels, s, labels, classes) for w, r, s in terms), torch.zeros(()))
+            centres = class_means(of_synthetic[-1], labels, classes)
+            loss = loss + (class_means(of_real[-1], real_labels, classes) - centres).square().sum()
+            loss = loss + settings.discrimination * discrimination(of_real[-1], real_labels, centres)
+            (gradient,) = torch.autograd.grad(loss, images)
+        return loss.detach(), gradient
+
+    def _query(self, net: nn.Module, generator: torch.Generator) -> float:
+        """Accuracy of the network on a fresh batch of real training images, the same number of each class where possible."""
+        classes = self.problem.real.classes
+        drawn = [self.batches.real(c, generator, self.settings.batch_query) for c in range(classes)]
+        labels = torch.cat([torch.full((len(some),), c) for c, some in enumerate(drawn)])
+        return accuracy(net, torch.cat(drawn), labels.to(self.problem.device))
+
+    def _train(self, net: nn.Module, images: Tensor, generator: torch.Generator) -> None:
+        """Passes over the synthetic set until the network has moved: its query accuracies spread."""
+        settings = self.settings
+        sgd, accuracies = torch.optim.SGD(net.parameters(), lr=settings.lr_net), list[float]()
+        for _ in range(settings.max_inner):
+            fit(
+                net,
+                images,
+                self.problem.labels(),
+                epochs=1,
+                batch_size=settings.batch_train,
+                optimiser=sgd,
+                generator=generator,
+                augmentation=self.strategy,
+            )
+            accuracies.append(self._query(net, generator))
+            spread = spread_of(accuracies, settings.window)
+            if spread is not None and spread > settings.moved:
+                return
+
+    def result(self, state: State) -> DistilledSet:
+        return self.problem.result(state["images"], self.problem.labels(), None)

@@ -1,0 +1,53 @@
+"""DM: distribution matching (Zhao and Bilen 2023). Mean features of real and synthetic images agree in random networks."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from dstill import nets
+from dstill.artifacts.distilled import DistilledSet
+from dstill.methods.base import Metrics, Problem, State
+from dstill.methods.batches import ClassBatches, update_images
+from dstill.methods.initialisation import initial_images
+from dstill.methods.settings import DistributionMatchingConfig
+from dstill.training import described
+
+
+def mean_distance(real: Tensor, synthetic: Tensor) -> Tensor:
+    """|mean real - mean synthetic|^2 of features `[n, F]` and `[m, F]`: summed, not averaged, over F (DM, Eq. 5)."""
+    return (real.mean(0) - synthetic.mean(0)).square().sum()
+
+
+@final
+class DistributionMatching:
+    """State: `images` and `images.momentum` `[S, C, H, W]`. A step draws one network, which is never trained."""
+
+    def start(self, problem: Problem) -> None:
+        self.problem, self.settings = problem, problem.settings(DistributionMatchingConfig)
+        strategy = problem.recipe.augmentation if self.settings.augment else "none"
+        self.batches = ClassBatches(problem, self.settings.batch_real, strategy)
+
+    def initialise(self, generator: torch.Generator) -> State:
+        images = initial_images(self.problem, self.settings.initialisation, generator)
+        return {"images": images, "images.momentum": torch.zeros_like(images)}
+
+    def iterations(self) -> int:
+        return self.settings.iterations
+
+    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+        settings, net = self.settings, self.problem.fresh_network(generator)
+        images, loss = state["images"].detach().requires_grad_(), torch.zeros((), device=self.problem.device)
+        with torch.enable_grad():
+            for c in range(self.problem.real.classes):
+                batch = self.batches.draw(c, images, generator)
+                real = described(net, batch.real.detach())
+                loss = loss + mean_distance(real, nets.features(net, batch.synthetic))
+        (gradient,) = torch.autograd.grad(loss, images)
+        update_images(state, gradient, settings.lr_images, settings.image_momentum)
+        return {"loss": float(loss) / self.problem.real.classes}
+
+    def result(self, state: State) -> DistilledSet:
+        return self.problem.result(state["images"], self.problem.labels(), None)

@@ -1,0 +1,172 @@
+"""FRePo: neural feature regression with a pool (Zhou et al. 2022).
+
+Kernel ridge regression from the synthetic set, on the features of a network that is trained on that set, predicts the
+labels of real images; images and labels are moved to lower its error. The network comes from a pool of networks of
+different ages, each trained one step further whenever it was used.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dstill import nets
+from dstill.artifacts.distilled import DistilledSet
+from dstill.errors import DstillError
+from dstill.methods.base import Metrics, Problem, State
+from dstill.methods.initialisation import initial_images
+from dstill.methods.lamb import cosine, lamb_step
+from dstill.methods.settings import FrepoConfig
+from dstill.training import described
+
+_SMALLEST_PROBABILITY = 1e-4
+
+
+def centred(labels: Tensor, classes: int) -> Tensor:
+    """One-hot labels `[B, K]` minus 1/K: what the regression aims at."""
+    return F.one_hot(labels, classes).float() - 1 / classes
+
+
+def kernel_regression(real: Tensor, synthetic: Tensor, labels: Tensor, ridge: float) -> Tensor:
+    """Predictions K_ts (K_ss + λ I)^-1 Y_s for real features (FRePo, Eq. 4), λ = ridge x the mean diagonal of K_ss.
+
+    Args:
+        real: features `[B, F]` of real images.
+        synthetic: features `[S, F]` of synthetic ones.
+        labels: Y_s `[S, K]`.
+        ridge: relative to the kernel's diagonal.
+    """
+    kernel = synthetic @ synthetic.t()
+    kernel = kernel + ridge * kernel.trace() / len(kernel) * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    factor, failed = torch.linalg.cholesky_ex(kernel)
+    if int(failed):
+        raise DstillError("the kernel of the synthetic features is not positive definite: raise distill.ridge")
+    return real @ synthetic.t() @ torch.cholesky_solve(labels, factor)
+
+
+def label_margin(labels: Tensor) -> Tensor:
+    """Mean over labels `[S, K]` of -min(largest - second largest, 1/K): keeps a label's class the winner."""
+    top = labels.topk(2, dim=1).values
+    return -(top[:, 0] - top[:, 1]).clamp_max(1 / labels.shape[1]).mean()
+
+
+def label_logits(labels: Tensor) -> Tensor:
+    """Learned labels `[S, K]` as logits whose softmax undoes their centring and scaling; nothing below 1e-4 is kept."""
+    classes = labels.shape[1]
+    probabilities = (labels * math.sqrt(classes / 10) + 1 / classes).clamp_min(_SMALLEST_PROBABILITY)
+    return (probabilities / probabilities.sum(1, keepdim=True)).log()
+
+
+@final
+class Frepo:
+    """State: `images`, `labels` (Y_s), LAMB's moments of both, and of the pool weights, buffers, Adam's moments and ages."""
+
+    def start(self, problem: Problem) -> None:
+        self.problem, self.settings = problem, problem.settings(FrepoConfig)
+        self.net = problem.fresh_network(torch.Generator().manual_seed(0), self.settings.net)
+        self.targets = centred(problem.real.train.labels, problem.real.classes)
+
+    def initialise(self, generator: torch.Generator) -> State:
+        settings, classes = self.settings, self.problem.real.classes
+        images = initial_images(self.problem, settings.initialisation, generator)
+        labels = centred(self.problem.labels(), classes) / math.sqrt(classes / 10)
+        state = {"images": images, "labels": labels}
+        for name in ("images", "labels"):
+            state[f"{name}.first"] = torch.zeros_like(state[name])
+            state[f"{name}.second"] = torch.zeros_like(state[name])
+        self._fresh(generator)
+        for name, value in self._member().items():
+            state[f"pool.{name}"] = torch.zeros(settings.pool, *value.shape, device=self.problem.device)
+        for i in range(settings.pool):
+            self._fresh(generator)
+            self._keep(state, i, self._member())
+            for _ in range(i * settings.max_age // settings.pool):
+                self._train(state, i, generator)
+        return state
+
+    def iterations(self) -> int:
+        return self.settings.iterations
+
+    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+        settings = self.settings
+        i = int(torch.randint(settings.pool, (), generator=generator))
+        self._take(state, i)
+        rows = torch.randint(len(self.problem.real.train), (settings.batch_real,), generator=generator)
+        real = described(self.net, self.problem.prepared(rows))
+        targets = self.targets[rows].to(real.device)
+        images = state["images"].detach().requires_grad_()
+        labels = state["labels"].detach().requires_grad_()
+        self.net.eval()
+        with torch.enable_grad():
+            features = nets.features(self.net, torch.cat([images, images.flip(3)]) if settings.flip else images)
+            both = torch.cat([labels, labels]) if settings.flip else labels
+            predicted = kernel_regression(real, features, both, settings.ridge)
+            error, margin = (predicted - targets).square().mean(), label_margin(labels)
+            by_images, by_labels = torch.autograd.grad(error + margin, [images, labels])
+        lr = cosine(settings.lr, iteration, settings.iterations)
+        lamb_step(state, "images", by_images, lr, iteration + 1)
+        if settings.learn_labels:
+            lamb_step(state, "labels", by_labels, lr, iteration + 1)
+        if not (bool(torch.isfinite(state["images"]).all()) and bool(torch.isfinite(state["labels"]).all())):
+            raise DstillError("the synthetic images or labels are no longer finite: lower distill.lr or raise distill.ridge")
+        age = int(state["pool.age"][i])
+        if age > settings.max_age:
+            self._fresh(generator)
+            self._keep(state, i, self._member())
+        else:
+            self._train(state, i, generator)
+        right = (predicted.argmax(1) == targets.argmax(1)).float().mean()
+        return {"loss": float(error.detach()), "margin": float(margin.detach()), "fit_accuracy": float(right), "age": age}
+
+    def result(self, state: State) -> DistilledSet:
+        labels = label_logits(state["labels"]) if self.settings.learn_labels else self.problem.labels()
+        return self.problem.result(state["images"], labels, None)
+
+    def _fresh(self, generator: torch.Generator) -> None:
+        self.net = self.problem.fresh_network(generator, self.settings.net)
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for buffer in self.net.buffers() if buffer.is_floating_point()]
+
+    def _member(self) -> dict[str, Tensor]:
+        """The network at hand as a fresh member of the pool."""
+        weights = nn.utils.parameters_to_vector(self.net.parameters()).detach()
+        buffers = torch.cat([torch.zeros(0, device=weights.device), *(buffer.reshape(-1) for buffer in self._buffers())])
+        zero = torch.zeros_like(weights)
+        return {"weights": weights, "buffers": buffers, "first": zero, "second": zero, "age": zero.new_zeros(())}
+
+    @staticmethod
+    def _keep(state: State, i: int, member: dict[str, Tensor]) -> None:
+        for name, value in member.items():
+            state[f"pool.{name}"][i] = value
+
+    def _take(self, state: State, i: int) -> None:
+        """Puts member i's weights and buffers into the network."""
+        nn.utils.vector_to_parameters(state["pool.weights"][i].clone(), self.net.parameters())
+        buffers = self._buffers()
+        parts = state["pool.buffers"][i].split([buffer.numel() for buffer in buffers]) if buffers else ()
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+    def _train(self, state: State, i: int, generator: torch.Generator) -> None:
+        """One Adam step of member i on squared errors to the synthetic labels."""
+        settings = self.settings
+        self._take(state, i)
+        rows = torch.randperm(len(state["images"]), generator=generator)[: settings.batch_train].to(state["images"].device)
+        self.net.train()
+        with torch.enable_grad():
+            loss = (self.net(state["images"][rows]) - state["labels"][rows]).square().mean()
+            gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(self.net.parameters()))])
+        weights = state["pool.weights"][i].clone()
+        weights.grad = gradient
+        adam = torch.optim.Adam([weights], lr=settings.lr_net)
+        first, second = state["pool.first"][i].clone(), state["pool.second"][i].clone()
+        adam.state[weights] = {"step": state["pool.age"][i].cpu().clone(), "exp_avg": first, "exp_avg_sq": second}
+        adam.step()
+        buffers = self._member()["buffers"]
+        age = state["pool.age"][i] + 1
+        self._keep(state, i, {"weights": weights, "buffers": buffers, "first": first, "second": second, "age": age})

@@ -1,0 +1,118 @@
+"""Gradient matching, once: DC (Zhao et al. 2021) and DSA (Zhao and Bilen 2021) are settings of it.
+
+The images are moved so that a network's gradient on them agrees with its gradient on real images, class by class, along
+the network's training on the synthetic set. With g the gradient on the synthetic images and v = ∂D/∂g of the distance D,
+the gradient by the images is ∂<g, v>/∂x: one tangent pass, the same that unrolled students take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from dstill.artifacts.distilled import DistilledSet
+from dstill.methods.base import Metrics, Problem, State
+from dstill.methods.batches import ClassBatches, update_images
+from dstill.methods.initialisation import initial_images
+from dstill.methods.settings import GradientMatchingConfig
+from dstill.training import fit
+from dstill.unroll import Student
+
+_EPSILON = 1e-6
+
+
+def gradient_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    """D(g, g') = Σ_tensors Σ_rows 1 - <g_r, g'_r> / (|g_r| |g'_r| + 1e-6) (DC, Eq. 9 and its code).
+
+    A row holds the weights into one output unit: `[O, I, k, k]` is seen as O rows of I k k numbers. Tensors of one
+    dimension (biases, scales and shifts of norms) do not take part.
+    """
+    total = torch.zeros_like(ours[0].reshape(-1)[0])
+    for a, b in zip(ours, theirs, strict=True):
+        if a.dim() > 1:
+            a, b = a.flatten(1), b.flatten(1)
+            total = total + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + _EPSILON)).sum()
+    return total
+
+
+def matching_gradient(student: Student, theta: Tensor, real: Tensor, synthetic: Tensor, label: int) -> tuple[Tensor, Tensor]:
+    """The distance between the gradients of real and synthetic images of one class, and its gradient by the latter.
+
+    Args:
+        student: the network.
+        theta: its weights `[P]`.
+        real: `[B, C, H, W]`, preprocessed and augmented.
+        synthetic: `[S, C, H, W]`, likewise.
+        label: their class.
+    """
+    of_real, of_synthetic = (
+        student.gradient(theta, images.detach(), torch.full((len(images),), label, device=images.device))[1]
+        for images in (real, synthetic)
+    )
+    with torch.enable_grad():
+        of_synthetic.requires_grad_()
+        distance = gradient_distance(student.split(of_synthetic), student.split(of_real))
+        (v,) = torch.autograd.grad(distance, of_synthetic)
+    labels = torch.full((len(synthetic),), label, device=synthetic.device)
+    return distance.detach(), student.tangents(theta, v, synthetic.detach(), labels).images
+
+
+@final
+class GradientMatching:
+    """State: `images` and `images.momentum` `[S, C, H, W]`. One step is one network: its outer and inner loops."""
+
+    def start(self, problem: Problem) -> None:
+        self.problem, self.settings = problem, problem.settings(GradientMatchingConfig)
+        self.student = Student(problem.network())
+        self.strategy = problem.recipe.augmentation if self.settings.augment else "none"
+        self.batches = ClassBatches(problem, self.settings.batch_real, self.strategy)
+
+    def initialise(self, generator: torch.Generator) -> State:
+        images = initial_images(self.problem, self.settings.initialisation, generator)
+        return {"images": images, "images.momentum": torch.zeros_like(images)}
+
+    def iterations(self) -> int:
+        return self.settings.iterations
+
+    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+        settings, net = self.settings, self.problem.fresh_network(generator)
+        outer, inner = settings.loops(self.problem.recipe.ipc)
+        distances: list[float] = []
+        for k in range(outer):
+            theta = nn.utils.parameters_to_vector(net.parameters()).detach()
+            distance, gradient = self._distance(theta, state["images"], generator)
+            update_images(state, gradient, settings.lr_images, settings.image_momentum)
+            distances.append(float(distance) / self.problem.real.classes)
+            if inner and k < outer - 1:
+                self._train(net, state["images"], inner, generator)
+        return {"loss": sum(distances) / outer, "loss_first": distances[0], "loss_last": distances[-1]}
+
+    def _distance(self, theta: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Summed over the classes, and its gradient by the synthetic images. One class at a time, to spare memory."""
+        total, gradient = torch.zeros((), device=images.device), torch.zeros_like(images)
+        images = images.detach().requires_grad_()
+        for c in range(self.problem.real.classes):
+            with torch.enable_grad():
+                batch = self.batches.draw(c, images, generator)
+            distance, by_synthetic = matching_gradient(self.student, theta, batch.real, batch.synthetic, c)
+            total += distance
+            gradient += torch.autograd.grad(batch.synthetic, images, by_synthetic)[0]
+        return total, gradient
+
+    def _train(self, net: nn.Module, images: Tensor, epochs: int, generator: torch.Generator) -> None:
+        fit(
+            net,
+            images,
+            self.problem.labels(),
+            epochs=epochs,
+            batch_size=self.settings.batch_train,
+            optimiser=torch.optim.SGD(net.parameters(), lr=self.settings.lr_net),
+            generator=generator,
+            augmentation=self.strategy,
+        )
+
+    def result(self, state: State) -> DistilledSet:
+        return self.problem.result(state["images"], self.problem.labels(), None)

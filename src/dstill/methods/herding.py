@@ -1,0 +1,48 @@
+"""Herding: real images chosen one by one so that their mean feature stays nearest to the class's (Welling 2009).
+
+Features are what enters the last layer of the recipe's network, trained on all real images.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from dstill import training
+from dstill.methods.base import Problem
+from dstill.methods.selection import Selection
+
+
+def herd(features: Tensor, count: int) -> Tensor:
+    """Rows of `count` distinct images of one class.
+
+    With m the mean feature and s the sum of the k features chosen so far, the next is the unchosen one nearest to
+    (k + 1) m - s: the one that brings the mean of the chosen nearest to m.
+
+    Args:
+        features: `[n, F]`, n >= count, not normalised.
+        count: images wanted.
+    """
+    features = features.double()
+    mean, total = features.mean(0), torch.zeros_like(features[0])
+    free = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    chosen: list[int] = []
+    for k in range(count):
+        distance = (features - ((k + 1) * mean - total)).square().sum(1)
+        chosen.append(int(torch.where(free, distance, torch.inf).argmin()))
+        free[chosen[-1]] = False
+        total = total + features[chosen[-1]]
+    return torch.tensor(chosen)  # on the CPU, where real images are
+
+
+def _rows(problem: Problem, generator: torch.Generator) -> Tensor:
+    net, chosen = problem.trained_network(), []
+    for rows in problem.real.train.by_class(problem.real.classes):
+        features = training.described(net, problem.prepared(rows))
+        chosen.append(rows[herd(features, problem.recipe.ipc)])
+    return torch.cat(chosen)
+
+
+Herding = functools.partial(Selection, _rows)

@@ -1,0 +1,65 @@
+"""The ConvNet of FRePo: every block doubles the channels (Zhou et al. 2022)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dstill.nets.norm import Norm, norm_layer
+
+
+class WideningConvNet(nn.Module):
+    """D blocks of norm (from the second on), convolution 3x3, ReLU, average pooling 2x2; then one linear layer.
+
+    The channels are width, 2 width, 4 width ...; weights are drawn as LeCun does, N(0, 1 / fan-in), and biases are zero.
+
+    Args:
+        channels: colour channels of the input.
+        classes: number of outputs.
+        size: height and width of the input in pixels.
+        width: channels of the first convolution.
+        depth: number of blocks; each halves the side, which must stay at least 1 pixel.
+        norm: normalisation before the second and later convolutions: `batch` while distilling, `none` in the evaluation.
+
+    Raises:
+        ValueError: the image is too small for this depth, or `norm` is unknown.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        size: tuple[int, int],
+        *,
+        width: int = 128,
+        depth: int | None = None,
+        norm: Norm = "none",
+    ) -> None:
+        super().__init__()
+        height, breadth = size
+        depth = depth or min(3, int(math.log2(min(size))))
+        if min(size) >> depth < 1:
+            raise ValueError(
+                f"a ConvNet of depth {depth} needs images of at least {2**depth} pixels a side, "
+                f"got {height}x{breadth}: lower net.depth or raise the image size"
+            )
+        blocks: list[nn.Module] = []
+        for block in range(depth):
+            if block:
+                blocks.append(norm_layer(norm, channels, (height, breadth)))
+            blocks += [nn.Conv2d(channels, width << block, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
+            channels, height, breadth = width << block, height // 2, breadth // 2
+        self.body = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(channels * height * breadth, classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                assert module.bias is not None
+                nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[B, classes]` of preprocessed images `[B, channels, H, W]`."""
+        logits: Tensor = self.classifier(torch.flatten(self.body(images), 1))
+        return logits
