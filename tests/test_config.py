@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from dstill.config import ExpertConfig, GsamConfig, NetConfig, Protocol, Recipe, Settings
-from dstill.methods.settings import MatchingConfig
+from dstill.methods.settings import DistributionMatchingConfig, FrepoConfig, GradientMatchingConfig, MatchingConfig
 
 
 def every_model(base: type[Settings] = Settings) -> Iterator[type[Settings]]:
@@ -18,11 +18,11 @@ def every_model(base: type[Settings] = Settings) -> Iterator[type[Settings]]:
         yield from every_model(model)
 
 
-MODELS = [model for model in every_model() if model.__module__ == "dstill.config"]
+MODELS = [model for model in every_model() if model.__module__ in ("dstill.config", "dstill.methods.settings")]
 
 
 def test_all_models_are_found() -> None:
-    assert {NetConfig, GsamConfig, ExpertConfig, MatchingConfig, Recipe, Protocol} <= set(MODELS)
+    assert {NetConfig, GsamConfig, ExpertConfig, MatchingConfig, FrepoConfig, Recipe, Protocol} <= set(MODELS)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -115,5 +115,32 @@ def test_experts_train_no_longer_than_matching_needs_unless_asked() -> None:
     assert recipe.expert_config.epochs == 6
     asked = recipe.model_copy(update={"experts": ExpertConfig(epochs=50)})
     assert asked.expert_config.epochs == 50
-    alone = Recipe(data="mine", method="ast", ipc=1, experts=ExpertConfig(planned_epochs=30))
+    alone = Recipe(data="mine", method="random", ipc=1, experts=ExpertConfig(planned_epochs=30))
     assert alone.expert_config.epochs == 30
+
+
+def test_the_distill_section_is_read_as_the_settings_of_the_method() -> None:
+    recipe = Recipe.model_validate({"data": "mine", "method": "dm", "ipc": 1, "distill": {"iterations": 3}})
+    assert recipe.distill == DistributionMatchingConfig(iterations=3)
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+    assert Recipe(data="mine", method="ast", ipc=1).distill == MatchingConfig()
+    with pytest.raises(ValidationError):
+        Recipe(data="mine", method="dm", ipc=1, distill=MatchingConfig())
+
+
+@pytest.mark.parametrize(
+    ("ipc", "expected"),
+    [
+        (1, (1, 1)),
+        (10, (10, 50)),
+        (20, (20, 25)),
+        (30, (30, 20)),
+        (40, (40, 15)),
+        (50, (50, 10)),
+        (15, (15, 38)),
+        (80, (50, 10)),
+    ],
+)
+def test_the_loops_of_gradient_matching_follow_the_published_table(ipc: int, expected: tuple[int, int]) -> None:
+    assert GradientMatchingConfig().loops(ipc) == expected
+    assert GradientMatchingConfig(outer_steps=3, inner_epochs=0).loops(ipc) == (3, 0)

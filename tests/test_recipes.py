@@ -8,16 +8,25 @@ from pathlib import Path
 import pytest
 
 from dstill import recipes
-from dstill.config import Recipe
+from dstill.config import DistillConfig, Recipe
 from dstill.data.catalog import DATASETS
 from dstill.errors import DstillError
 from dstill.methods import METHODS
+from dstill.methods.settings import CafeConfig, DistributionMatchingConfig, FrepoConfig, GradientMatchingConfig, MatchingConfig
 from dstill.recipes import DataShape, dump, load_recipe, recipe_names, resolve
 
 NAMES = recipe_names()
 IPCS = {"cifar10": (1, 10, 50), "cifar100": (1, 10, 50), "tiny-imagenet": (1, 10), "imagenet-subset": (1, 10)}
 SYSTEMS = ("mtt", "tesla", "ftd", "ast", "ast-released")
-# FTD publishes nothing for the ImageNet subsets.
+OTHERS = ("dc", "dsa", "dm", "cafe", "frepo")
+# FTD publishes nothing for the ImageNet subsets; the others nothing for them and for Tiny ImageNet, nor some for CIFAR-100.
+OTHER_GRID = [
+    f"{data}/{system}-ipc{ipc}"
+    for data in ("cifar10", "cifar100")
+    for ipc in (1, 10, 50)
+    for system in OTHERS
+    if (data, ipc, system) not in {("cifar100", 50, "dc"), ("cifar100", 50, "frepo")}
+]
 GRID = [
     f"{data}/{system}-ipc{ipc}"
     for data, ipcs in IPCS.items()
@@ -70,7 +79,7 @@ EMA = {"cifar10": (0.9999, 0.9995, 0.999), "cifar100": (0.9995, 0.9995, 0.999), 
 def row_of(name: str) -> Row:
     recipe = load_recipe(name)
     d = recipe.distill
-    assert d is not None
+    assert isinstance(d, MatchingConfig)
     return (
         *(recipe.data, recipe.ipc, d.student_steps, d.expert_epochs, d.max_start_epoch, d.batch_syn),
         *(d.lr_images, d.lr_alpha, d.alpha_init, recipe.preprocess == "zca"),
@@ -82,13 +91,12 @@ def shape(name: str = "mine", channels: int = 3, side: int = 32, classes: int = 
 
 
 def test_the_grid_of_published_cases_is_complete() -> None:
-    assert len(GRID) == 48
-    assert set(GRID) <= set(NAMES)
-    assert len(NAMES) >= 48
+    assert (len(GRID), len(OTHER_GRID)) == (48, 28)
+    assert {*GRID, *OTHER_GRID} <= set(NAMES)
 
 
 def test_nothing_but_the_grid_is_shipped_for_the_published_data_sets() -> None:
-    assert {name for name in NAMES if name.split("/")[0] in IPCS} == set(GRID)
+    assert {name for name in NAMES if name.split("/")[0] in IPCS} == {*GRID, *OTHER_GRID}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,7 +163,7 @@ def test_the_two_forms_of_ast_share_their_published_numbers(name: str) -> None:
 def test_paper_recipes_have_every_part_in_the_papers_form(name: str) -> None:
     recipe = load_recipe(name)
     experts, matching = recipe.experts, recipe.distill
-    assert experts is not None and matching is not None
+    assert experts is not None and isinstance(matching, MatchingConfig)
     assert (experts.clipped_loss, experts.gradient_penalty, experts.lr_step) == ("paper", "paper", "paper")
     assert (experts.count, experts.lr, experts.momentum, experts.weight_decay) == (50, 0.003, 0.9, 1e-3)
     assert (matching.balanced_loss, matching.intermediate_matching, matching.perturbation) == ("paper", "paper", "paper")
@@ -168,7 +176,7 @@ def test_paper_recipes_have_every_part_in_the_papers_form(name: str) -> None:
 def test_released_recipes_have_every_part_in_the_released_form(name: str) -> None:
     recipe = load_recipe(name)
     experts, matching = recipe.experts, recipe.distill
-    assert experts is not None and matching is not None
+    assert experts is not None and isinstance(matching, MatchingConfig)
     assert (experts.clipped_loss, experts.gradient_penalty, experts.lr_step) == ("released", "released", "released")
     assert (experts.count, experts.lr, experts.momentum, experts.weight_decay) == (100, 0.003, 0.9, 1e-3)
     assert (matching.balanced_loss, matching.intermediate_matching, matching.perturbation) == ("released",) * 3
@@ -179,7 +187,7 @@ def test_released_recipes_have_every_part_in_the_released_form(name: str) -> Non
 def test_the_earlier_systems_have_plain_sgd_experts_and_none_of_asts_parts(name: str) -> None:
     recipe = load_recipe(name)
     experts, matching = recipe.experts, recipe.distill
-    assert experts is not None and matching is not None
+    assert experts is not None and isinstance(matching, MatchingConfig)
     assert (experts.optimiser, experts.lr, experts.momentum, experts.weight_decay) == ("sgd", 0.01, 0.0, 0.0)
     assert (experts.clipped_loss, experts.gradient_penalty, experts.lr_step) == ("off", "off", "off")
     assert (experts.gsam is not None) == (recipe.method == "ftd")
@@ -191,7 +199,7 @@ def test_the_earlier_systems_have_plain_sgd_experts_and_none_of_asts_parts(name:
 def test_what_all_published_cases_have_in_common(name: str) -> None:
     recipe = load_recipe(name)
     experts, matching = recipe.experts, recipe.distill
-    assert experts is not None and matching is not None
+    assert experts is not None and isinstance(matching, MatchingConfig)
     tesla = recipe.method == "tesla"
     depth = {"cifar10": 3, "cifar100": 3, "tiny-imagenet": 4, "imagenet-subset": 5}[recipe.data]
     assert recipe.net.model_dump() == {"name": "convnet", "width": 128, "depth": depth, "norm": "instance"}
@@ -437,8 +445,8 @@ def test_a_batch_larger_than_the_whole_set_is_dropped() -> None:
 
 def test_random_needs_no_settings() -> None:
     found, origin = resolve(None, shape(), method="random", ipc=5)
-    assert (found.method, found.ipc, found.experts, found.distill) == ("random", 5, None, None)
-    assert origin.startswith("no settings needed")
+    assert (found.method, found.ipc, found.experts, found.distill) == ("random", 5, None, DistillConfig())
+    assert origin.startswith("the method's own settings")
 
 
 def test_random_images_meet_the_network_and_inputs_of_the_methods_beside_them() -> None:
@@ -476,3 +484,50 @@ def test_smoke_keeps_what_makes_a_method() -> None:
     assert ftd.distill.image_ema == 0.9999
     assert ftd.expert_config.gsam is not None
     assert (ast.distill.initialisation, ast.distill.perturbation) == ("representative", "paper")
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER_GRID if "/dc-" in name or "/dsa-" in name])
+def test_gradient_matching_is_as_published(name: str) -> None:
+    recipe = load_recipe(name)
+    matching = recipe.distill
+    assert isinstance(matching, GradientMatchingConfig)
+    assert (matching.outer_steps, matching.inner_epochs) == {1: (1, 1), 10: (10, 50), 50: (50, 10)}[recipe.ipc]
+    assert (matching.iterations, matching.batch_real, matching.lr_images, matching.image_momentum) == (1000, 256, 0.1, 0.5)
+    assert (matching.lr_net, matching.batch_train) == (0.01, 256)
+    kind = ("noise", False) if recipe.method == "dc" else ("random", True)
+    assert (matching.initialisation, matching.augment) == kind
+
+
+def test_the_other_published_methods_are_as_published() -> None:
+    dm, cafe, frepo = (load_recipe(f"cifar10/{name}-ipc10").distill for name in ("dm", "cafe", "frepo"))
+    assert isinstance(dm, DistributionMatchingConfig)
+    assert (dm.iterations, dm.batch_real, dm.lr_images, dm.initialisation) == (20_000, 256, 1.0, "random")
+    assert isinstance(cafe, CafeConfig)
+    assert (cafe.iterations, cafe.lr_images, cafe.settled, cafe.moved, cafe.window) == (2000, 0.1, 0.04, 0.03, 10)
+    assert [share * cafe.iterations for share in cafe.halve_at] == [1200, 1600, 1800]
+    assert isinstance(frepo, FrepoConfig)
+    assert (frepo.iterations, frepo.lr, frepo.pool, frepo.max_age, frepo.batch_real) == (500_000, 3e-4, 10, 100, 1024)
+    assert [load_recipe(f"cifar10/frepo-ipc{ipc}").distill.flip for ipc in (1, 10, 50)] == [True, False, False]  # type: ignore[attr-defined]
+
+
+def test_a_data_sets_own_recipe_of_another_ipc_comes_before_other_data() -> None:
+    recipe, origin = resolve(None, shape("digits", 1, 8), method="dm", ipc=7)
+    assert "derived from digits/dm-ipc1" in origin
+    assert recipe == load_recipe("digits/dm-ipc1").model_copy(update={"ipc": 7, "note": recipe.note})
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_has_settings_for_data_that_nobody_wrote_a_recipe_for(method: str) -> None:
+    for name in (None, "smoke"):
+        found, _ = resolve(name, shape(side=20, classes=7), method=method, ipc=3)
+        assert found.method == method
+        assert (found.experts is not None) == METHODS[method].needs_experts
+
+
+def test_unknown_and_mistyped_keys_of_a_methods_settings_are_named() -> None:
+    with pytest.raises(DstillError, match=r"unknown key 'distill.batch_reel'; did you mean batch_real"):
+        resolve(None, shape(), method="dm", ipc=1, changes=["distill.batch_reel=3"])
+    with pytest.raises(DstillError, match=r"distill.lr_images: Input should be greater than 0"):
+        resolve(None, shape(), method="dc", ipc=1, changes=["distill.lr_images=-1"])
+    with pytest.raises(DstillError, match=r"unknown key 'distill.student_steps'"):
+        resolve(None, shape(), method="random", ipc=1, changes=["distill.student_steps=3"])

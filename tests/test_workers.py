@@ -53,7 +53,7 @@ def test_an_error_of_one_item_is_raised_here() -> None:
 
 
 def test_a_process_that_dies_is_named() -> None:
-    with pytest.raises(DstillError, match="worker process died"):
+    with pytest.raises(DstillError, match="a process died"):
         spread(dies_at_two, [1, 2, 3], 2)
 
 

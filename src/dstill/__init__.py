@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dstill.artifacts.distilled import DistilledSet
     from dstill.artifacts.result import Result
     from dstill.commands import distill, run, train_experts
+    from dstill.comparing import Comparison, compare
     from dstill.config import Recipe
     from dstill.data.real import RealSet, load_real
     from dstill.evaluating import evaluate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dstill.unroll import Step, Student, Unrolled
 
 __all__ = [
+    "Comparison",
     "DistilledSet",
     "DstillError",
     "RealSet",
@@ -34,6 +36,7 @@ __all__ = [
     "Trajectories",
     "Unrolled",
     "__version__",
+    "compare",
     "distill",
     "evaluate",
     "load_real",
@@ -44,6 +47,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Comparison": "comparing",
     "DistilledSet": "artifacts.distilled",
     "RealSet": "data.real",
     "Recipe": "config",
@@ -52,6 +56,7 @@ _HOME = {
     "Student": "unroll",
     "Trajectories": "experts.trajectory",
     "Unrolled": "unroll",
+    "compare": "comparing",
     "distill": "commands",
     "evaluate": "evaluating",
     "load_real": "data.real",

@@ -103,7 +103,7 @@ class Choice:
     """Which settings a command takes.
 
     Attributes:
-        method: ast (default), mtt, ftd, tesla or random.
+        method: a name of `dstill ls methods` (default ast).
         ipc: synthetic images per class (default 1).
         recipe: name of `dstill ls recipes`, a YAML file, or `smoke`.
         net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
@@ -125,6 +125,13 @@ _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
 
 def _names(text: str | None) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()] if text else []
+
+
+def _numbers(text: str | None, option: str) -> list[int]:
+    try:
+        return [int(number) for number in _names(text)]
+    except ValueError as error:
+        raise DstillError(f"{option} takes numbers joined by commas, got {text!r}") from error
 
 
 @app.command
@@ -196,10 +203,7 @@ def train_experts(
     from dstill import commands
 
     reporter = common.start()
-    try:
-        numbers = [int(number) for number in _names(only)] or None
-    except ValueError as error:
-        raise DstillError(f"--only takes numbers joined by commas, got {only!r}") from error
+    numbers = _numbers(only, "--only") or None
     real = data.load(source, common.seed)
     trajectories = commands.train_experts(real, only=numbers, **choice.arguments(), **common.arguments(reporter))
     print(trajectories.summary())
@@ -287,6 +291,60 @@ def evaluate(
         **common.arguments(reporter),
     )
     summary.print_result(result)
+
+
+@app.command
+def compare(
+    source: str,
+    *,
+    methods: str | None = None,
+    ipc: str = "1",
+    recipe: str | None = None,
+    changes: Set = (),
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    sets: int = 1,
+    networks: int | None = None,
+    protocol: str | None = None,
+    whole: bool = True,
+    checkpoint_every: int = 25,
+    data: Data = _DATA,
+    common: Common = _COMMON,
+) -> None:
+    """Run several methods and put them in one table. Interrupted, the same command continues.
+
+    Args:
+        source: see `dstill run`.
+        methods: names of `dstill ls methods`, joined by commas (default: all).
+        ipc: synthetic images per class: one number, or several joined by commas.
+        recipe: smoke for runs of seconds (default: each method's own).
+        changes: section.key=value for every row, for example `--set net.width=32`.
+        out: folder of the table and of a run for each row (default runs/DATA-compare-seedS).
+        sets: synthetic sets a row.
+        networks: fresh networks a set (default: the protocol's).
+        protocol: ast, mtt, frepo, quick, or a YAML file, for every row.
+        whole: also train on the whole training set.
+        checkpoint_every: store the state every so many iterations.
+        data: how the real data are read.
+        common: where and how the command runs.
+    """
+    from dstill import comparing, summary
+
+    reporter = common.start()
+    comparison = comparing.compare(
+        data.load(source, common.seed),
+        methods=_names(methods),
+        ipc=_numbers(ipc, "--ipc"),
+        recipe=recipe,
+        changes=changes,
+        out=out,
+        sets=sets,
+        networks=networks,
+        protocol=protocol,
+        whole=whole,
+        checkpoint_every=checkpoint_every,
+        **common.arguments(reporter),
+    )
+    summary.print_comparison(comparison)
 
 
 @app.command

@@ -13,11 +13,11 @@ from dstill import native, recipes
 from dstill.artifacts import header as files
 from dstill.artifacts import pictures
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
-from dstill.artifacts.result import Result
+from dstill.artifacts.result import Cost, Result
 from dstill.config import Recipe, canonical
 from dstill.console import Reporter, Silent
 from dstill.data.real import check_ipc, load_real
-from dstill.devices import resolve_device
+from dstill.devices import resolve_device, watching_memory
 from dstill.distillation import Cadence, run_method
 from dstill.engine import supports
 from dstill.errors import DstillError
@@ -161,7 +161,12 @@ def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Repor
         distilled = DistilledSet.load(finished)
     else:
         reporter.note(_how(problem))
-        distilled = run_method(problem, folder, cadence=cadence, observer=_watch(reporter))
+        with watching_memory(problem.device) as peak_bytes:
+            started = time.perf_counter()
+            distilled = run_method(problem, folder, cadence=cadence, observer=_watch(reporter))
+            # A selection takes no steps; steps know their own time, also those before an interruption.
+            seconds = sum(row["seconds"] for row in folder.metrics()) or time.perf_counter() - started
+            Cost(seconds=seconds, peak_bytes=peak_bytes()).save(out)
         distilled.save(out)
     settings = out / "recipe.yaml"
     if settings.exists():
@@ -295,7 +300,8 @@ def run(
         reporter=reporter,
     )
     stages = {"experts": trained - started, "distill": matched - trained, **result.stages}
-    result = result.model_copy(update={"seconds": time.perf_counter() - started, "stages": stages})
+    cost = Cost.load(folder / "set-0")
+    result = result.model_copy(update={"seconds": time.perf_counter() - started, "stages": stages, "cost": cost})
     result.save(folder / RESULT_NAME)
     claim = {
         **result.accuracy.model_dump(include={"mean", "std", "n"}),

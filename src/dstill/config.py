@@ -132,7 +132,7 @@ class Recipe(Settings):
     def _settings_of_the_method(cls, section: Any, info: ValidationInfo) -> Any:
         """Reads `distill` as the class of the method's settings."""
         if "method" not in info.data:
-            return section
+            return DistillConfig()  # the missing method is what the user is told of
         wanted = settings_class(info.data["method"])
         if isinstance(section, wanted):
             return section
@@ -158,14 +158,22 @@ class Protocol(Settings):
     """Passes over the synthetic set."""
     batch_size: Count
     """Synthetic images a step."""
+    loss: Literal["cross-entropy", "squared"] = "cross-entropy"
+    """Cross-entropy, or mean squared error of the outputs to the label probabilities minus 1/K (FRePo)."""
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    """`sgd` with `momentum`, or Adam."""
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """Momentum of SGD."""
     weight_decay: Annotated[float, Field(ge=0)]
     """L2 coefficient."""
     lr: Positive
-    """Learning rate of sets that carry no learned α."""
-    lr_factor: Positive
+    """Learning rate of sets that carry no learned α, and of Adam."""
+    schedule: Literal["step", "cosine"] = "step"
+    """Times `lr_factor` at half of the passes; or growth over `warmup` passes, then half a cosine to 0."""
+    lr_factor: Positive = 1.0
     """Factor on the learning rate at half of the passes."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Passes over which the cosine schedule grows."""
     networks: Count
     """Fresh networks trained and measured."""
 

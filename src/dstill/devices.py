@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -66,3 +68,28 @@ def _group_available() -> float:
         return float((folder / "memory.max").read_text()) - float((folder / "memory.current").read_text())
     except (OSError, ValueError):  # no such limit, or the word "max"
         return float("inf")
+
+
+@contextlib.contextmanager
+def watching_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Yields a function that tells by how many bytes memory has grown at its peak since here.
+
+    On a CPU this is the process's resident memory, whose peak Linux alone lets one reset; None elsewhere.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        level = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - level
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew from the present level
+        before = _resident_peak()
+    except (OSError, StopIteration):
+        yield lambda: None
+        return
+    yield lambda: max(0, _resident_peak() - before)
+
+
+def _resident_peak() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

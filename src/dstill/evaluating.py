@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dstill.artifacts import header as files
 from dstill.artifacts.distilled import DistilledSet
@@ -53,11 +51,11 @@ def evaluate(
         protocol: name or file; the recipe's if left out.
         nets: evaluation networks; the set's own if left out. The first gives `accuracy`.
         networks: fresh networks a set; the protocol's number if left out.
-        random: also measure random real images of the same IPC, with the first network.
+        random: also measure random real images of the same IPC, with the first network (cached like the whole set).
         whole: also measure the whole training set with the first network (cached by data, network and preprocessing).
         seed: decides initial weights, order and augmentation.
         device: auto, cpu, cuda or mps.
-        cache: folder that keeps the whole set's accuracy.
+        cache: folder that keeps the accuracies of random images and of the whole set.
         out: file or folder for `result.json`.
         workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
         reporter: receives progress.
@@ -99,12 +97,19 @@ def evaluate(
         scores[config.name] = Score.of(by_set, lr=rates.pop() if len(rates) == 1 else None)
     evaluated = time.perf_counter()
 
-    beside = None
+    store, shared = cache_folder(cache), _shared_by(first, configs[0], real, seed)
+    beside = full = None
     if random and real.judged_on == "test":
-        beside = random_baseline(
-            first, real, test, chosen, net=configs[0], networks=networks, seed=seed, workers=workers, tick=reporter.note
+        name = f"random/{shared}-ipc{first.ipc}-{chosen.name}-v{chosen.version}-{count}.json"
+        beside = _cached(
+            store / name,
+            lambda: random_baseline(
+                first, real, test, chosen, net=configs[0], networks=count, seed=seed, workers=workers, tick=reporter.note
+            ),
         )
-    full = _whole_cached(first, configs[0], real, test, seed, cache_folder(cache)) if whole else None
+    if whole:
+        name = f"whole/{shared}-v{load_protocol('whole').version}.json"
+        full = _cached(store / name, lambda: whole_set(configs[0], first, real, test, seed=seed))
     stages = {"evaluate": evaluated - started, "baselines": time.perf_counter() - evaluated}
     result = Result(
         method=first.method,
@@ -119,6 +124,7 @@ def evaluate(
         whole=full,
         nets=scores,
         alpha=first.alpha,
+        labels="soft" if first.labels.is_floating_point() else "hard",
         stored_bytes=first.images.numel() + first.labels.numel() * (4 if first.labels.is_floating_point() else 1),
         seconds=sum(stages.values()),
         stages=stages,
@@ -141,15 +147,16 @@ def _check_fits(distilled: DistilledSet, real: RealSet) -> None:
         raise DstillError(f"distilled images are {theirs} and real ones {ours} (channels, height, width): pass --image-size")
 
 
-def _whole_cached(
-    like: DistilledSet, config: NetConfig, real: RealSet, test: tuple[torch.Tensor, torch.Tensor], seed: int, cache: Path
-) -> Score:
-    version = load_protocol("whole").version
-    net = "-".join(str(value) for value in canonical(config, exclude_none=True).values())
-    name = f"{real.fingerprint}-{like.preprocess.kind}-{like.augmentation}-{net}-seed{seed}-v{version}.json"
-    path = cache / "whole" / name.replace("/", "_").replace(":", "_")
+def _shared_by(like: DistilledSet, net: NetConfig, real: RealSet, seed: int) -> str:
+    """Names what the baselines of a set depend on, and so the sets that share them."""
+    settings = "-".join(str(value) for value in canonical(net, exclude_none=True).values())
+    name = f"{real.fingerprint}-{like.preprocess.kind}-{like.augmentation}-{settings}-seed{seed}"
+    return name.replace("/", "_").replace(":", "_")
+
+
+def _cached(path: Path, measure: Callable[[], Score]) -> Score:
     if path.exists():
         return Score.model_validate_json(path.read_text(encoding="utf-8"))
-    score = whole_set(config, like, real, test, seed=seed)
+    score = measure()
     files.write_text(path, score.model_dump_json())
     return score

@@ -1,12 +1,31 @@
-"""The table that a command ends with."""
+"""The tables that commands end with."""
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dstill.artifacts.result import Result
+from dstill.comparing import LEFT, Comparison
 from dstill.console import duration
+
+_PIPED = 140  # piped output has no width of its own, and a cut number would be a wrong one
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """The rows of a comparison."""
+    header, *rows = comparison.texts()
+    table = Table(title=comparison.data, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in header:
+        table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=column != LEFT[-1])
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPED)
+    console.print(table)
 
 
 def print_result(result: Result) -> None:

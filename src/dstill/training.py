@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -98,6 +99,27 @@ def step_at(epoch: int, factor: float, *, reset: bool = False) -> Schedule:
                 optimiser.state.clear()
 
     return schedule
+
+
+def warm_cosine(lr: float, warmup: int, total: int) -> Schedule:
+    """Grows the learning rate linearly to `lr` over `warmup` passes; then it falls to 0 at `total` along half a cosine."""
+
+    def schedule(optimiser: torch.optim.Optimizer, current: int) -> None:
+        falling = math.cos(math.pi * (current - warmup) / max(1, total - warmup))
+        factor = (current + 1) / warmup if current < warmup else 0.5 * (1 + falling)
+        for group in optimiser.param_groups:
+            group["lr"] = factor * lr
+
+    return schedule
+
+
+def squared_objective(net: nn.Module, batch: Batch) -> Tensor:
+    """Mean squared error of the outputs to the label probabilities minus 1/K."""
+    outputs = net(batch.images)
+    classes = outputs.shape[1]
+    loss = (outputs - (probabilities(batch.labels, classes) - 1 / classes)).square().mean()
+    loss.backward()
+    return loss.detach()
 
 
 def fit(

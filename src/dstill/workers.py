@@ -66,6 +66,30 @@ def spread(
     tell = progress or (lambda item, report: None)
     if workers == 1:
         return [function(item, lambda report, item=item: tell(item, report)) for item in items]  # type: ignore[misc]
+    return _in_processes(function, items, workers, max(1, cores() // workers), tell, daemon=True)
+
+
+def apart(function: Work[_Item, _Result], item: _Item, progress: Callable[[_Item, Any], None] | None = None) -> _Result:
+    """`function(item, report)` in a fresh process with this one's number of threads, which may have workers of its own.
+
+    Its memory starts from nothing, and whatever happens to it, this process goes on.
+
+    Raises:
+        DstillError: the process died. What `function` raises is raised here.
+    """
+    tell = progress or (lambda item, report: None)
+    return _in_processes(function, [item], 1, torch.get_num_threads(), tell, daemon=False)[0]
+
+
+def _in_processes(
+    function: Work[_Item, _Result],
+    items: Sequence[_Item],
+    workers: int,
+    threads: int,
+    tell: Callable[[_Item, Any], None],
+    *,
+    daemon: bool,
+) -> list[_Result]:
     payload = pickle.dumps(function)  # by value and not through shared memory, of which containers have little
     context = multiprocessing.get_context("spawn")
     results: dict[int, _Result] = {}
@@ -75,7 +99,7 @@ def spread(
     try:
         for _ in range(workers):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, max(1, cores() // workers)), daemon=True)
+            process = context.Process(target=_serve, args=(there, threads), daemon=daemon)
             process.start()
             processes.append(process)
             there.close()
@@ -111,7 +135,7 @@ def _received(connection: Connection) -> tuple[str, Any]:
     try:
         message: tuple[str, Any] = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own process
     except EOFError as error:
-        raise DstillError("a worker process died, perhaps for lack of memory: try fewer --workers") from error
+        raise DstillError("a process died, perhaps for lack of memory: try fewer --workers") from error
     return message
 
 

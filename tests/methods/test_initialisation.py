@@ -83,13 +83,13 @@ def test_the_number_of_clusters(ipc: int, paper: int, released: int) -> None:
 @pytest.mark.parametrize("ipc", [1, 20])
 def test_random_rows_are_distinct_and_of_their_class(tiny_real: RealSet, ipc: int) -> None:
     labels = tiny_real.train.labels
-    rows = random_rows(labels, 3, ipc, seeding.generator(0, "rows"))
+    rows = random_rows(tiny_real.train, 3, ipc, seeding.generator(0, "rows"))
     assert labels[rows].tolist() == [c for c in range(3) for _ in range(ipc)]
     assert len(set(rows.tolist())) == 3 * ipc
 
 
 def test_random_rows_follow_their_generator(tiny_real: RealSet) -> None:
-    draws = [random_rows(tiny_real.train.labels, 3, 5, seeding.generator(seed, "rows")).tolist() for seed in (0, 0, 1)]
+    draws = [random_rows(tiny_real.train, 3, 5, seeding.generator(seed, "rows")).tolist() for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
 
 

@@ -343,5 +343,5 @@ def test_experts_of_another_network_are_refused(make_problem: MakeProblem) -> No
 
 
 def test_experts_are_required(make_problem: MakeProblem) -> None:
-    with pytest.raises(DstillError, match="needs a distill section in its recipe and expert trajectories"):
+    with pytest.raises(DstillError, match="needs expert trajectories"):
         started(make_problem(experts=None))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from dstill.artifacts.header import write_text
 from dstill.errors import DstillError
+
+_COST = "cost.json"
 
 
 class Score(BaseModel):
@@ -53,6 +56,26 @@ class ProtocolId(BaseModel):
     version: int
 
 
+class Cost(BaseModel):
+    """What distilling one set took; what is trained first and shared, such as experts, is not in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seconds: float
+    """Time of all steps, also of those before an interruption."""
+    peak_bytes: int | None
+    """Growth of the memory over its level at the start, at its peak; None where the system does not say."""
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / _COST, self.model_dump_json() + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Cost | None:
+        """The cost stored in the folder of a set; None if there is none."""
+        path = folder / _COST
+        return cls.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 class Result(BaseModel):
     """One evaluated method on one data set."""
 
@@ -74,6 +97,10 @@ class Result(BaseModel):
     nets: dict[str, Score]
     """Accuracy by evaluation network; `accuracy` is that of the first."""
     alpha: float | None
+    labels: Literal["hard", "soft"] = "hard"
+    """Class ids, or soft labels that networks are trained on."""
+    cost: Cost | None = None
+    """What distilling took, of the first set; None for a set that was not distilled here."""
     stored_bytes: int
     """Bytes of the distilled images as 8-bit pixels, and of the labels."""
     seconds: float

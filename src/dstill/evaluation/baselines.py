@@ -18,7 +18,7 @@ from dstill.methods.initialisation import random_rows
 from dstill.workers import Workers
 
 RANDOM_DRAWS = 3
-# Learning rates that random images may choose from, beside the one the distilled set learned.
+# Learning rates that random images may choose from.
 RANDOM_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
@@ -44,10 +44,10 @@ def random_baseline(
 ) -> Score:
     """Random real images under the protocol: `RANDOM_DRAWS` draws, several networks each.
 
-    A distilled set comes with a learned rate. So that the comparison is of images and not of rates, random images choose
-    theirs on a held-out part of the training images, from `RANDOM_RATES` and the set's α; the test set has no part in it.
+    A distilled set may come with a learned rate. So that the comparison is of images and not of rates, random images choose
+    theirs on a held-out part of the training images, from `RANDOM_RATES`; the test set has no part in it.
     """
-    rates = sorted({*RANDOM_RATES, *([like.alpha] if like.alpha else [])})
+    rates = list(RANDOM_RATES)
     if int(torch.bincount(real.train.labels, minlength=real.classes).min()) < 2:
         tick("a class has a single training image: nothing can be held out, random images take the protocol's rate")
         rates = [protocol.lr]

@@ -15,7 +15,7 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.config import NetConfig, Protocol
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import Split
-from dstill.training import accuracy, fit, step_at
+from dstill.training import accuracy, fit, squared_objective, step_at, warm_cosine
 from dstill.workers import Workers, choose_workers, spread
 
 
@@ -51,7 +51,13 @@ def train_and_measure(
     """
     channels, size = images.shape[1], (images.shape[2], images.shape[3])
     network = nets.build(net, channels, classes, size, generator).to(images.device)
-    optimiser = torch.optim.SGD(network.parameters(), lr=lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
+    optimiser: torch.optim.Optimizer
+    if protocol.optimiser == "adam":
+        lr = protocol.lr  # a set's α was learned for SGD
+        optimiser = torch.optim.Adam(network.parameters(), lr=lr, weight_decay=protocol.weight_decay)
+    else:
+        optimiser = torch.optim.SGD(network.parameters(), lr=lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
+    step = protocol.schedule == "step"
     fit(
         network,
         images,
@@ -61,7 +67,10 @@ def train_and_measure(
         optimiser=optimiser,
         generator=generator,
         augmentation=augmentation,
-        schedule=step_at(protocol.passes // 2, protocol.lr_factor),
+        objective=squared_objective if protocol.loss == "squared" else None,
+        schedule=step_at(protocol.passes // 2, protocol.lr_factor)
+        if step
+        else warm_cosine(lr, protocol.warmup, protocol.passes),
     )
     return accuracy(network, *test)
 

@@ -47,7 +47,7 @@ class DistributionMatching:
                 loss = loss + mean_distance(real, nets.features(net, batch.synthetic))
         (gradient,) = torch.autograd.grad(loss, images)
         update_images(state, gradient, settings.lr_images, settings.image_momentum)
-        return {"loss": float(loss) / self.problem.real.classes}
+        return {"loss": float(loss.detach()) / self.problem.real.classes}
 
     def result(self, state: State) -> DistilledSet:
         return self.problem.result(state["images"], self.problem.labels(), None)

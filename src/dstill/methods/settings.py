@@ -110,7 +110,7 @@ class CafeConfig(InnerConfig):
     """Most updates of the images a network."""
     max_inner: Count = 50
     """Most passes of training between two updates."""
-    halve_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.6, 0.8, 0.9)
+    halve_at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.6, 0.8, 0.9)
     """Shares of the iterations after which `lr_images` is halved."""
 
     def smoke(self) -> Self:
@@ -194,8 +194,9 @@ class MatchingConfig(DistillConfig):
     """Which start the denominators of Eq. 22 are measured from."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the student's starting weights set to zero after the perturbation (Fig. 11)."""
-    soft_labels: Literal["off", "expert"] = "off"
-    """Class ids, or logits of the target expert on the current images, renewed every iteration (TESLA)."""
+    soft_labels: Literal["off", "expert", "expert-differentiated"] = "off"
+    """Class ids; logits of the target expert on the current images, renewed every iteration and held constant in the gradient
+    (TESLA); or the same with the gradient going through the expert to the images (ours)."""
     image_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the moving average of the images that is the result (FTD); left out: the images themselves."""
     gradient: Literal["adjoint", "graph", "tesla"] = "adjoint"

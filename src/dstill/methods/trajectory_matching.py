@@ -96,7 +96,10 @@ class TrajectoryMatching:
         if iteration == 0 and settings.precision != "float32":
             exact = differentiate(Student(self.problem.network()))
             extra["gradient_cosine"] = _cosine(unrolled.grads.images, exact.grads.images)
-        taken = self._update(state, unrolled, iteration)
+        by_images = unrolled.grads.images
+        if settings.soft_labels == "expert-differentiated":
+            by_images = by_images + self._through_labels(state["images"], segment, unrolled)
+        taken = self._update(state, unrolled, by_images, iteration)
         span = (segment.start - segment.targets[-1]).norm()
         return {
             "loss": float(unrolled.loss),
@@ -106,7 +109,7 @@ class TrajectoryMatching:
             "inner_loss_first": float(unrolled.trace.inner_losses[0]),
             "inner_loss_last": float(unrolled.trace.inner_losses[-1]),
             "perturbation_ratio": float((start - segment.start).norm() / span),
-            "image_gradient_norm": float(unrolled.grads.images.norm()),
+            "image_gradient_norm": float(by_images.norm()),
             "skipped": int(state["skipped"]),
             "taken": int(taken),
             **extra,
@@ -152,11 +155,19 @@ class TrajectoryMatching:
         state["labels"] = self.student.logits(segment.targets[-1], state["images"])
         return state["labels"]
 
-    def _update(self, state: State, unrolled: Unrolled, iteration: int) -> bool:
+    def _through_labels(self, images: Tensor, segment: Segment, unrolled: Unrolled) -> Tensor:
+        """What the labels' dependence on the images adds to the gradient: labels are the target expert's logits."""
+        assert unrolled.grads.labels is not None
+        images = images.detach().requires_grad_()
+        with torch.enable_grad():
+            labels = self.student.logits(segment.targets[-1], images)
+        return torch.autograd.grad(labels, images, unrolled.grads.labels)[0]
+
+    def _update(self, state: State, unrolled: Unrolled, by_images: Tensor, iteration: int) -> bool:
         """One SGD step on images and α; returns whether it was taken."""
         settings, grads = self.settings, unrolled.grads
         images, images_momentum = sgd_step(
-            state["images"], state["images.momentum"], grads.images, settings.lr_images, settings.image_momentum
+            state["images"], state["images.momentum"], by_images, settings.lr_images, settings.image_momentum
         )
         alpha, alpha_momentum = sgd_step(
             state["alpha"], state["alpha.momentum"], grads.alpha, settings.lr_alpha, settings.image_momentum
