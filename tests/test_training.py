@@ -222,13 +222,14 @@ def test_a_step_beyond_the_last_pass_never_comes() -> None:
     assert rates(6)[0] == [0.5] * 6
 
 
-def test_predictions_are_those_of_evaluation_mode_in_blocks_of_any_size() -> None:
+def test_predictions_are_those_of_evaluation_mode_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     net = small_net(dropout=0.9)
     images, _ = data()
     expected = net.eval()(images).argmax(1)
     net.train()
     for size in (1, 4, 512):
-        assert torch.equal(predictions(net, images, size), expected)
+        monkeypatch.setattr("dstill.training._BLOCK", size)
+        assert torch.equal(predictions(net, images), expected)
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dstill.errors import DstillError
-from dstill.workers import choose_workers, cores, spread
+from dstill.workers import apart, choose_workers, cores, spread
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,22 @@ def test_an_error_of_one_item_is_raised_here() -> None:
 def test_a_process_that_dies_is_named() -> None:
     with pytest.raises(DstillError, match="a process died"):
         spread(dies_at_two, [1, 2, 3], 2)
+
+
+def uses_workers(item: int, report: Callable[[int], None]) -> tuple[int, list[int]]:
+    report(item)
+    return os.getpid(), [result[1] for result in spread(square, [torch.ones(1)] * 2, 2)]
+
+
+def test_work_apart_has_a_process_of_its_own_and_workers_in_it() -> None:
+    told: list[int] = []
+    process, workers = apart(uses_workers, 3, lambda item, report: told.append(report))
+    assert told == [3]
+    assert len({os.getpid(), process, *workers}) >= 3
+    with pytest.raises(DstillError, match="item 2 cannot be done"):
+        apart(fails_at_two, 2)
+    with pytest.raises(DstillError, match="a process died"):
+        apart(dies_at_two, 2)
 
 
 def test_auto_is_one_a_core_for_much_work_alone() -> None:

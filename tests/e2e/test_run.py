@@ -83,13 +83,16 @@ def test_every_method_goes_from_images_to_a_result(method: str, launch: Callable
     assert (result.protocol.name, result.protocol.version, result.accuracy.n) == ("tiny", 1, 2)
     assert result.random is not None
     files = {path.name for path in (tmp_path / "set-0").iterdir()}
-    expected = {"distilled.safetensors", "distilled.png", "recipe.yaml", "settings.json"}
-    assert files == (expected | {"metrics.jsonl", "curves.png"} if METHODS[method].needs_experts else expected)
+    expected = {"distilled.safetensors", "distilled.png", "recipe.yaml", "settings.json", "cost.json"}
+    assert files == expected | {"cost.json"} | (
+        set() if METHODS[method].family == "selection" else {"metrics.jsonl", "curves.png"}
+    )
     one = DistilledSet.load(tmp_path / "set-0")
     assert one.images.shape == (6, 3, 8, 8)
     assert one.class_ids.shape == (6,)
-    assert one.labels.is_floating_point() == (method == "tesla")
-    assert (one.alpha is None) == (method == "random")
+    assert one.labels.is_floating_point() == (METHODS[method].labels == "soft") == (result.labels == "soft")
+    assert (one.alpha is None) == (METHODS[method].family != "trajectory matching")
+    assert result.cost is not None and result.cost.seconds > 0
     assert dstill.load_recipe(str(tmp_path / "set-0" / "recipe.yaml")) == one.recipe
     assert one.accuracy is not None
     assert one.accuracy["mean"] == result.accuracy.mean

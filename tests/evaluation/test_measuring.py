@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dstill.data.real import RealSet
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES, random_set
 from dstill.evaluation.networks import evaluate_set, prepared, train_and_measure
 from dstill.evaluation.protocols import load_protocol, protocol_names
+from dstill.training import Batch, squared_objective, warm_cosine
 
 NET = NetConfig(width=4, depth=2)
 
@@ -41,13 +43,42 @@ def syn(tiny_real: RealSet) -> DistilledSet:
 
 
 def test_the_shipped_protocols_hold_the_published_numbers() -> None:
-    assert protocol_names() == ["ast", "mtt", "quick", "whole"]
+    assert protocol_names() == ["ast", "frepo", "mtt", "quick", "whole"]
     ast, mtt = load_protocol("ast"), load_protocol("mtt")
     for protocol in (ast, mtt):
         assert (protocol.passes, protocol.batch_size, protocol.networks) == (1000, 256, 5)
         assert (protocol.momentum, protocol.weight_decay, protocol.lr) == (0.9, 5e-4, 0.01)
     assert (ast.lr_factor, mtt.lr_factor) == (0.5, 0.1)
     assert load_protocol("whole").passes == 50
+
+
+def test_frepos_protocol_is_regression_by_adam() -> None:
+    frepo = load_protocol("frepo")
+    assert (frepo.loss, frepo.optimiser, frepo.lr, frepo.schedule, frepo.warmup) == ("squared", "adam", 3e-4, "cosine", 500)
+
+
+def test_the_rate_grows_and_falls_along_a_cosine() -> None:
+    sgd = torch.optim.SGD([torch.zeros(1)], lr=9.0)
+    rates = []
+    for epoch in range(8):
+        warm_cosine(0.4, 4, 8)(sgd, epoch)
+        rates.append(round(sgd.param_groups[0]["lr"], 6))
+    assert rates[:5] == [0.1, 0.2, 0.3, 0.4, 0.4]
+    assert rates[6] == 0.2
+    assert rates[7] == pytest.approx(0.2 * (1 + math.cos(0.75 * math.pi)), abs=1e-6)
+
+
+def test_squared_loss_aims_at_probabilities_without_their_mean() -> None:
+    net = torch.nn.Linear(2, 3)
+    images, ids = torch.randn(4, 2), torch.tensor([0, 2, 1, 1])
+    target = torch.eye(3)[ids] - 1 / 3
+    expected = (net(images) - target).square().mean()
+    (gradient,) = torch.autograd.grad(expected, net.weight)
+    for labels in (ids, 100 * torch.eye(3)[ids]):
+        net.zero_grad()
+        loss = squared_objective(net, Batch(images, images, labels, torch.arange(4), 0))
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(net.weight.grad, gradient)
 
 
 def test_an_unknown_protocol_is_answered_with_a_suggestion() -> None:

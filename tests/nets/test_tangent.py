@@ -132,9 +132,11 @@ def test_the_gradient_penalty_equals_double_backward(case: Case, pixelwise: bool
 
 
 @given(cases())
-def test_logits_equal_the_network(case: Case):
+def test_logits_and_features_equal_the_network(case: Case):
     actual = case.derivatives.logits(case.parameters, case.images)
     assert_equal([actual], [case.logits(case.parameters, case.images)])
+    features = case.derivatives.features(case.parameters, case.images)
+    assert_equal([torch.nn.functional.linear(features, *case.parameters[-2:])], [actual])
 
 
 @given(cases(), st.booleans())
@@ -154,6 +156,23 @@ def test_this_machine_runs_the_native_kernels():
     net = ConvNet(3, 10, (32, 32))
     assert Derivatives(net, torch.device("cpu")).native
     assert not Derivatives(net, torch.device("cpu"), native=False).native
+
+
+def test_compiled_operations_give_the_same_derivatives():
+    """One block in float64; each of its forms is compiled by itself, which takes seconds."""
+    if kernels() is None:
+        pytest.skip("no C++ compiler here, which torch.compile needs as well")
+    torch.manual_seed(0)
+    net = ConvNet(2, 3, (4, 4), width=3, depth=1).double()
+    parameters = [p.detach() for p in net.parameters()]
+    direction = [torch.randn_like(p) for p in parameters]
+    images, targets = torch.randn(2, 2, 4, 4, dtype=torch.float64), torch.eye(3, dtype=torch.float64)[:2]
+    plain, compiled = (
+        Derivatives(net, torch.device("cpu"), torch.float64, native=False, compiled=flag) for flag in (False, True)
+    )
+    found = [engine.tangents(parameters, direction, images, targets) for engine in (plain, compiled)]
+    assert type(compiled.engine.unit(*parameters[2:4])).__name__ == "CompiledUnit"
+    assert_equal([found[1].loss, *found[1].parameters, found[1].images], [found[0].loss, *found[0].parameters, found[0].images])
 
 
 def test_bfloat16_products_are_near_the_exact_ones_and_not_equal():

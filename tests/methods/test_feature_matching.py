@@ -1,0 +1,59 @@
+"""DM and CAFE against naive means, and the outputs of blocks that CAFE looks at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dstill import nets
+from dstill.methods.cafe import class_means, discrimination, layer_alignment, spread_of
+from dstill.methods.distribution_matching import mean_distance
+from dstill.nets import NETWORKS
+from dstill.nets.convnet import ConvNet
+
+
+def test_means_of_classes_are_those_of_their_rows() -> None:
+    labels = torch.tensor([2, 0, 0, 1, 2, 2])
+    features = torch.randn(6, 3, 2)
+    for c in range(3):
+        torch.testing.assert_close(class_means(features, labels, 3)[c], features[labels == c].mean(0))
+
+
+def test_alignment_sums_over_classes_and_numbers() -> None:
+    real, synthetic = torch.randn(8, 5), torch.randn(4, 5)
+    real_labels, labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), torch.tensor([0, 0, 1, 1])
+    expected = mean_distance(real[:3], synthetic[:2]) + mean_distance(real[3:], synthetic[2:])
+    torch.testing.assert_close(layer_alignment(real, real_labels, synthetic, labels, 2), expected)
+    by_hand = sum((float(real[:3, i].mean()) - float(synthetic[:2, i].mean())) ** 2 for i in range(5))
+    assert float(mean_distance(real[:3], synthetic[:2])) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_discrimination_takes_the_centres_for_a_classifier() -> None:
+    real, labels, centres = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(3, 4)
+    expected = -sum(F.log_softmax(centres @ image, 0)[label] for image, label in zip(real, labels, strict=True))
+    torch.testing.assert_close(discrimination(real, labels, centres), expected)
+
+
+def test_the_loops_look_back_on_a_full_window_alone() -> None:
+    assert spread_of([0.1, 0.9], 3) is None
+    assert spread_of([0.0, 0.5, 0.4, 0.6], 3) == pytest.approx(0.2)
+
+
+def test_the_layers_of_a_convnet_are_its_blocks_and_its_features() -> None:
+    net, images = ConvNet(3, 2, (16, 16), width=4, depth=3), torch.randn(2, 3, 16, 16)
+    found = nets.layers(net, images)
+    assert [tuple(layer.shape[1:]) for layer in found] == [(4, 8, 8), (4, 4, 4), (4, 2, 2), (16,)]
+    torch.testing.assert_close(found[-1], found[-2].flatten(1))
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_every_network_has_layers_and_forgets_the_hooks(name: str) -> None:
+    from dstill.config import NetConfig
+
+    net = nets.build(NetConfig(name=name), 3, 2, (16, 16), torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 16, 16)
+    found = nets.layers(net, images)
+    assert len(found) >= 3 and found[-1].dim() == 2
+    assert len(nets.layers(net, images)) == len(found)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())

@@ -1,0 +1,80 @@
+"""Herding and Forgetting against brute force, and the network that they look through."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from dstill.config import NetConfig, TrainingConfig
+from dstill.data import preprocess as preprocessing
+from dstill.data.real import RealSet
+from dstill.experts.trained import NetworkTask, train_network, trained_network
+from dstill.methods.forgetting import most_forgotten
+from dstill.methods.herding import herd
+from dstill.training import EpochReport, predictions
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_herded_image_brings_the_mean_of_the_chosen_nearest_to_the_mean_of_all(seed: int) -> None:
+    features = torch.randn(12, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    chosen = herd(features, 6).tolist()
+    assert len(set(chosen)) == 6
+    for k in range(6):
+        free = [i for i in range(12) if i not in chosen[:k]]
+        distances = {i: float((features[[*chosen[:k], i]].mean(0) - features.mean(0)).norm()) for i in free}
+        assert chosen[k] == min(free, key=lambda i: distances[i])
+
+
+def test_the_most_forgotten_come_first_and_ties_are_drawn() -> None:
+    forgotten = torch.tensor([0, 5, 2, 2, 2, 9])
+    draws = [most_forgotten(forgotten, 3, torch.Generator().manual_seed(seed)).tolist() for seed in range(30)]
+    assert all(draw[:2] == [5, 1] for draw in draws)
+    assert {draw[2] for draw in draws} == {2, 3, 4}
+
+
+def task(real: RealSet, epochs: int, lr: float = 0.05) -> NetworkTask:
+    config = TrainingConfig(epochs=epochs, lr=lr, batch_size=7)
+    return NetworkTask(real, preprocessing.fit("standardise", real.train.images), NetConfig(width=4, depth=1), config, 0)
+
+
+def test_forgetting_events_are_the_changes_from_right_to_wrong(tiny_real: RealSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[bytes], list[int]]] = []
+
+    def watched(net: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        found = predictions(net, images)
+        seen.append(([image.numpy().tobytes() for image in images], found.tolist()))
+        return found
+
+    monkeypatch.setattr("dstill.experts.trained.predictions", watched)
+    job = task(tiny_real, 5, lr=5.0)  # too large a rate, so that much is forgotten
+    trained = train_network(job, CPU)
+    images = job.preprocess.forward(tiny_real.train.images.float() / 255)
+    history: dict[bytes, list[int]] = {}
+    for names, found in seen:
+        for name, prediction in zip(names, found, strict=True):
+            history.setdefault(name, []).append(prediction)
+    expected = []
+    for image, label in zip(images, tiny_real.train.labels.tolist(), strict=True):
+        right = [prediction == label for prediction in history[image.numpy().tobytes()]]
+        assert len(right) == 5
+        expected.append(sum(a and not b for a, b in itertools.pairwise(right)) if any(right) else 5)
+    assert trained.forgotten.tolist() == expected
+    assert sum(expected) > 0
+
+
+def test_the_network_is_trained_once_and_classifies(tiny_real: RealSet, tmp_path: Path) -> None:
+    epochs: list[int] = []
+
+    def watch(report: EpochReport) -> None:
+        epochs.append(report.epochs_done)
+
+    found = [trained_network(task(tiny_real, 6), tmp_path, CPU, watch) for _ in range(2)]
+    assert epochs == [1, 2, 3, 4, 5, 6]
+    assert torch.equal(found[0].weights, found[1].weights) and torch.equal(found[0].forgotten, found[1].forgotten)
+    trained_network(task(tiny_real, 3), tmp_path, CPU, watch)
+    assert len(epochs) == 9, "another training is another network"
