@@ -266,6 +266,30 @@ def experts(rounds: int) -> dict[str, Any]:
     return found
 
 
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Speed against plain autograd, and how memory and time grow in recompute mode."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    speed, *axes = figure.subplot_mosaic("AAAA;BCDE").values()
+    engines = list(ENGINES)
+    for i, (name, found) in enumerate((name, report["cases"][name]) for name in ("a", "b", "c")):
+        speed.bar(
+            [x + 0.27 * (i - 1) for x in range(len(engines))], [found[e]["speed"] for e in engines], 0.25, label=f"case {name}"
+        )
+    speed.set_xticks(range(len(engines)), [engine.replace(", ", ",\n") for engine in engines])
+    speed.set_ylabel("speed, plain autograd = 1")
+    speed.legend(frameon=False)
+    for axis, (name, points) in zip(axes, report["growth"].items(), strict=True):
+        at = [float(key) for key in points]
+        axis.plot(at, [point["MiB"] for point in points.values()], "o-", color="tab:blue")
+        axis.set(xlabel=name, ylabel="MiB", ylim=(0, None))
+        seconds = axis.twinx()
+        seconds.plot(at, [point["seconds"] for point in points.values()], "s--", color="tab:orange")
+        seconds.set(ylabel="seconds", ylim=(0, None))
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parts: dict[str, Callable[[argparse.Namespace], Any]] = {
         "cases": lambda options: cases(options.rounds),
@@ -289,6 +313,8 @@ def main() -> None:
         report[name] = parts[name](options)
         report["machine"] = {"processor": platform.machine(), "torch": torch.__version__, "gemm_gflops": gemm()}
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if {"cases", "growth"} <= set(report):
+        draw(report, options.out / "speed.png")
 
 
 if __name__ == "__main__":
