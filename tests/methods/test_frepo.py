@@ -22,6 +22,15 @@ def test_kernel_regression_is_ridge_regression_on_the_features() -> None:
     np.testing.assert_allclose(found.numpy(), real @ weights, rtol=1e-9)
 
 
+def test_the_solve_is_a_least_squares_problem_with_the_ridge_as_rows() -> None:
+    torch.manual_seed(0)
+    synthetic, real, labels = (torch.randn(6, n, dtype=torch.float64) for n in (9, 9, 3))
+    strength = 1e-6 * (synthetic @ synthetic.t()).trace() / 6
+    rows = torch.cat([synthetic, strength.sqrt() * torch.eye(9, dtype=torch.float64)])
+    weights = torch.linalg.lstsq(rows, torch.cat([labels, torch.zeros(9, 3, dtype=torch.float64)]), driver="gelsd").solution
+    torch.testing.assert_close(kernel_regression(real, synthetic, labels, 1e-6), real @ weights, rtol=1e-6, atol=1e-8)
+
+
 def test_labels_sum_to_nothing_and_come_back_as_probabilities() -> None:
     for classes in (2, 10, 25):
         labels = centred(torch.arange(classes), classes)
