@@ -10,13 +10,15 @@ Memory is the growth of a fresh process's peak. Plain autograd's cost is linear 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import platform
 import resource
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,16 @@ import torch
 from torch import Tensor
 
 from dstill import native
-from dstill.data import siamese
+from dstill.data import preprocess, siamese
+from dstill.data.real import RealSet, Split
+from dstill.distillation import make_method
 from dstill.experts.smooth import gradient_penalty, smooth_objective
+from dstill.experts.trajectory import Trajectories, save_expert
+from dstill.methods import trajectory_matching
+from dstill.methods.base import Problem
+from dstill.methods.settings import MatchingConfig
 from dstill.nets.convnet import ConvNet
+from dstill.recipes import load_recipe
 from dstill.training import Batch, predictions
 from dstill.unroll import Step, Student, unroll
 
@@ -266,6 +275,56 @@ def experts(rounds: int) -> dict[str, Any]:
     return found
 
 
+def iteration(rounds: int) -> dict[str, Any]:
+    """One AST iteration of the CIFAR-10 recipe at IPC 1, experts read from disk: milliseconds of its parts, the medians."""
+    recipe = load_recipe("cifar10/ast-ipc1")
+    assert isinstance(recipe.distill, MatchingConfig)
+    images = torch.randint(256, (100, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.arange(100) % 10)
+    real = RealSet("random", split, split, tuple("abcdefghij"))
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        net = ConvNet(3, 10, (32, 32))
+        start = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+        walk = start + 0.02 * torch.randn(4, len(start)).cumsum(0)
+        save_expert(Path(folder), 0, walk, {"index": 0})
+        for gradient in ("graph", "adjoint"):
+            distill = recipe.distill.model_copy(update={"initialisation": "random", "gradient": gradient})
+            chosen = recipe.model_copy(update={"distill": distill, "preprocess": "standardise"})
+            fitted = preprocess.fit("standardise", images)
+            method = make_method(Problem(real, fitted, chosen, Trajectories(Path(folder)), torch.device("cpu"), 0))
+            state = method.initialise(torch.Generator().manual_seed(0))
+            spent: dict[str, list[float]] = {}
+            parts = [(method, "_draw_segment"), (method, "_perturbed_start"), (method, "_draw_steps"), (method, "_update")]
+            parts += [(trajectory_matching, "unroll"), (siamese, "apply"), (method, "step")]
+            with contextlib.ExitStack() as stack:
+                for owner, name in parts:
+                    stack.enter_context(_timed(owner, name, spent))
+                for turn in range(rounds + 1):
+                    before = {name: len(values) for name, values in spent.items()}
+                    method.step(state, turn, torch.Generator().manual_seed(turn))
+                    for name, values in spent.items():  # a part that runs at every student step counts as one
+                        values[before.get(name, 0) :] = [sum(values[before.get(name, 0) :])]
+            found[gradient] = {name: 1e3 * statistics.median(values[1:]) for name, values in spent.items()}
+    print("iteration", json.dumps(found), flush=True)
+    return found
+
+
+@contextlib.contextmanager
+def _timed(owner: Any, name: str, spent: dict[str, list[float]]) -> Iterator[None]:
+    original = getattr(owner, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = original(*args, **kwargs)
+        spent.setdefault(name, []).append(time.perf_counter() - started)
+        return result
+
+    setattr(owner, name, timed)
+    yield
+    setattr(owner, name, original)
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Speed against plain autograd, and how memory and time grow in recompute mode."""
     from matplotlib.figure import Figure
@@ -297,6 +356,7 @@ def main() -> None:
         "growth": lambda options: growth(),
         "error": lambda options: error(options.draws, options.steps),
         "experts": lambda options: experts(options.rounds),
+        "iteration": lambda options: iteration(options.rounds),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for speed.json")

@@ -52,9 +52,11 @@ def test_the_gradient_equals_the_formula(rho: float, alpha: float) -> None:
     torch.testing.assert_close(actual, h - alpha * vertical, rtol=1e-9, atol=1e-12)
 
 
-def test_the_orthogonal_part_matters() -> None:
+def test_what_is_taken_away_is_orthogonal_to_the_perturbed_gradient_and_matters() -> None:
     (_, _, plain), (_, _, full) = left_behind(0.5, 0.0), left_behind(0.5, 1.0)
-    assert (plain - full).norm() > 1e-3 * plain.norm()
+    taken = plain - full
+    assert taken.norm() > 1e-3 * plain.norm()
+    assert abs(float(taken @ plain)) < 1e-12 * float(taken.norm() * plain.norm())
 
 
 def test_the_weights_come_back_from_the_climb() -> None:
