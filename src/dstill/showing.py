@@ -41,7 +41,9 @@ def write_picture(path: Path, png: Path) -> None:
 
 def _distilled(path: Path) -> str:
     one = DistilledSet.load(path)
-    labels = "soft labels" if one.labels.is_floating_point() else "hard labels"
+    labels = "hard labels"
+    if one.labels.is_floating_point():
+        labels = f"soft labels that give their first class {one.labels.softmax(1).amax(1).mean():.0%} on average"
     shape = "x".join(str(side) for side in one.images.shape[1:])
     rate = f"{one.alpha:.4g}" if one.alpha else "of the protocol"
     lines = [

@@ -56,7 +56,7 @@ def test_what_is_taken_away_is_orthogonal_to_the_perturbed_gradient_and_matters(
     (_, _, plain), (_, _, full) = left_behind(0.5, 0.0), left_behind(0.5, 1.0)
     taken = plain - full
     assert taken.norm() > 1e-3 * plain.norm()
-    assert abs(float(taken @ plain)) < 1e-12 * float(taken.norm() * plain.norm())
+    assert abs(float(taken @ plain)) < 1e-10 * float(taken.norm() * plain.norm())
 
 
 def test_the_weights_come_back_from_the_climb() -> None:

@@ -15,10 +15,14 @@ from dstill.artifacts.header import atomic
 
 _GAP = 2
 _MIN_TILE = 64
+_STRIP = 8
 
 
 def grid(distilled: DistilledSet, columns: int | None = None) -> Image.Image:
-    """Images in natural colours, one row a class (up to `columns` images each), enlarged to at least 64 pixels a side."""
+    """Images in natural colours, one row a class (up to `columns` images each), enlarged to at least 64 pixels a side.
+
+    Under an image with a soft label is a strip with a cell for each class: the darker, the more probable.
+    """
     per_class = min(distilled.ipc, columns or 10)
     shown = [rows[:per_class] for rows in _rows_by_class(distilled)]
     # One image per class reads better as a strip of classes than as a column.
@@ -27,13 +31,22 @@ def grid(distilled: DistilledSet, columns: int | None = None) -> Image.Image:
     pixels = (distilled.pixels() * 255).round().byte()
     scale = max(1, -(-_MIN_TILE // min(pixels.shape[2:])))
     height, width = pixels.shape[2] * scale, pixels.shape[3] * scale
-    across = max(len(row) for row in rows)
-    canvas = Image.new("RGB", (across * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP), "white")
+    strip = _STRIP if distilled.labels.is_floating_point() else 0
+    across, down = width + _GAP, height + strip + _GAP
+    canvas = Image.new("RGB", (max(len(row) for row in rows) * across + _GAP, len(rows) * down + _GAP), "white")
     for y, row in enumerate(rows):
         for x, index in enumerate(row):
-            tile = _image(pixels[index]).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(tile, (_GAP + x * (width + _GAP), _GAP + y * (height + _GAP)))
+            place = (_GAP + x * across, _GAP + y * down)
+            canvas.paste(_image(pixels[index]).resize((width, height), Image.Resampling.NEAREST), place)
+            if strip:
+                label = _label_strip(distilled.labels[index]).resize((width, strip), Image.Resampling.NEAREST)
+                canvas.paste(label, (place[0], place[1] + height))
     return canvas
+
+
+def _label_strip(logits: Tensor) -> Image.Image:
+    """One grey pixel a class: white for probability 0, black for 1."""
+    return Image.fromarray(((1 - logits.softmax(0)) * 255).round().byte()[None].numpy()).convert("RGB")
 
 
 def _rows_by_class(distilled: DistilledSet) -> list[Tensor]:
