@@ -109,7 +109,19 @@ def test_soft_labels_that_all_favour_one_class_hide_no_image() -> None:
     original = pixels(6)
     one = make(original, torch.arange(3).repeat_interleave(2), 2)
     soft = replace(one, labels=torch.tensor([[5.0, 0.0, 0.0]]).repeat(6, 1))
-    assert np.array_equal(np.asarray(grid(soft)), np.asarray(grid(one)))
+    hard, strips = np.asarray(grid(one)), np.asarray(grid(soft))
+    assert strips.shape == (hard.shape[0] + 3 * 8, *hard.shape[1:])
+    for row in range(3):
+        assert np.array_equal(strips[row * 74 : row * 74 + 66], hard[row * 66 : row * 66 + 66])
+
+
+def test_the_strip_under_an_image_is_its_label() -> None:
+    one = make(pixels(4), torch.arange(4), 1)
+    probabilities = torch.tensor([[0.7, 0.2, 0.1, 0.0]] * 4).clamp_min(1e-6)
+    strip = np.asarray(grid(replace(one, labels=probabilities.log())))[GAP + 64 : GAP + 72, GAP : GAP + 64, 0]
+    assert (strip == strip[0]).all()
+    cells = 1 - strip[0].reshape(4, 16).mean(1) / 255
+    assert cells.tolist() == pytest.approx([0.7, 0.2, 0.1, 0.0], abs=0.003)
 
 
 @pytest.mark.parametrize(("side", "tile"), [(8, 64), (28, 84), (32, 64), (100, 100), (128, 128)])
