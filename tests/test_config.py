@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from dstill.config import ExpertConfig, GsamConfig, NetConfig, Protocol, Recipe, Settings
+from dstill.config import DistillConfig, ExpertConfig, GsamConfig, NetConfig, Protocol, Recipe, Settings
 from dstill.methods.settings import DistributionMatchingConfig, FrepoConfig, GradientMatchingConfig, MatchingConfig
 
 
@@ -124,8 +124,10 @@ def test_the_distill_section_is_read_as_the_settings_of_the_method() -> None:
     assert recipe.distill == DistributionMatchingConfig(iterations=3)
     assert Recipe.model_validate(recipe.model_dump()) == recipe
     assert Recipe(data="mine", method="ast", ipc=1).distill == MatchingConfig()
-    with pytest.raises(ValidationError):
-        Recipe(data="mine", method="dm", ipc=1, distill=MatchingConfig())
+    assert Recipe(data="mine", method="dm", ipc=1, distill=DistillConfig(iterations=5)).distill.iterations == 5
+    for method in ("dm", "random"):
+        with pytest.raises(ValidationError):
+            Recipe(data="mine", method=method, ipc=1, distill=MatchingConfig())
 
 
 @pytest.mark.parametrize(

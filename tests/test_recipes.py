@@ -491,7 +491,7 @@ def test_gradient_matching_is_as_published(name: str) -> None:
     recipe = load_recipe(name)
     matching = recipe.distill
     assert isinstance(matching, GradientMatchingConfig)
-    assert (matching.outer_steps, matching.inner_epochs) == {1: (1, 1), 10: (10, 50), 50: (50, 10)}[recipe.ipc]
+    assert matching.loops(recipe.ipc) == {1: (1, 1), 10: (10, 50), 50: (50, 10)}[recipe.ipc]
     assert (matching.iterations, matching.batch_real, matching.lr_images, matching.image_momentum) == (1000, 256, 0.1, 0.5)
     assert (matching.lr_net, matching.batch_train) == (0.01, 256)
     kind = ("noise", False) if recipe.method == "dc" else ("random", True)
@@ -508,6 +508,21 @@ def test_the_other_published_methods_are_as_published() -> None:
     assert isinstance(frepo, FrepoConfig)
     assert (frepo.iterations, frepo.lr, frepo.pool, frepo.max_age, frepo.batch_real) == (500_000, 3e-4, 10, 100, 1024)
     assert [load_recipe(f"cifar10/frepo-ipc{ipc}").distill.flip for ipc in (1, 10, 50)] == [True, False, False]  # type: ignore[attr-defined]
+
+
+def test_what_depends_on_the_ipc_and_on_the_data_is_not_inherited_from_a_nearby_recipe() -> None:
+    found = resolve(None, shape("cifar10"), method="dc", ipc=20)[0].distill
+    assert isinstance(found, GradientMatchingConfig) and found.loops(20) == (20, 25)
+    for name, side, ipc, flip, depth in [("cifar10", 32, 2, False, 3), ("svhn", 32, 1, False, 3), ("mine", 64, 1, True, 4)]:
+        frepo = resolve(None, shape(name, side=side), method="frepo", ipc=ipc)[0].distill
+        assert isinstance(frepo, FrepoConfig)
+        assert (frepo.flip, frepo.net.depth) == (flip, depth), name
+
+
+@pytest.mark.parametrize("ipc", [0, -1])
+def test_an_ipc_below_one_is_refused(ipc: int) -> None:
+    with pytest.raises(DstillError, match=f"ipc must be at least 1, got {ipc}"):
+        resolve(None, shape(), method="dm", ipc=ipc)
 
 
 def test_a_data_sets_own_recipe_of_another_ipc_comes_before_other_data() -> None:
@@ -529,5 +544,7 @@ def test_unknown_and_mistyped_keys_of_a_methods_settings_are_named() -> None:
         resolve(None, shape(), method="dm", ipc=1, changes=["distill.batch_reel=3"])
     with pytest.raises(DstillError, match=r"distill.lr_images: Input should be greater than 0"):
         resolve(None, shape(), method="dc", ipc=1, changes=["distill.lr_images=-1"])
+    with pytest.raises(DstillError, match=r"unknown key 'distill.net.widht'; did you mean width"):
+        resolve(None, shape(), method="frepo", ipc=1, changes=["distill.net.widht=3"])
     with pytest.raises(DstillError, match=r"unknown key 'distill.student_steps'"):
         resolve(None, shape(), method="random", ipc=1, changes=["distill.student_steps=3"])

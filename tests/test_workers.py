@@ -73,6 +73,22 @@ def test_work_apart_has_a_process_of_its_own_and_workers_in_it() -> None:
         apart(dies_at_two, 2)
 
 
+class Awkward(Exception):
+    """Cannot be made again from its arguments."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def fails_awkwardly(item: int, report: Callable[[int], None]) -> int:
+    raise Awkward("this", "that")
+
+
+def test_an_error_that_cannot_be_sent_arrives_as_its_text() -> None:
+    with pytest.raises(RuntimeError, match="Awkward: this and that"):
+        apart(fails_awkwardly, 1)
+
+
 def test_auto_is_one_a_core_for_much_work_alone() -> None:
     assert choose_workers("auto", 100, CPU, 1000.0) == cores()
     assert choose_workers("auto", 100, CPU, 1.0) == 1

@@ -304,7 +304,7 @@ def compare(
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     sets: int = 1,
     networks: int | None = None,
-    protocol: str | None = None,
+    protocol: str = "ast",
     whole: bool = True,
     checkpoint_every: int = 25,
     data: Data = _DATA,

@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 import json
+import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dstill.data.real import RealSet, load_real
 from dstill.devices import resolve_device
 from dstill.errors import DstillError
 from dstill.evaluating import RESULT_NAME
+from dstill.evaluation.protocols import load_protocol
 from dstill.methods import method_info, methods
 from dstill.preparation import resolve_recipe
 from dstill.workers import Workers, apart
@@ -87,6 +89,7 @@ class Comparison(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: str
+    protocol: str
     rows: tuple[Row, ...]
 
     def texts(self) -> list[list[str]]:
@@ -99,7 +102,8 @@ class Comparison(BaseModel):
         """The table in Markdown."""
         header, *rows = self.texts()
         lines = [header, ["---" if name in LEFT else "---:" for name in header], *rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+        plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+        return "\n".join("| " + " | ".join(line) + " |" for line in plain) + "\n"
 
     def csv(self) -> str:
         """The table with full precision, comma-separated, under the names of `Row.cells`."""
@@ -143,7 +147,7 @@ def compare(
     out: str | Path | None = None,
     sets: int = 1,
     networks: int | None = None,
-    protocol: str | None = None,
+    protocol: str = "ast",
     whole: bool = True,
     checkpoint_every: int = 25,
     seed: int = 0,
@@ -166,7 +170,7 @@ def compare(
         out: folder; `runs/<data>-compare-seed<s>` if left out. Holds the tables and a run folder for each row.
         sets: synthetic sets a row.
         networks: fresh networks a set; the protocol's number if left out.
-        protocol: evaluation protocol of every row; the recipes' own, which is one for all shipped ones, if left out.
+        protocol: evaluation protocol of every row, whatever the recipes say.
         whole: also measure the whole training set.
         checkpoint_every: store the state every so many iterations; 0 for never.
         seed: decides everything random.
@@ -176,15 +180,20 @@ def compare(
         reporter: receives progress.
 
     Raises:
-        DstillError: a method is unknown. What goes wrong in a row stays in the row.
+        DstillError: a method or the protocol is unknown. What goes wrong in a row stays in the row.
+
+    Each row's process imports the script that calls this: keep the call under `if __name__ == "__main__":`.
     """
+    if multiprocessing.parent_process() is not None:
+        raise DstillError('compare was called while a script was imported: put the call under if __name__ == "__main__":')
     reporter, where = reporter or Silent(), resolve_device(device)
     real = load_real(source)
     names = list(dict.fromkeys(methods)) or _all_methods()
     for name in names:
         method_info(name)
+    load_protocol(protocol)
     folder = Path(out) if out else Path("runs") / f"{real.name}-compare-seed{seed}"
-    assignments = [*changes, *([f"protocol={protocol}"] if protocol else [])]
+    assignments = [*changes, f"protocol={protocol}"]
     options = {"sets": sets, "networks": networks, "whole": whole, "seed": seed}
     elsewhere = {"device": device, "cache": cache, "workers": workers, "checkpoint_every": checkpoint_every}
     rows: list[Row] = []
@@ -192,8 +201,8 @@ def compare(
         for name in names:
             resolve = functools.partial(resolve_recipe, real, recipe, name, images, None, assignments, where, reporter)
             rows.append(_row(real, name, images, resolve, folder / f"{name}-ipc{images}", options, elsewhere, reporter))
-            Comparison(data=real.name, rows=tuple(rows)).save(folder)
-    return Comparison(data=real.name, rows=tuple(rows))
+            Comparison(data=real.name, protocol=protocol, rows=tuple(rows)).save(folder)
+    return Comparison(data=real.name, protocol=protocol, rows=tuple(rows))
 
 
 def _all_methods() -> list[str]:

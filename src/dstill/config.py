@@ -98,6 +98,16 @@ class DistillConfig(Settings):
     iterations: Annotated[int, Field(ge=0)] = 0
     """Updates of the synthetic set; 0 for methods that select real images."""
 
+    def adapted(self, *, ipc: int, depth: int, mirror: bool) -> Self:
+        """These settings for a case that they were not written for.
+
+        Args:
+            ipc: images per class.
+            depth: blocks that a ConvNet has for the images' side.
+            mirror: whether a mirrored image keeps its class.
+        """
+        return self
+
     def smoke(self) -> Self:
         """These settings shrunk until a run takes seconds."""
         return self.model_copy(update={"iterations": min(self.iterations, 5)})
@@ -134,9 +144,13 @@ class Recipe(Settings):
         if "method" not in info.data:
             return DistillConfig()  # the missing method is what the user is told of
         wanted = settings_class(info.data["method"])
-        if isinstance(section, wanted):
+        if type(section) is wanted:
             return section
-        return wanted.model_validate({} if section is None or type(section) is DistillConfig else section)
+        if type(section) is DistillConfig:  # the base class, which knows the method's settings by its fields alone
+            section = section.model_dump(exclude_unset=True)
+        if isinstance(section, DistillConfig):
+            raise ValueError(f"method {info.data['method']!r} takes a {wanted.__name__}, not a {type(section).__name__}")
+        return wanted.model_validate({} if section is None else section)
 
     @property
     def expert_config(self) -> ExpertConfig:

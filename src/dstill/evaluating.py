@@ -68,9 +68,14 @@ def evaluate(
     if isinstance(distilled, str | Path):
         distilled = DistilledSet.load(distilled)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
+    if not sets:
+        raise DstillError("there is no distilled set to evaluate: pass at least one")
     first = sets[0]
     real = load_real(source)
-    _check_fits(first, real)
+    for one in sets:
+        _check_fits(one, real)
+        if (one.method, one.ipc, one.preprocess.kind) != (first.method, first.ipc, first.preprocess.kind):
+            raise DstillError("several sets are evaluated together only if method, IPC and preprocessing agree")
     chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
     test = prepared(real.test, first.preprocess, where)
     count = networks or chosen.networks
@@ -92,7 +97,7 @@ def evaluate(
             reporter.progress(f"evaluating {trial.net.name}", next(done), total, f"{trial.net.name} {score:.1%}")
 
         values = measure(trials, test, chosen, workers=workers, progress=watch)
-        rates = {one.alpha or chosen.lr for one in sets}
+        rates = {one.alpha if one.alpha and chosen.optimiser == "sgd" else chosen.lr for one in sets}
         by_set = [values[i * count : (i + 1) * count] for i in range(len(sets))]
         scores[config.name] = Score.of(by_set, lr=rates.pop() if len(rates) == 1 else None)
     evaluated = time.perf_counter()
@@ -149,7 +154,7 @@ def _check_fits(distilled: DistilledSet, real: RealSet) -> None:
 
 def _shared_by(like: DistilledSet, net: NetConfig, real: RealSet, seed: int) -> str:
     """Names what the baselines of a set depend on, and so the sets that share them."""
-    settings = "-".join(str(value) for value in canonical(net, exclude_none=True).values())
+    settings = "-".join(f"{key}={value}" for key, value in canonical(net, exclude_none=True).items())
     name = f"{real.fingerprint}-{like.preprocess.kind}-{like.augmentation}-{settings}-seed{seed}"
     return name.replace("/", "_").replace(":", "_")
 

@@ -17,7 +17,7 @@ _PIPED = 140  # piped output has no width of its own, and a cut number would be 
 def print_comparison(comparison: Comparison) -> None:
     """The rows of a comparison."""
     header, *rows = comparison.texts()
-    table = Table(title=comparison.data, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=f"{comparison.data}, protocol {comparison.protocol}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in header:
         table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=column != LEFT[-1])
     for row in rows:

@@ -163,7 +163,7 @@ def fit(
             optimiser.zero_grad(set_to_none=True)
             loss = objective(net, Batch(augmented, raw, labels[rows.to(labels.device)], rows, epoch))
             optimiser.step()
-            total += loss.double().cpu() * len(rows)
+            total += loss.cpu().double() * len(rows)
         if observer is not None:
             seconds = time.perf_counter() - started
             observer(EpochReport(epoch + 1, float(total) / len(images), len(images) / seconds))
@@ -198,4 +198,4 @@ def _in_blocks(net: nn.Module, images: Tensor, work: Callable[[Tensor], Tensor])
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of images whose class is predicted, in [0, 1]."""
-    return float((predictions(net, images) == labels).double().mean())
+    return float((predictions(net, images) == labels).cpu().double().mean())

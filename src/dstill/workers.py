@@ -134,7 +134,7 @@ def _next(to: Connection, waiting: Any, items: Sequence[Any], busy: dict[Connect
 def _received(connection: Connection) -> tuple[str, Any]:
     try:
         message: tuple[str, Any] = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own process
-    except EOFError as error:
+    except (EOFError, OSError) as error:
         raise DstillError("a process died, perhaps for lack of memory: try fewer --workers") from error
     return message
 
@@ -146,13 +146,23 @@ def _serve(connection: Connection, threads: int) -> None:
     def send(kind: str, content: Any) -> None:
         connection.send_bytes(pickle.dumps((kind, content)))
 
-    function = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own parent process
+    packed, function = connection.recv_bytes(), None
     while True:
         try:
             item = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own parent process
         except EOFError:
             return
         try:
+            function = function or pickle.loads(packed)  # noqa: S301 - likewise
             send("done", function(item, lambda report: send("report", report)))
         except Exception as error:  # the parent raises it again
-            send("failed", error)
+            send("failed", _portable(error))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself where it survives being sent, else its text."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - what was pickled in the same line
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

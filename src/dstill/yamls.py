@@ -92,8 +92,8 @@ def _explain(model: type[Settings], values: Any, problem: Any, where: str) -> st
 
 def _fields(model: type[Settings], path: list[str], values: Any) -> list[str]:
     """Names of the fields of the settings nested at `path`."""
-    if model is Recipe and path == ["distill"]:
-        return list(settings_class(values["method"]).model_fields)
+    if model is Recipe and path[:1] == ["distill"]:
+        model, path = settings_class(values["method"]), path[1:]
     for part in path:
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

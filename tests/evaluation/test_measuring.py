@@ -174,3 +174,29 @@ def test_a_class_of_one_image_leaves_random_images_the_protocols_rate(
     result = dstill.evaluate(syn, scarce, protocol=short, networks=1)
     assert result.random is not None
     assert result.random.lr == 0.05
+
+
+def test_sets_that_differ_are_not_evaluated_together(syn: DistilledSet, tiny_real: RealSet) -> None:
+    with pytest.raises(DstillError, match="only if method, IPC and preprocessing agree"):
+        dstill.evaluate([syn, replace(syn, method="dm")], tiny_real)
+    with pytest.raises(DstillError, match="at least one"):
+        dstill.evaluate([], tiny_real)
+
+
+def test_adam_takes_the_protocols_rate_and_says_so(syn: DistilledSet, tiny_real: RealSet, tmp_path: Path) -> None:
+    path = tmp_path / "adam.yaml"
+    path.write_text(
+        "{name: adam, version: 1, passes: 3, batch_size: 8, momentum: 0.0, weight_decay: 0.0, lr: 0.002, networks: 1, "
+        "optimiser: adam, loss: squared, schedule: cosine, warmup: 1}"
+    )
+    result = dstill.evaluate(syn, tiny_real, protocol=str(path), cache=tmp_path)
+    assert result.random is not None
+    assert (result.accuracy.lr, result.random.lr) == (0.002, 0.002)
+
+
+def test_networks_that_differ_in_an_option_share_no_baseline(
+    syn: DistilledSet, tiny_real: RealSet, short: str, tmp_path: Path
+) -> None:
+    for net in (NetConfig(width=2), NetConfig(depth=2)):
+        dstill.evaluate(replace(syn, net=net), tiny_real, protocol=short, cache=tmp_path, networks=1)
+    assert len(list((tmp_path / "random").iterdir())) == 2

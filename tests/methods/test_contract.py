@@ -37,7 +37,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "dsa": NOISE,
     "dm": NOISE,
     "cafe": (*NOISE, "distill.lr_images=0.1"),
-    "frepo": ("distill.lr=0.03",),  # from real images: from noise it takes longer
+    "frepo": ("distill.lr=0.3", "distill.initialisation=noise", "distill.net.width=32", "distill.batch_real=512"),
     "mtt": TRAJECTORIES,
     "ftd": (*TRAJECTORIES, "distill.image_ema=0.5"),
     # With labels held constant in the gradient, as published, the images of a toy set lose their classes.

@@ -7,26 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from dstill import nets
-from dstill.methods.cafe import class_means, discrimination, layer_alignment, spread_of
+from dstill.methods.cafe import discrimination, layer_alignment, spread_of
 from dstill.methods.distribution_matching import mean_distance
 from dstill.nets import NETWORKS
 from dstill.nets.convnet import ConvNet
 
 
-def test_means_of_classes_are_those_of_their_rows() -> None:
-    labels = torch.tensor([2, 0, 0, 1, 2, 2])
-    features = torch.randn(6, 3, 2)
-    for c in range(3):
-        torch.testing.assert_close(class_means(features, labels, 3)[c], features[labels == c].mean(0))
-
-
-def test_alignment_sums_over_classes_and_numbers() -> None:
-    real, synthetic = torch.randn(8, 5), torch.randn(4, 5)
-    real_labels, labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), torch.tensor([0, 0, 1, 1])
-    expected = mean_distance(real[:3], synthetic[:2]) + mean_distance(real[3:], synthetic[2:])
-    torch.testing.assert_close(layer_alignment(real, real_labels, synthetic, labels, 2), expected)
-    by_hand = sum((float(real[:3, i].mean()) - float(synthetic[:2, i].mean())) ** 2 for i in range(5))
-    assert float(mean_distance(real[:3], synthetic[:2])) == pytest.approx(by_hand, rel=1e-5)
+def test_alignment_is_the_squared_distance_of_the_means_summed_over_all_numbers() -> None:
+    real, synthetic = torch.randn(8, 5, 2, 2, dtype=torch.float64), torch.randn(3, 5, 2, 2, dtype=torch.float64)
+    flat = real.flatten(1).tolist(), synthetic.flatten(1).tolist()
+    means = [[sum(column) / len(rows) for column in zip(*rows, strict=True)] for rows in flat]
+    by_hand = sum((a - b) ** 2 for a, b in zip(*means, strict=True))
+    assert float(layer_alignment(real, synthetic)) == pytest.approx(by_hand, rel=1e-12)
+    assert float(mean_distance(real.flatten(1), synthetic.flatten(1))) == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_discrimination_takes_the_centres_for_a_classifier() -> None:
@@ -40,11 +33,11 @@ def test_the_loops_look_back_on_a_full_window_alone() -> None:
     assert spread_of([0.0, 0.5, 0.4, 0.6], 3) == pytest.approx(0.2)
 
 
-def test_the_layers_of_a_convnet_are_its_blocks_and_its_features() -> None:
+def test_the_layers_of_a_convnet_are_its_maps_before_pooling_and_its_features() -> None:
     net, images = ConvNet(3, 2, (16, 16), width=4, depth=3), torch.randn(2, 3, 16, 16)
     found = nets.layers(net, images)
-    assert [tuple(layer.shape[1:]) for layer in found] == [(4, 8, 8), (4, 4, 4), (4, 2, 2), (16,)]
-    torch.testing.assert_close(found[-1], found[-2].flatten(1))
+    assert [tuple(layer.shape[1:]) for layer in found] == [(4, 16, 16), (4, 8, 8), (4, 4, 4), (16,)]
+    torch.testing.assert_close(F.avg_pool2d(found[-2], 2).flatten(1), found[-1])
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))

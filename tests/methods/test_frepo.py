@@ -31,6 +31,16 @@ def test_the_solve_is_a_least_squares_problem_with_the_ridge_as_rows() -> None:
     torch.testing.assert_close(kernel_regression(real, synthetic, labels, 1e-6), real @ weights, rtol=1e-6, atol=1e-8)
 
 
+def test_more_images_than_features_can_be_solved_in_float32() -> None:
+    torch.manual_seed(0)
+    synthetic, real = torch.randn(300, 40), torch.randn(5, 40)
+    labels = centred(torch.arange(300) % 3, 3)
+    found = kernel_regression(real, synthetic, labels, 1e-6)
+    exact = kernel_regression(real.double(), synthetic.double(), labels.double(), 1e-6)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-3)
+
+
 def test_labels_sum_to_nothing_and_come_back_as_probabilities() -> None:
     for classes in (2, 10, 25):
         labels = centred(torch.arange(classes), classes)

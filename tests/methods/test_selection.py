@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from dstill.config import NetConfig, TrainingConfig
 from dstill.data import preprocess as preprocessing
 from dstill.data.real import RealSet
+from dstill.errors import DstillError
 from dstill.experts.trained import NetworkTask, train_network, trained_network
 from dstill.methods.forgetting import most_forgotten
 from dstill.methods.herding import herd
@@ -65,6 +67,11 @@ def test_forgetting_events_are_the_changes_from_right_to_wrong(tiny_real: RealSe
         expected.append(sum(a and not b for a, b in itertools.pairwise(right)) if any(right) else 5)
     assert trained.forgotten.tolist() == expected
     assert sum(expected) > 0
+
+
+def test_a_network_whose_state_is_more_than_its_weights_is_refused(tiny_real: RealSet) -> None:
+    with pytest.raises(DstillError, match="running statistics"):
+        train_network(replace(task(tiny_real, 1), net=NetConfig(width=4, depth=1, norm="batch")), CPU)
 
 
 def test_the_network_is_trained_once_and_classifies(tiny_real: RealSet, tmp_path: Path) -> None:

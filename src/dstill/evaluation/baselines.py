@@ -47,7 +47,7 @@ def random_baseline(
     A distilled set may come with a learned rate. So that the comparison is of images and not of rates, random images choose
     theirs on a held-out part of the training images, from `RANDOM_RATES`; the test set has no part in it.
     """
-    rates = list(RANDOM_RATES)
+    rates = list(RANDOM_RATES) if protocol.optimiser == "sgd" else [protocol.lr]
     if int(torch.bincount(real.train.labels, minlength=real.classes).min()) < 2:
         tick("a class has a single training image: nothing can be held out, random images take the protocol's rate")
         rates = [protocol.lr]

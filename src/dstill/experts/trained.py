@@ -19,6 +19,7 @@ from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
 from dstill.engine import derivatives_of
 from dstill.training import Batch, EpochReport, Objective, cross_entropy_objective, fit, predictions
+from dstill.unroll import Student
 
 _KIND = "trained network"
 
@@ -28,7 +29,7 @@ class TrainedNetwork:
     """Weights `[P]` after training, and for each training image how often it was forgotten (int64 `[N]`).
 
     `forgotten` counts the passes in which an image that the pass before had right was wrong; images that were never right
-    have one more than any other can have: the number of passes.
+    have the number of passes, more than any other can have.
     """
 
     weights: Tensor
@@ -83,10 +84,14 @@ def train_network(
     """Trains on the whole real training set without augmentation, and records forgetting events (Toneva et al. 2019).
 
     An image is judged as it is presented, before the step that its batch takes.
+
+    Raises:
+        DstillError: the network has running statistics or dropout.
     """
     real, config = task.real, task.config
     generator = seeding.generator(task.seed, "trained-network")
     net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
+    Student(net)  # refuses running statistics, which the stored weights would lack
     images = task.preprocess.forward(real.train.images.to(device, torch.float32) / 255)
     events = _Events(len(real.train), cross_entropy_objective(derivatives_of(net)))
     sgd = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)

@@ -14,10 +14,14 @@ from dstill.unroll import sgd_step
 
 
 class ClassBatch(NamedTuple):
-    """Augmented real and synthetic images of one class, and the rows of the latter in the synthetic set."""
+    """Augmented real and synthetic images of one class.
+
+    `synthetic` is differentiable in `source`, the images of the class before augmentation, which stand in `rows` of the set.
+    """
 
     real: Tensor
     synthetic: Tensor
+    source: Tensor
     rows: Tensor
 
 
@@ -40,12 +44,13 @@ class ClassBatches:
         return self.problem.prepared(rows[torch.randperm(len(rows), generator=generator)[: size or self.size]])
 
     def draw(self, c: int, images: Tensor, generator: torch.Generator) -> ClassBatch:
-        """Real images of class c beside the synthetic ones, which stay differentiable."""
+        """Real images of class c beside the synthetic ones. Where gradients are enabled, `synthetic` has one by `source`."""
         ipc = self.problem.recipe.ipc
         rows = torch.arange(c * ipc, (c + 1) * ipc, device=images.device)
         real = self.real(c, generator)
         params = siamese.sample(self.strategy, ipc, generator, shared=True)
-        return ClassBatch(siamese.apply(real, params), siamese.apply(images[rows], params), rows)
+        source = images[rows].detach().requires_grad_()
+        return ClassBatch(siamese.apply(real, params), siamese.apply(source, params), source, rows)
 
 
 def update_images(state: State, gradient: Tensor, lr: float, momentum: float) -> None:

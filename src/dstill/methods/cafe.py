@@ -23,16 +23,9 @@ from dstill.methods.settings import CafeConfig
 from dstill.training import accuracy, fit
 
 
-def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """`[K, ...]` means over the rows of each class of `[B, ...]`; every class must occur."""
-    sums = torch.zeros(classes, *features.shape[1:], dtype=features.dtype, device=features.device)
-    counts = torch.bincount(labels, minlength=classes).view(-1, *[1] * (features.dim() - 1))
-    return sums.index_add(0, labels, features) / counts
-
-
-def layer_alignment(real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Σ_classes |mean real - mean synthetic|^2 of the outputs `[B, ...]` of one layer (CAFE, Eq. 3)."""
-    return (class_means(real, real_labels, classes) - class_means(synthetic, labels, classes)).square().sum()
+def layer_alignment(real: Tensor, synthetic: Tensor) -> Tensor:
+    """|mean real - mean synthetic|^2 of what one layer makes of a class, `[n, ...]` and `[m, ...]` (CAFE, Eq. 3)."""
+    return (real.mean(0) - synthetic.mean(0)).square().sum()
 
 
 def discrimination(real: Tensor, real_labels: Tensor, centres: Tensor) -> Tensor:
@@ -78,26 +71,28 @@ class Cafe:
         return {"loss": losses[0], "loss_last": losses[-1], "updates": len(losses), "query_accuracy": accuracies[-1]}
 
     def _loss(self, net: nn.Module, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The objective and its gradient by the synthetic images."""
+        """The objective and its gradient by the synthetic images, which stand class by class in the set."""
         settings, classes = self.settings, self.problem.real.classes
-        images = images.detach().requires_grad_()
+        loss, features, centres, sources = torch.zeros((), device=images.device), list[Tensor](), list[Tensor](), list[Tensor]()
         with torch.enable_grad():
-            drawn = [self.batches.draw(c, images, generator) for c in range(classes)]
-            real = torch.cat([batch.real for batch in drawn])
-            sizes = torch.tensor([len(batch.real) for batch in drawn], device=images.device)
-            real_labels, labels = torch.arange(classes, device=images.device).repeat_interleave(sizes), self.problem.labels()
-            with torch.no_grad():
-                of_real = nets.layers(net, real)
-            of_synthetic = nets.layers(net, torch.cat([batch.synthetic for batch in drawn]))
-            # Deepest first: the features, the last block, and the blocks before it.
-            weights = [settings.deep_weight] * 2 + [settings.shallow_weight] * len(of_real)
-            terms = zip(weights, reversed(of_real), reversed(of_synthetic), strict=False)
-            loss = sum((w * layer_alignment(r, real_labels, s, labels, classes) for w, r, s in terms), torch.zeros(()))
-            centres = class_means(of_synthetic[-1], labels, classes)
-            loss = loss + (class_means(of_real[-1], real_labels, classes) - centres).square().sum()
-            loss = loss + settings.discrimination * discrimination(of_real[-1], real_labels, centres)
-            (gradient,) = torch.autograd.grad(loss, images)
-        return loss.detach(), gradient
+            for c in range(classes):
+                batch = self.batches.draw(c, images, generator)
+                with torch.no_grad():
+                    of_real = nets.layers(net, batch.real)
+                of_synthetic = nets.layers(net, batch.synthetic)
+                # Deepest first: the features, the last block, and the blocks before it.
+                weights = [settings.deep_weight] * 2 + [settings.shallow_weight] * len(of_real)
+                for weight, r, s in zip(weights, reversed(of_real), reversed(of_synthetic), strict=False):
+                    loss = loss + weight * layer_alignment(r, s)
+                # The centres that discriminate are aligned by a term of their own.
+                loss = loss + layer_alignment(of_real[-1], of_synthetic[-1])
+                features.append(of_real[-1])
+                centres.append(of_synthetic[-1].mean(0))
+                sources.append(batch.source)
+            sizes = torch.tensor([len(some) for some in features], device=images.device)
+            labels = torch.arange(classes, device=images.device).repeat_interleave(sizes)
+            loss = loss + settings.discrimination * discrimination(torch.cat(features), labels, torch.stack(centres))
+            return loss.detach(), torch.cat(torch.autograd.grad(loss, sources))
 
     def _query(self, net: nn.Module, generator: torch.Generator) -> float:
         """Accuracy of the network on a fresh batch of real training images, the same number of each class where possible."""

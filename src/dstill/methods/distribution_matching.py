@@ -38,16 +38,16 @@ class DistributionMatching:
         return self.settings.iterations
 
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
-        settings, net = self.settings, self.problem.fresh_network(generator)
-        images, loss = state["images"].detach().requires_grad_(), torch.zeros((), device=self.problem.device)
-        with torch.enable_grad():
-            for c in range(self.problem.real.classes):
-                batch = self.batches.draw(c, images, generator)
-                real = described(net, batch.real.detach())
-                loss = loss + mean_distance(real, nets.features(net, batch.synthetic))
-        (gradient,) = torch.autograd.grad(loss, images)
+        settings, net = self.settings, self.problem.fresh_network(generator).eval().requires_grad_(False)
+        total, gradient = 0.0, torch.zeros_like(state["images"])
+        for c in range(self.problem.real.classes):
+            with torch.enable_grad():
+                batch = self.batches.draw(c, state["images"], generator)
+                loss = mean_distance(described(net, batch.real), nets.features(net, batch.synthetic))
+            gradient[batch.rows] = torch.autograd.grad(loss, batch.source)[0]
+            total += float(loss.detach())
         update_images(state, gradient, settings.lr_images, settings.image_momentum)
-        return {"loss": float(loss.detach()) / self.problem.real.classes}
+        return {"loss": total / self.problem.real.classes}
 
     def result(self, state: State) -> DistilledSet:
         return self.problem.result(state["images"], self.problem.labels(), None)

@@ -40,12 +40,15 @@ def kernel_regression(real: Tensor, synthetic: Tensor, labels: Tensor, ridge: fl
         labels: Y_s `[S, K]`.
         ridge: relative to the kernel's diagonal.
     """
-    kernel = synthetic @ synthetic.t()
+    # In float32 the kernel of more images than features loses its definiteness to rounding, and large numbers cancel in the
+    # product. (Apple's MPS has no float64.)
+    wide = synthetic if synthetic.device.type == "mps" else synthetic.double()
+    kernel = wide @ wide.t()
     kernel = kernel + ridge * kernel.trace() / len(kernel) * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     factor, failed = torch.linalg.cholesky_ex(kernel)
     if int(failed):
         raise DstillError("the kernel of the synthetic features is not positive definite: raise distill.ridge")
-    return real @ synthetic.t() @ torch.cholesky_solve(labels, factor)
+    return (real.to(wide) @ wide.t() @ torch.cholesky_solve(labels.to(wide), factor)).to(labels)
 
 
 def label_margin(labels: Tensor) -> Tensor:

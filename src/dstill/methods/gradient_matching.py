@@ -93,13 +93,12 @@ class GradientMatching:
     def _distance(self, theta: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Summed over the classes, and its gradient by the synthetic images. One class at a time, to spare memory."""
         total, gradient = torch.zeros((), device=images.device), torch.zeros_like(images)
-        images = images.detach().requires_grad_()
         for c in range(self.problem.real.classes):
             with torch.enable_grad():
                 batch = self.batches.draw(c, images, generator)
             distance, by_synthetic = matching_gradient(self.student, theta, batch.real, batch.synthetic, c)
             total += distance
-            gradient += torch.autograd.grad(batch.synthetic, images, by_synthetic)[0]
+            gradient[batch.rows] = torch.autograd.grad(batch.synthetic, batch.source, by_synthetic)[0]
         return total, gradient
 
     def _train(self, net: nn.Module, images: Tensor, epochs: int, generator: torch.Generator) -> None:

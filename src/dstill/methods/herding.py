@@ -25,7 +25,7 @@ def herd(features: Tensor, count: int) -> Tensor:
         features: `[n, F]`, n >= count, not normalised.
         count: images wanted.
     """
-    features = features.double()
+    features = features.cpu().double()
     mean, total = features.mean(0), torch.zeros_like(features[0])
     free = torch.ones(len(features), dtype=torch.bool, device=features.device)
     chosen: list[int] = []

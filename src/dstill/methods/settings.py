@@ -93,9 +93,9 @@ class CafeConfig(InnerConfig):
     augment: bool = False
     """Whether real and synthetic images are augmented by one and the same draw (the row CAFE + DSA)."""
     deep_weight: Positive = 1.0
-    """Weight of the features before the classifier and of the last block."""
+    """Weight of the features before the classifier and of the last block's maps."""
     shallow_weight: Positive = 0.1
-    """Weight of the blocks before the last."""
+    """Weight of the maps of the blocks before the last."""
     discrimination: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the discrimination loss."""
     batch_query: Count = 128
@@ -144,6 +144,10 @@ class FrepoConfig(DistillConfig):
     """Synthetic images a step of the networks' training."""
     ridge: Positive = 1e-6
     """λ of the regression, a share of the kernel's mean diagonal."""
+
+    def adapted(self, *, ipc: int, depth: int, mirror: bool) -> Self:
+        net = self.net.model_copy(update={"depth": depth})
+        return self.model_copy(update={"net": net, "flip": self.flip and mirror and ipc == 1})
 
     def smoke(self) -> Self:
         small = {"iterations": 10, "batch_real": 64, "pool": 2, "max_age": 5, "net": self.net.model_copy(update={"width": 8})}

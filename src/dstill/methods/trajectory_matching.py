@@ -24,7 +24,8 @@ _MIN_SKIPS = 10
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
-    return float((a.double() * b.double()).sum() / (a.double().norm() * b.double().norm()))
+    a, b = a.cpu().double(), b.cpu().double()
+    return float((a * b).sum() / (a.norm() * b.norm()))
 
 
 @final

@@ -92,12 +92,15 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def layers(net: nn.Module, images: Tensor) -> list[Tensor]:
-    """What leaves each block of a network, first to last, and at the end the features before its last linear layer.
+    """The maps of each block of a network, first to last, and at the end the features before its last linear layer.
 
-    A block ends with a pooling layer, or is a module of its own that holds convolutions, such as a residual block.
+    A block's maps are what enters its pooling layer, or what leaves a module of its own that holds convolutions, such as a
+    residual block.
     """
     seen: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) for block in _block_ends(net)]
+    pools, blocks = _block_ends(net)
+    hooks = [pool.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])) for pool in pools]
+    hooks += [block.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) for block in blocks]
     try:
         last = features(net, images)
     finally:
@@ -106,16 +109,21 @@ def layers(net: nn.Module, images: Tensor) -> list[Tensor]:
     return [*seen, last]
 
 
-def _block_ends(module: nn.Module) -> list[nn.Module]:
+def _block_ends(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Pooling layers, and modules with convolutions inside."""
     from torch import nn
 
-    ends: list[nn.Module] = []
+    pools: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     for child in module.children():
         if isinstance(child, nn.Sequential):
-            ends += _block_ends(child)
-        elif isinstance(child, nn.AvgPool2d | nn.MaxPool2d) or _holds_convolutions(child):
-            ends.append(child)
-    return ends
+            found = _block_ends(child)
+            pools, blocks = pools + found[0], blocks + found[1]
+        elif isinstance(child, nn.AvgPool2d | nn.MaxPool2d):
+            pools.append(child)
+        elif _holds_convolutions(child):
+            blocks.append(child)
+    return pools, blocks
 
 
 def _holds_convolutions(module: nn.Module) -> bool:

@@ -69,6 +69,8 @@ def resolve(
     """
     if method is not None:
         method_info(method)
+    if ipc is not None and ipc < 1:
+        raise DstillError(f"ipc must be at least 1, got {ipc}")
     if recipe == "smoke":
         found = _smoke(_default(shape, method or "ast", ipc or 1)[0])
         origin = "settings of a smoke run: they show that everything works, not what it can reach"
@@ -143,11 +145,13 @@ def _derived(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
     nearest = min(names, key=lambda name: _distance(shape, ipc, load_recipe(name)))
     base = load_recipe(nearest)
     depth = max(1, min(5, int(math.log2(shape.side)) - 2)) if shape.side >= 16 else max(1, int(math.log2(shape.side)) - 1)
+    mirror = _mirrors(shape.name)
     if base.data == shape.name:
-        update: dict[str, Any] = {"ipc": ipc, "note": f"derived from {nearest}"}
+        distill = base.distill.adapted(ipc=ipc, depth=base.net.depth or depth, mirror=mirror)
+        update: dict[str, Any] = {"ipc": ipc, "distill": distill, "note": f"derived from {nearest}"}
         return base.model_copy(update=update), f"no recipe for {shape.name} at IPC {ipc}: settings derived from {nearest}"
     net = base.net.model_copy(update={"depth": depth})
-    distill, cut = base.distill, ""
+    distill, cut = base.distill.adapted(ipc=ipc, depth=depth, mirror=mirror), ""
     if isinstance(distill, MatchingConfig):
         steps = _steps_in_memory(distill, net.width or 128, depth, shape)
         batch = distill.batch_syn if distill.batch_syn is not None and distill.batch_syn < ipc * shape.classes else None
@@ -157,7 +161,7 @@ def _derived(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
         "data": shape.name,
         "ipc": ipc,
         "net": net,
-        "augmentation": _augmentation(base.augmentation, shape.name),
+        "augmentation": _augmentation(base.augmentation, mirror),
         "preprocess": _preprocess(base.preprocess, shape),
         "distill": distill,
         "note": f"derived from {nearest}",
@@ -169,9 +173,13 @@ def _derived(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
     return base.model_copy(update=update), origin
 
 
-def _augmentation(strategy: str, name: str) -> str:
+def _mirrors(name: str) -> bool:
+    """Whether a mirrored image keeps its class; unknown data are taken to."""
+    return name not in DATASETS or DATASETS[name].mirror
+
+
+def _augmentation(strategy: str, mirror: bool) -> str:
     """Without the mirror for data whose classes it changes."""
-    mirror = name not in DATASETS or DATASETS[name].mirror
     return strategy if mirror else "_".join(op for op in strategy.split("_") if op != "flip")
 
 
