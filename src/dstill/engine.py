@@ -16,7 +16,8 @@ from dstill.native.unit import NativeUnit
 from dstill.nets import tangent
 from dstill.nets.convnet import ConvNet
 from dstill.nets.convolution import Convolution, Direct
-from dstill.nets.tangent import Engine, Sum, TensorUnit, Unit
+from dstill.nets.tangent import Engine, Sum
+from dstill.nets.unit import TensorUnit, Unit
 
 Precision = Literal["float32", "bfloat16-backward", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16-backward", "bfloat16")

@@ -153,14 +153,14 @@ def test_ctrl_c_says_that_the_same_command_continues(tmp_path: Path) -> None:
     # A progress line is the moment of the interruption; nothing here waits for a clock.
     code = """
 import sys
-from dstill import cli
+from dstill import cli, options
 from dstill.console import ConsoleReporter
 
 class Interrupted(ConsoleReporter):
     def progress(self, stage, done, total, detail=""):
         raise KeyboardInterrupt
 
-cli.ConsoleReporter = Interrupted
+options.ConsoleReporter = Interrupted
 cli.main()
 """
     command = [sys.executable, "-c", code, "run", "digits", "--recipe", "smoke", "--train-fraction", "0.1"]

@@ -3,7 +3,7 @@
 // Memory is channels-last, [image, row, column, channel], so that neighbouring lanes of a vector are neighbouring channels
 // and no kernel ever shuffles lanes. Everything is single-threaded: callers run micro-batches side by side.
 //
-//   unit_*      instance norm, ReLU and 2x2 average pooling of one block, in its four forms (dstill.nets.tangent.Unit)
+//   unit_*      instance norm, ReLU and 2x2 average pooling of one block, in its four forms (dstill.nets.unit.Unit)
 //   winograd_*  the transforms of Winograd's F(4x4, 3x3) convolution (dstill.native.convolutions)
 //   patches_*   images as rows of 3x3 patches, for images of few channels (dstill.native.convolutions)
 //   products    a batch of small matrix products, and sums of two of them

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from dstill.native import Kernels
 from dstill.native.convolutions import rows
-from dstill.nets.tangent import EPSILON
+from dstill.nets.unit import EPSILON
 
 
 class NativeUnit:
-    """`dstill.nets.tangent.Unit` of CPU tensors in float32 or float64; images are channels-last inside.
+    """`dstill.nets.unit.Unit` of CPU tensors in float32 or float64; images are channels-last inside.
 
     Args:
         kernels: the compiled kernels.

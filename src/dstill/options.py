@@ -1,0 +1,125 @@
+"""Options that several commands of the command line share. Importing this never imports torch."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from dstill.console import ConsoleReporter
+from dstill.errors import DstillError
+
+if TYPE_CHECKING:
+    from dstill.data.real import RealSet
+
+Set = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, negative="")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Data:
+    """How the real data are read.
+
+    Attributes:
+        image_size: side in pixels to bring every image to.
+        fit: how: pad, resize or crop.
+        train_fraction: share of the training images to keep.
+        classes: names of the classes to keep, joined by commas.
+        test_fraction: cut this share off the training images, for data that has no test split.
+    """
+
+    image_size: int | None = None
+    fit: Literal["pad", "resize", "crop"] | None = None
+    train_fraction: float = 1.0
+    classes: str | None = None
+    test_fraction: float | None = None
+
+    def load(self, source: str, seed: int) -> RealSet:
+        from dstill.data.real import load_real
+
+        return load_real(
+            source,
+            image_size=self.image_size,
+            fit=self.fit,
+            train_fraction=self.train_fraction,
+            classes=names(self.classes) or None,
+            test_fraction=self.test_fraction,
+            seed=seed,
+        )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Common:
+    """Where and how a command runs.
+
+    Attributes:
+        seed: decides everything random.
+        device: auto, cpu, cuda or mps.
+        cache: folder that keeps experts for every run ($DSTILL_CACHE, else ~/.cache/dstill).
+        threads: CPU threads of distilling; the machine's cores if left out.
+        workers: processes that train experts and networks at once: a number, or auto for one a core.
+        quiet: print the result only.
+        debug: show the traceback of an error.
+    """
+
+    seed: int = 0
+    device: str = "auto"
+    cache: Path | None = None
+    threads: int | None = None
+    workers: int | Literal["auto"] = "auto"
+    quiet: bool = False
+    debug: bool = False
+
+    def start(self) -> ConsoleReporter:
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
+        return ConsoleReporter(sys.stderr, quiet=self.quiet)
+
+    def arguments(self, reporter: ConsoleReporter) -> dict[str, Any]:
+        return {"seed": self.seed, "device": self.device, "cache": self.cache, "workers": self.workers, "reporter": reporter}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Choice:
+    """Which settings a command takes.
+
+    Attributes:
+        method: a name of `dstill ls methods` (default ast).
+        ipc: synthetic images per class (default 1).
+        recipe: name of `dstill ls recipes`, a YAML file, or `smoke`.
+        net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
+        changes: section.key=value, for example `--set distill.iterations=300 experts.count=4`.
+    """
+
+    method: str | None = None
+    ipc: int | None = None
+    recipe: str | None = None
+    net: str | None = None
+    changes: Set = ()
+
+    def arguments(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def names(text: str | None) -> list[str]:
+    """What stands between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()] if text else []
+
+
+def numbers(text: str | None, option: str) -> list[int]:
+    """Whole numbers between commas.
+
+    Raises:
+        DstillError: something else stands there; names the option.
+    """
+    try:
+        return [int(number) for number in names(text)]
+    except ValueError as error:
+        raise DstillError(f"{option} takes numbers joined by commas, got {text!r}") from error
