@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dstill.distillation import _Due
 from dstill.errors import DstillError
 from dstill.runs import RunFolder
 
@@ -137,3 +138,20 @@ def test_a_folder_that_cannot_be_made_is_refused_by_a_sentence(tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(DstillError, match="cannot be made"):
         RunFolder(tmp_path / "file" / "run", IDENTITY)
+
+
+def test_the_state_is_stored_by_iterations_by_the_minute_and_never_too_dearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("dstill.distillation.time.perf_counter", lambda: now[0])
+    due = _Due(10)
+    assert [due(done) for done in (9, 10, 11, 20)] == [False, True, False, True]
+    now[0] = 61.0
+    assert due(11), "slow iterations"
+    due.stored(4.0)  # seconds: the next one is worth it 80 seconds later
+    now[0] = 61.0 + 79.0
+    assert not due(20)
+    now[0] = 61.0 + 81.0
+    assert due(21)
+    never = _Due(0)
+    now[0] = 1e6
+    assert not never(10)

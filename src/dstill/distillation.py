@@ -17,13 +17,18 @@ from dstill.methods.base import Method, Metrics, Problem
 from dstill.plugins import load_class
 from dstill.runs import RunFolder
 
+_LONGEST_SECONDS = 60.0
+_CHEAP_SECONDS = 0.5
+_LARGEST_SHARE = 20.0  # seconds of work for a second of storing
+
 
 @dataclass(frozen=True)
 class Cadence:
     """How often things happen, in iterations; 0 for never.
 
     Attributes:
-        checkpoint: store the state.
+        checkpoint: store the state; where iterations are slow also whenever a minute has passed, and where storing is slow
+            (half a second and more) not so often that it takes more than a twentieth of the time.
         validate: train networks on the set so far and measure them on the validation part.
         networks: how many, under the protocol `quick`.
     """
@@ -31,6 +36,22 @@ class Cadence:
     checkpoint: int = 25
     validate: int = 0
     networks: int = 1
+
+
+class _Due:
+    """Whether the state should be stored now, see `Cadence`."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.cost, self.last = every, 0.0, time.perf_counter()
+
+    def __call__(self, done: int) -> bool:
+        since = time.perf_counter() - self.last
+        wanted = self.every > 0 and (done % self.every == 0 or since > _LONGEST_SECONDS)
+        return wanted and since >= _LARGEST_SHARE * self.cost
+
+    def stored(self, seconds: float) -> None:
+        """Notes that the state was stored just now, and how long it took."""
+        self.cost, self.last = seconds if seconds > _CHEAP_SECONDS else 0.0, time.perf_counter()
 
 
 def make_method(problem: Problem) -> Method:
@@ -65,7 +86,7 @@ def run_method(
     else:
         begin, state = restored[0], {name: tensor.to(problem.device) for name, tensor in restored[1].items()}
     total = method.iterations()
-    validate = _validator(problem, cadence)
+    validate, due = _validator(problem, cadence), _Due(cadence.checkpoint)
     for iteration in range(begin, total):
         started = time.perf_counter()
         metrics = method.step(state, iteration, seeding.generator(problem.seed, "step", iteration))
@@ -75,8 +96,10 @@ def run_method(
             row["validation_accuracy"] = validate(method.result(state))
         if folder:
             folder.log(row)
-            if cadence.checkpoint and done % cadence.checkpoint == 0:
+            if due(done):
+                stored = time.perf_counter()
                 folder.checkpoint(done, state)
+                due.stored(time.perf_counter() - stored)
         if observer is not None:
             observer(iteration, total, row)
     return method.result(state)
