@@ -23,13 +23,12 @@ from dstill.devices import resolve_device
 from dstill.errors import DstillError
 from dstill.evaluating import RESULT_NAME
 from dstill.evaluation.protocols import load_protocol
-from dstill.methods import method_info, methods
+from dstill.methods import method_info
+from dstill.methods import methods as known_methods
 from dstill.preparation import resolve_recipe
 from dstill.workers import Workers, apart
 
 _REQUEST = "request.json"
-
-
 _KEYS = (
     *("method", "ipc", "labels", "accuracy", "std", "n", "over_random", "of_whole"),
     *("seconds", "peak_bytes", "stored_bytes", "reason"),
@@ -188,7 +187,7 @@ def compare(
         raise DstillError('compare was called while a script was imported: put the call under if __name__ == "__main__":')
     reporter, where = reporter or Silent(), resolve_device(device)
     real = load_real(source)
-    names = list(dict.fromkeys(methods)) or _all_methods()
+    names = list(dict.fromkeys(methods)) or list(known_methods())
     for name in names:
         method_info(name)
     load_protocol(protocol)
@@ -196,17 +195,14 @@ def compare(
     assignments = [*changes, f"protocol={protocol}"]
     options = {"sets": sets, "networks": networks, "whole": whole, "seed": seed}
     elsewhere = {"device": device, "cache": cache, "workers": workers, "checkpoint_every": checkpoint_every}
-    rows: list[Row] = []
+    table = Comparison(data=real.name, protocol=protocol, rows=())
     for images in dict.fromkeys(ipc):
         for name in names:
             resolve = functools.partial(resolve_recipe, real, recipe, name, images, None, assignments, where, reporter)
-            rows.append(_row(real, name, images, resolve, folder / f"{name}-ipc{images}", options, elsewhere, reporter))
-            Comparison(data=real.name, protocol=protocol, rows=tuple(rows)).save(folder)
-    return Comparison(data=real.name, protocol=protocol, rows=tuple(rows))
-
-
-def _all_methods() -> list[str]:
-    return list(methods())
+            row = _row(real, name, images, resolve, folder / f"{name}-ipc{images}", options, elsewhere, reporter)
+            table = table.model_copy(update={"rows": (*table.rows, row)})
+            table.save(folder)
+    return table
 
 
 def _row(

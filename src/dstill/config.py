@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
@@ -203,6 +206,11 @@ def settings_class(method: str) -> type[DistillConfig]:
         return DistillConfig
     found: type[DistillConfig] = load_class(path, f"settings of method {method!r}")
     return found
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Names plain JSON values: the first 16 hex digits of their SHA-256, whatever the order of the keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def canonical(settings: Settings, **exclude: Any) -> dict[str, Any]:

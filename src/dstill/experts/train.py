@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dstill import nets, seeding
-from dstill.config import ExpertConfig, NetConfig, canonical
+from dstill.config import ExpertConfig, NetConfig, canonical, digest
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
@@ -59,7 +57,7 @@ class ExpertTask:
 
     def fingerprint(self) -> str:
         """Name of the folder that holds these experts: 16 hex digits of the identity's SHA-256."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.identity())
 
 
 def optimiser(net: nn.Module, config: ExpertConfig) -> torch.optim.Optimizer:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from dstill import nets, seeding
 from dstill.artifacts import header as files
-from dstill.config import NetConfig, TrainingConfig, canonical
+from dstill.config import NetConfig, TrainingConfig, canonical, digest
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
 from dstill.engine import derivatives_of
@@ -58,7 +56,7 @@ class NetworkTask:
 
     def fingerprint(self) -> str:
         """16 hex digits of the identity's SHA-256."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.identity())
 
 
 class _Events:

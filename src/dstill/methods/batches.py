@@ -1,15 +1,18 @@
-"""What methods share that improve images against batches of real ones: drawing the batches, and the step on the images."""
+"""What methods share that improve images against batches of real ones: state, batches, networks' training, and the step."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dstill.data import siamese
 from dstill.errors import DstillError
 from dstill.methods.base import Problem, State
+from dstill.methods.initialisation import initial_images
+from dstill.methods.settings import ImageConfig, InnerConfig
+from dstill.training import fit
 from dstill.unroll import sgd_step
 
 
@@ -25,17 +28,32 @@ class ClassBatch(NamedTuple):
     rows: Tensor
 
 
+def mean_distance(real: Tensor, synthetic: Tensor) -> Tensor:
+    """|mean real - mean synthetic|^2 of what a network makes of a class, `[n, ...]` and `[m, ...]`.
+
+    Summed, not averaged, over all numbers but the images (DM, Eq. 5; CAFE, Eq. 3, for each layer).
+    """
+    return (real.mean(0) - synthetic.mean(0)).square().sum()
+
+
+def initial_state(problem: Problem, settings: ImageConfig, generator: torch.Generator) -> State:
+    """`images` and `images.momentum`, `[S, C, H, W]`."""
+    images = initial_images(problem, settings.initialisation, generator)
+    return {"images": images, "images.momentum": torch.zeros_like(images)}
+
+
 class ClassBatches:
     """Draws batches of one class at a time.
 
     Args:
         problem: whose real images.
-        size: real images a batch; all of a class where it has fewer.
-        strategy: augmentation; one draw hits the real and the synthetic images of a class alike (siamese).
+        settings: how many real images a batch has (all of a class where it has fewer), and whether one draw of the recipe's
+            augmentation hits the real and the synthetic images of a class alike (siamese).
     """
 
-    def __init__(self, problem: Problem, size: int, strategy: str) -> None:
-        self.problem, self.size, self.strategy = problem, size, strategy
+    def __init__(self, problem: Problem, settings: ImageConfig) -> None:
+        self.problem, self.size = problem, settings.batch_real
+        self.strategy = problem.recipe.augmentation if settings.augment else "none"
         self.rows = problem.real.train.by_class(problem.real.classes)
 
     def real(self, c: int, generator: torch.Generator, size: int | None = None) -> Tensor:
@@ -51,6 +69,22 @@ class ClassBatches:
         params = siamese.sample(self.strategy, ipc, generator, shared=True)
         source = images[rows].detach().requires_grad_()
         return ClassBatch(siamese.apply(real, params), siamese.apply(source, params), source, rows)
+
+
+def train_on_synthetic(
+    net: nn.Module, images: Tensor, batches: ClassBatches, settings: InnerConfig, epochs: int, generator: torch.Generator
+) -> None:
+    """Passes of plain SGD over the synthetic set, under the augmentation of the batches."""
+    fit(
+        net,
+        images,
+        batches.problem.labels(),
+        epochs=epochs,
+        batch_size=settings.batch_train,
+        optimiser=torch.optim.SGD(net.parameters(), lr=settings.lr_net),
+        generator=generator,
+        augmentation=batches.strategy,
+    )
 
 
 def update_images(state: State, gradient: Tensor, lr: float, momentum: float) -> None:

@@ -17,15 +17,9 @@ from torch import Tensor, nn
 from dstill import nets
 from dstill.artifacts.distilled import DistilledSet
 from dstill.methods.base import Metrics, Problem, State
-from dstill.methods.batches import ClassBatches, update_images
-from dstill.methods.initialisation import initial_images
+from dstill.methods.batches import ClassBatches, initial_state, mean_distance, train_on_synthetic, update_images
 from dstill.methods.settings import CafeConfig
-from dstill.training import accuracy, fit
-
-
-def layer_alignment(real: Tensor, synthetic: Tensor) -> Tensor:
-    """|mean real - mean synthetic|^2 of what one layer makes of a class, `[n, ...]` and `[m, ...]` (CAFE, Eq. 3)."""
-    return (real.mean(0) - synthetic.mean(0)).square().sum()
+from dstill.training import accuracy
 
 
 def discrimination(real: Tensor, real_labels: Tensor, centres: Tensor) -> Tensor:
@@ -44,12 +38,10 @@ class Cafe:
 
     def start(self, problem: Problem) -> None:
         self.problem, self.settings = problem, problem.settings(CafeConfig)
-        self.strategy = problem.recipe.augmentation if self.settings.augment else "none"
-        self.batches = ClassBatches(problem, self.settings.batch_real, self.strategy)
+        self.batches = ClassBatches(problem, self.settings)
 
     def initialise(self, generator: torch.Generator) -> State:
-        images = initial_images(self.problem, self.settings.initialisation, generator)
-        return {"images": images, "images.momentum": torch.zeros_like(images)}
+        return initial_state(self.problem, self.settings, generator)
 
     def iterations(self) -> int:
         return self.settings.iterations
@@ -83,9 +75,9 @@ class Cafe:
                 # Deepest first: the features, the last block, and the blocks before it.
                 weights = [settings.deep_weight] * 2 + [settings.shallow_weight] * len(of_real)
                 for weight, r, s in zip(weights, reversed(of_real), reversed(of_synthetic), strict=False):
-                    loss = loss + weight * layer_alignment(r, s)
+                    loss = loss + weight * mean_distance(r, s)
                 # The centres that discriminate are aligned by a term of their own.
-                loss = loss + layer_alignment(of_real[-1], of_synthetic[-1])
+                loss = loss + mean_distance(of_real[-1], of_synthetic[-1])
                 features.append(of_real[-1])
                 centres.append(of_synthetic[-1].mean(0))
                 sources.append(batch.source)
@@ -103,19 +95,9 @@ class Cafe:
 
     def _train(self, net: nn.Module, images: Tensor, generator: torch.Generator) -> None:
         """Passes over the synthetic set until the network has moved: its query accuracies spread."""
-        settings = self.settings
-        sgd, accuracies = torch.optim.SGD(net.parameters(), lr=settings.lr_net), list[float]()
+        settings, accuracies = self.settings, list[float]()
         for _ in range(settings.max_inner):
-            fit(
-                net,
-                images,
-                self.problem.labels(),
-                epochs=1,
-                batch_size=settings.batch_train,
-                optimiser=sgd,
-                generator=generator,
-                augmentation=self.strategy,
-            )
+            train_on_synthetic(net, images, self.batches, settings, 1, generator)
             accuracies.append(self._query(net, generator))
             spread = spread_of(accuracies, settings.window)
             if spread is not None and spread > settings.moved:

@@ -5,20 +5,13 @@ from __future__ import annotations
 from typing import final
 
 import torch
-from torch import Tensor
 
 from dstill import nets
 from dstill.artifacts.distilled import DistilledSet
 from dstill.methods.base import Metrics, Problem, State
-from dstill.methods.batches import ClassBatches, update_images
-from dstill.methods.initialisation import initial_images
+from dstill.methods.batches import ClassBatches, initial_state, mean_distance, update_images
 from dstill.methods.settings import DistributionMatchingConfig
 from dstill.training import described
-
-
-def mean_distance(real: Tensor, synthetic: Tensor) -> Tensor:
-    """|mean real - mean synthetic|^2 of features `[n, F]` and `[m, F]`: summed, not averaged, over F (DM, Eq. 5)."""
-    return (real.mean(0) - synthetic.mean(0)).square().sum()
 
 
 @final
@@ -27,12 +20,10 @@ class DistributionMatching:
 
     def start(self, problem: Problem) -> None:
         self.problem, self.settings = problem, problem.settings(DistributionMatchingConfig)
-        strategy = problem.recipe.augmentation if self.settings.augment else "none"
-        self.batches = ClassBatches(problem, self.settings.batch_real, strategy)
+        self.batches = ClassBatches(problem, self.settings)
 
     def initialise(self, generator: torch.Generator) -> State:
-        images = initial_images(self.problem, self.settings.initialisation, generator)
-        return {"images": images, "images.momentum": torch.zeros_like(images)}
+        return initial_state(self.problem, self.settings, generator)
 
     def iterations(self) -> int:
         return self.settings.iterations

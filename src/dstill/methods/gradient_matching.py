@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
 from dstill.methods.base import Metrics, Problem, State
-from dstill.methods.batches import ClassBatches, update_images
-from dstill.methods.initialisation import initial_images
+from dstill.methods.batches import ClassBatches, initial_state, train_on_synthetic, update_images
 from dstill.methods.settings import GradientMatchingConfig
-from dstill.training import fit
 from dstill.unroll import Student
 
 _EPSILON = 1e-6
@@ -48,16 +46,14 @@ def matching_gradient(student: Student, theta: Tensor, real: Tensor, synthetic: 
         synthetic: `[S, C, H, W]`, likewise.
         label: their class.
     """
-    of_real, of_synthetic = (
-        student.gradient(theta, images.detach(), torch.full((len(images),), label, device=images.device))[1]
-        for images in (real, synthetic)
-    )
+    synthetic = synthetic.detach()
+    real_labels, labels = (torch.full((len(images),), label, device=images.device) for images in (real, synthetic))
+    of_real, of_synthetic = student.gradient(theta, real, real_labels)[1], student.gradient(theta, synthetic, labels)[1]
     with torch.enable_grad():
         of_synthetic.requires_grad_()
         distance = gradient_distance(student.split(of_synthetic), student.split(of_real))
         (v,) = torch.autograd.grad(distance, of_synthetic)
-    labels = torch.full((len(synthetic),), label, device=synthetic.device)
-    return distance.detach(), student.tangents(theta, v, synthetic.detach(), labels).images
+    return distance.detach(), student.tangents(theta, v, synthetic, labels).images
 
 
 @final
@@ -67,12 +63,10 @@ class GradientMatching:
     def start(self, problem: Problem) -> None:
         self.problem, self.settings = problem, problem.settings(GradientMatchingConfig)
         self.student = Student(problem.network())
-        self.strategy = problem.recipe.augmentation if self.settings.augment else "none"
-        self.batches = ClassBatches(problem, self.settings.batch_real, self.strategy)
+        self.batches = ClassBatches(problem, self.settings)
 
     def initialise(self, generator: torch.Generator) -> State:
-        images = initial_images(self.problem, self.settings.initialisation, generator)
-        return {"images": images, "images.momentum": torch.zeros_like(images)}
+        return initial_state(self.problem, self.settings, generator)
 
     def iterations(self) -> int:
         return self.settings.iterations
@@ -87,7 +81,7 @@ class GradientMatching:
             update_images(state, gradient, settings.lr_images, settings.image_momentum)
             distances.append(float(distance) / self.problem.real.classes)
             if inner and k < outer - 1:
-                self._train(net, state["images"], inner, generator)
+                train_on_synthetic(net, state["images"], self.batches, settings, inner, generator)
         return {"loss": sum(distances) / outer, "loss_first": distances[0], "loss_last": distances[-1]}
 
     def _distance(self, theta: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -100,18 +94,6 @@ class GradientMatching:
             total += distance
             gradient[batch.rows] = torch.autograd.grad(batch.synthetic, batch.source, by_synthetic)[0]
         return total, gradient
-
-    def _train(self, net: nn.Module, images: Tensor, epochs: int, generator: torch.Generator) -> None:
-        fit(
-            net,
-            images,
-            self.problem.labels(),
-            epochs=epochs,
-            batch_size=self.settings.batch_train,
-            optimiser=torch.optim.SGD(net.parameters(), lr=self.settings.lr_net),
-            generator=generator,
-            augmentation=self.strategy,
-        )
 
     def result(self, state: State) -> DistilledSet:
         return self.problem.result(state["images"], self.problem.labels(), None)

@@ -8,6 +8,15 @@ from torch import Tensor, nn
 from dstill.nets.norm import Norm, norm_layer
 
 
+def check_depth(depth: int, size: tuple[int, int]) -> None:
+    """Raises `ValueError` where so many halvings leave less than a pixel of a side."""
+    if min(size) >> depth < 1:
+        raise ValueError(
+            f"a ConvNet of depth {depth} needs images of at least {2**depth} pixels a side, "
+            f"got {size[0]}x{size[1]}: lower net.depth or raise the image size"
+        )
+
+
 class ConvNet(nn.Module):
     """D blocks of convolution 3x3 (padding 1), norm, ReLU, average pooling 2x2; then one linear layer.
 
@@ -37,11 +46,7 @@ class ConvNet(nn.Module):
     ) -> None:
         super().__init__()
         height, breadth = size
-        if min(height, breadth) >> depth < 1:
-            raise ValueError(
-                f"a ConvNet of depth {depth} needs images of at least {2**depth} pixels a side, "
-                f"got {height}x{breadth}: lower net.depth or raise the image size"
-            )
+        check_depth(depth, size)
         self.norm, self.width = norm, width
         # Input channels and side lengths of every convolution.
         self.geometry: list[tuple[int, tuple[int, int]]] = []

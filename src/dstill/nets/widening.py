@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dstill.nets.convnet import check_depth
 from dstill.nets.norm import Norm, norm_layer
 
 
@@ -40,11 +41,7 @@ class WideningConvNet(nn.Module):
         super().__init__()
         height, breadth = size
         depth = depth or min(3, int(math.log2(min(size))))
-        if min(size) >> depth < 1:
-            raise ValueError(
-                f"a ConvNet of depth {depth} needs images of at least {2**depth} pixels a side, "
-                f"got {height}x{breadth}: lower net.depth or raise the image size"
-            )
+        check_depth(depth, size)
         blocks: list[nn.Module] = []
         for block in range(depth):
             if block:
