@@ -48,6 +48,15 @@ class Tangents(NamedTuple):
 Kept = list[list[Unit]]
 
 
+class Gradient(NamedTuple):
+    """Loss, its gradients by the parameters, what `Derivatives.tangents` may start from, and the logits `[B, K]`."""
+
+    loss: Tensor
+    parameters: list[Tensor]
+    kept: Kept | None
+    logits: Tensor
+
+
 class Derivatives:
     """Derivatives of the mean cross-entropy of one ConvNet, a few images at a time, the pieces side by side on threads.
 
@@ -100,10 +109,8 @@ class Derivatives:
         return images * numbers * self.dtype.itemsize
 
     @torch.no_grad()
-    def gradient(
-        self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, *, keep: bool = False
-    ) -> tuple[Tensor, list[Tensor], Kept | None]:
-        """Mean cross-entropy with target probabilities `[B, K]`, its gradients, and what `tangents` may start from."""
+    def gradient(self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, *, keep: bool = False) -> Gradient:
+        """Mean cross-entropy with target probabilities `[B, K]`, and its gradients; `keep` for the sake of `tangents`."""
         point = self.engine.weights(parameters, second=False)
 
         def work(piece: tuple[Tensor, Tensor]) -> tangent.FirstOrder:
@@ -115,7 +122,7 @@ class Derivatives:
         parts = self._each(work, zip(self._cut(images), self._cut(targets), strict=True))
         loss, total = _added([part.loss for part in parts]), _summed([part.gradient for part in parts])
         kept = [part.units for part in parts] if keep else None
-        return loss, total.parameters(self.engine.first), kept
+        return Gradient(loss, total.parameters(self.engine.first), kept, torch.cat([part.logits for part in parts]))
 
     @torch.no_grad()
     def tangents(

@@ -62,22 +62,30 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, labels)
 
 
-def cross_entropy_objective(written: Derivatives | None) -> Objective:
-    """Mean cross-entropy of the augmented batch, by the network's hand-written derivatives; by the library's without."""
+def cross_entropy_objective(written: Derivatives | None, watch: Callable[[Batch, Tensor], None] | None = None) -> Objective:
+    """Mean cross-entropy of the augmented batch, by the network's hand-written derivatives; by the library's without.
+
+    `watch` is called with each batch and its logits `[B, K]`, before the step that they lead to.
+    """
 
     def by_hand(net: nn.Module, batch: Batch) -> Tensor:
         assert written is not None
         parameters = list(net.parameters())
         targets = probabilities(batch.labels, len(parameters[-1])).to(parameters[-1])
-        loss, gradients, _ = written.gradient(parameters, batch.images, targets)
+        loss, gradients, _, logits = written.gradient(parameters, batch.images, targets)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if parameter.requires_grad:
                 parameter.grad = gradient
+        if watch is not None:
+            watch(batch, logits)
         return loss
 
     def by_library(net: nn.Module, batch: Batch) -> Tensor:
-        loss = cross_entropy(net(batch.images), batch.labels)
+        logits = net(batch.images)
+        loss = cross_entropy(logits, batch.labels)
         loss.backward()
+        if watch is not None:
+            watch(batch, logits.detach())
         return loss.detach()
 
     return by_library if written is None else by_hand

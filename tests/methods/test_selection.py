@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import torch
 from dstill.config import NetConfig, TrainingConfig
 from dstill.data import preprocess as preprocessing
 from dstill.data.real import RealSet
+from dstill.engine import Derivatives
 from dstill.errors import DstillError
 from dstill.experts.trained import NetworkTask, train_network, trained_network
 from dstill.methods.forgetting import most_forgotten
 from dstill.methods.herding import herd
-from dstill.training import EpochReport, predictions
+from dstill.training import Batch, EpochReport, Objective, cross_entropy_objective, predictions
 
 CPU = torch.device("cpu")
 
@@ -47,12 +49,16 @@ def task(real: RealSet, epochs: int, lr: float = 0.05) -> NetworkTask:
 def test_forgetting_events_are_the_changes_from_right_to_wrong(tiny_real: RealSet, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[bytes], list[int]]] = []
 
-    def watched(net: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-        found = predictions(net, images)
-        seen.append(([image.numpy().tobytes() for image in images], found.tolist()))
-        return found
+    def watched(written: Derivatives | None, watch: Callable[[Batch, torch.Tensor], None]) -> Objective:
+        objective = cross_entropy_objective(written, watch)
 
-    monkeypatch.setattr("dstill.experts.trained.predictions", watched)
+        def asked_first(net: torch.nn.Module, batch: Batch) -> torch.Tensor:
+            seen.append(([image.numpy().tobytes() for image in batch.raw], predictions(net, batch.raw).tolist()))
+            return objective(net, batch)
+
+        return asked_first
+
+    monkeypatch.setattr("dstill.experts.trained.cross_entropy_objective", watched)
     job = task(tiny_real, 5, lr=5.0)  # too large a rate, so that much is forgotten
     trained = train_network(job, CPU)
     images = job.preprocess.forward(tiny_real.train.images.float() / 255)

@@ -89,9 +89,10 @@ def test_the_cross_entropy_gradient_equals_autograd(case: Case, soft: bool):
     loss = case.loss(parameters, case.images, case.targets(soft))
     expected = torch.autograd.grad(loss, parameters)
 
-    actual_loss, actual, _ = case.derivatives.gradient(case.parameters, case.images, case.targets(soft))
+    actual_loss, actual, _, logits = case.derivatives.gradient(case.parameters, case.images, case.targets(soft))
 
     assert_equal([actual_loss, *actual], [loss.detach(), *expected])
+    assert_equal([logits], [case.derivatives.logits(case.parameters, case.images)])
 
 
 @given(cases(), st.booleans())
@@ -141,7 +142,7 @@ def test_logits_and_features_equal_the_network(case: Case):
 
 @given(cases(), st.booleans())
 def test_tangents_from_what_the_gradient_kept_are_the_same_to_the_last_bit(case: Case, soft: bool):
-    _, _, kept = case.derivatives.gradient(case.parameters, case.images, case.targets(soft), keep=True)
+    _, _, kept, _ = case.derivatives.gradient(case.parameters, case.images, case.targets(soft), keep=True)
     arguments = case.parameters, case.direction, case.images, case.targets(soft)
     kept_all, recomputed = case.derivatives.tangents(*arguments, kept), case.derivatives.tangents(*arguments)
     assert torch.equal(kept_all.loss, recomputed.loss)

@@ -16,7 +16,7 @@ from dstill.config import NetConfig, TrainingConfig, canonical, digest
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
 from dstill.engine import derivatives_of
-from dstill.training import Batch, EpochReport, Objective, cross_entropy_objective, fit, predictions
+from dstill.training import Batch, EpochReport, cross_entropy_objective, fit
 from dstill.unroll import Student
 
 _KIND = "trained network"
@@ -62,18 +62,16 @@ class NetworkTask:
 class _Events:
     """Counts, for each training image, the changes from right to wrong between its presentations."""
 
-    def __init__(self, count: int, objective: Objective) -> None:
-        self.objective = objective
+    def __init__(self, count: int) -> None:
         self.right = torch.zeros(count, dtype=torch.bool)
         self.ever_right = torch.zeros(count, dtype=torch.bool)
         self.forgotten = torch.zeros(count, dtype=torch.int64)
 
-    def __call__(self, net: nn.Module, batch: Batch) -> Tensor:
-        right = (predictions(net, batch.raw) == batch.labels).cpu()
+    def __call__(self, batch: Batch, logits: Tensor) -> None:
+        right = (logits.argmax(1) == batch.labels).cpu()
         self.forgotten[batch.rows] += self.right[batch.rows] & ~right
         self.ever_right[batch.rows] |= right
         self.right[batch.rows] = right
-        return self.objective(net, batch)
 
 
 def train_network(
@@ -91,7 +89,7 @@ def train_network(
     net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
     Student(net)  # refuses running statistics, which the stored weights would lack
     images = task.preprocess.forward(real.train.images.to(device, torch.float32) / 255)
-    events = _Events(len(real.train), cross_entropy_objective(derivatives_of(net)))
+    events = _Events(len(real.train))
     sgd = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     fit(
         net,
@@ -101,7 +99,7 @@ def train_network(
         batch_size=config.batch_size,
         optimiser=sgd,
         generator=generator,
-        objective=events,
+        objective=cross_entropy_objective(derivatives_of(net), events),
         observer=observer,
     )
     forgotten = torch.where(events.ever_right, events.forgotten, config.epochs)

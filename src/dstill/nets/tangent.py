@@ -108,11 +108,12 @@ class Sum(NamedTuple):
 
 
 class FirstOrder(NamedTuple):
-    """Loss of some images, its gradient, and the units that the second order starts from."""
+    """Loss of some images, its gradient, the units that the second order starts from, and the logits."""
 
     loss: Tensor
     gradient: Sum | None
     units: list[Unit]
+    logits: Tensor
 
 
 class SecondOrder(NamedTuple):
@@ -155,14 +156,16 @@ def cross_entropy_gradient(
     """
     units, inputs, features = _forward(engine, point, images)
     flat = features.flatten(1)
-    log_probabilities = F.log_softmax(F.linear(flat, *point.classifier), 1)
+    outputs = F.linear(flat, *point.classifier)
+    log_probabilities = F.log_softmax(outputs, 1)
     loss = -(targets * log_probabilities).sum() / count
     gf = (log_probabilities.exp() - targets) / count
     gy = (gf @ point.classifier[0]).view_as(features)
     filters, _ = _backward(engine, point, units, inputs if weights else None, gy)
     if not weights:
-        return FirstOrder(loss, None, units)
-    return FirstOrder(loss, Sum(filters, [u.gradients() for u in units], (gf.t() @ flat, gf.sum(0))), units)
+        return FirstOrder(loss, None, units, outputs)
+    gradient = Sum(filters, [u.gradients() for u in units], (gf.t() @ flat, gf.sum(0)))
+    return FirstOrder(loss, gradient, units, outputs)
 
 
 def _backward(
@@ -296,4 +299,5 @@ def penalty_tangents(engine: Engine, point: Weights, images: Tensor, pixelwise: 
     filters, _ = _tangent_backward(engine, point, None, units, inputs, dinputs, torch.zeros_like(dy), by_images=False)
     by_weight = dy.flatten(1).sum(0).expand_as(weight).clone()
     classifier = (by_weight, torch.zeros_like(point.classifier[1]))
-    return FirstOrder(penalty, Sum(filters, [u.tangent_gradients() for u in units], classifier), units)
+    outputs = F.linear(features.flatten(1), *point.classifier)
+    return FirstOrder(penalty, Sum(filters, [u.tangent_gradients() for u in units], classifier), units, outputs)

@@ -103,7 +103,7 @@ class Student:
         written = self.derivatives(theta)
         if written is None:
             return *self._autograd_gradient(theta.detach(), images.detach(), labels), None
-        loss, gradients, kept = written.gradient(self.split(theta), images, self._targets(labels, theta), keep=keep)
+        loss, gradients, kept, _ = written.gradient(self.split(theta), images, self._targets(labels, theta), keep=keep)
         return loss, _flat(gradients), kept
 
     def tangents(
