@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from dstill.data.real import RealSet, load_real
     from dstill.evaluating import evaluate
     from dstill.experts.trajectory import Trajectories
+    from dstill.planning import Plan, plan
     from dstill.recipes import load_recipe
+    from dstill.reproducing import reproduce
     from dstill.tuning import tune
     from dstill.unroll import Step, Student, Unrolled
 
@@ -28,6 +30,7 @@ __all__ = [
     "Comparison",
     "DistilledSet",
     "DstillError",
+    "Plan",
     "RealSet",
     "Recipe",
     "Result",
@@ -41,6 +44,8 @@ __all__ = [
     "evaluate",
     "load_real",
     "load_recipe",
+    "plan",
+    "reproduce",
     "run",
     "train_experts",
     "tune",
@@ -49,6 +54,7 @@ __all__ = [
 _HOME = {
     "Comparison": "comparing",
     "DistilledSet": "artifacts.distilled",
+    "Plan": "planning",
     "RealSet": "data.real",
     "Recipe": "config",
     "Result": "artifacts.result",
@@ -61,6 +67,8 @@ _HOME = {
     "evaluate": "evaluating",
     "load_real": "data.real",
     "load_recipe": "recipes",
+    "plan": "planning",
+    "reproduce": "reproducing",
     "run": "commands",
     "train_experts": "commands",
     "tune": "tuning",

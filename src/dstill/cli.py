@@ -6,16 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from dstill.errors import DstillError
-from dstill.options import Choice, Common, Data, Set, names, numbers
+from dstill.options import Choice, Common, Data, Set, assignments, names, numbers
 from dstill.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 app = App(
     name="dstill",
@@ -188,6 +185,51 @@ def evaluate(
 
 
 @app.command
+def plan(
+    source: str,
+    *,
+    choice: Choice = _CHOICE,
+    sets: int = 1,
+    nets: str | None = None,
+    networks: int | None = None,
+    whole: bool = False,
+    validate_every: int = 0,
+    data: Data = _DATA,
+    common: Common = _COMMON,
+) -> None:
+    """Say what `dstill run` with the same options would take: time, memory and disk, stage by stage.
+
+    Args:
+        source: see `dstill run`; data of a known name that are not embedded are not loaded for this.
+        sets: synthetic sets to distil and evaluate.
+        nets: evaluation networks, joined by commas.
+        networks: fresh networks a set (default: the protocol's).
+        whole: also train on the whole training set.
+        validate_every: measure on the validation part every so many iterations; 0 for never.
+        choice: which settings it takes.
+        data: how the real data are read.
+        common: where and how the command runs.
+    """
+    from dstill import planning, summary
+    from dstill.data.catalog import DATASETS
+
+    reporter = common.start()
+    known = source in DATASETS and DATASETS[source].hub and data == _DATA
+    summary.print_plan(
+        planning.plan(
+            source if known else data.load(source, common.seed),
+            sets=sets,
+            nets=names(nets),
+            networks=networks,
+            whole=whole,
+            validate_every=validate_every,
+            **choice.arguments(),
+            **common.arguments(reporter),
+        )
+    )
+
+
+@app.command
 def compare(
     source: str,
     *,
@@ -239,6 +281,52 @@ def compare(
         **common.arguments(reporter),
     )
     summary.print_comparison(comparison)
+
+
+@app.command
+def reproduce(
+    what: str,
+    *,
+    scale: Literal["smoke", "cpu", "paper"] = "smoke",
+    source: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    only: str | None = None,
+    plan: Annotated[bool, Parameter(name="--plan", negative="")] = False,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("results"),
+    runs: Path = Path("runs/reproduce"),
+    checkpoint_every: int = 25,
+    common: Common = _COMMON,
+) -> None:
+    """Work out a table or figure of the paper, ours beside the published figures. Interrupted, the same command continues.
+
+    Args:
+        what: table1 to table8, fig3 to fig11 (`dstill ls reproductions`).
+        scale: smoke: seconds on the digits; cpu: hours on a few cores; paper: as published.
+        source: NAME=SOURCE for data that are not to be taken from the hub, for example cifar10=data/cifar10-*.parquet.
+        only: names of rows to run, joined by commas; the others are shown if they are there.
+        plan: say what it would take if nothing were there yet, and stop.
+        out: folder of results.
+        runs: folder of run folders, shared by all reproductions.
+        checkpoint_every: store the state every so many iterations.
+        common: where and how the command runs.
+    """
+    from dstill import reproducing, summary
+
+    reporter = common.start()
+    if plan:
+        planned = reproducing.plan_reproduction(what, scale=scale, only=names(only), device=common.device, cache=common.cache)
+        summary.print_plan(planned)
+        return
+    folder = reproducing.reproduce(
+        what,
+        scale=scale,
+        sources=assignments(source, "--source"),
+        only=names(only),
+        out=out,
+        runs=runs,
+        checkpoint_every=checkpoint_every,
+        **common.arguments(reporter),
+    )
+    print(folder / "page.md")
 
 
 @app.command
@@ -294,7 +382,7 @@ def show(path: Path, *, png: Path | None = None) -> None:
 
 @app.command
 def ls(
-    kind: Literal["methods", "networks", "datasets", "recipes", "protocols"],
+    kind: Literal["methods", "networks", "datasets", "recipes", "protocols", "reproductions"],
     *,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -306,13 +394,7 @@ def ls(
     """
     from dstill import listing
 
-    rows = listing.rows(kind)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    width = max(len(row["name"]) for row in rows)
-    for row in rows:
-        print(f"{row['name']:<{width}}  {row['note']}".rstrip())
+    print(json.dumps(listing.rows(kind), indent=2) if as_json else "\n".join(listing.table(kind)))
 
 
 def main() -> None:

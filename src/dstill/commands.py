@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from dstill.artifacts import header as files
 from dstill.artifacts import pictures
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.result import Cost, Result
+from dstill.artifacts.run import EXPERTS_NAME, MAP_NAME, RESULT_NAME, SETTINGS_NAME
 from dstill.config import Recipe, canonical
 from dstill.console import Reporter, Silent
 from dstill.data.real import check_ipc, load_real
@@ -21,10 +23,11 @@ from dstill.devices import resolve_device, watching_memory
 from dstill.distillation import Cadence, run_method
 from dstill.engine import supports
 from dstill.errors import DstillError
-from dstill.evaluating import RESULT_NAME, evaluate
+from dstill.evaluating import evaluate
 from dstill.experts.trajectory import Trajectories
 from dstill.methods import method_info
 from dstill.methods.base import Problem
+from dstill.methods.initialisation import initialisation_map
 from dstill.methods.settings import MatchingConfig
 from dstill.preparation import (
     at_least_one,
@@ -161,6 +164,7 @@ def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Repor
         distilled = DistilledSet.load(finished)
     else:
         reporter.note(_how(problem))
+        _write_beginnings(out, problem)
         with watching_memory(problem.device) as peak_bytes:
             started = time.perf_counter()
             distilled = run_method(problem, folder, cadence=cadence, observer=_watch(reporter))
@@ -168,7 +172,7 @@ def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Repor
             seconds = sum(row["seconds"] for row in folder.metrics()) or time.perf_counter() - started
             Cost(seconds=seconds, peak_bytes=peak_bytes()).save(out)
         distilled.save(out)
-    settings = out / "recipe.yaml"
+    settings = out / SETTINGS_NAME
     if settings.exists():
         return distilled
     pictures.save_grid(distilled, out / "distilled.png")
@@ -180,6 +184,16 @@ def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Repor
     files.write_text(settings, recipes.dump(problem.recipe))  # last: it says that everything beside the set is there
     folder.finish()
     return distilled
+
+
+def _write_beginnings(out: Path, problem: Problem) -> None:
+    """What a report shows of where the run came from: its experts, and how its initial images were chosen."""
+    if problem.trajectories is None or (out / EXPERTS_NAME).exists():
+        return
+    settings = problem.recipe.distill
+    if isinstance(settings, MatchingConfig) and settings.initialisation.startswith("representative"):
+        files.write_text(out / MAP_NAME, json.dumps(initialisation_map(problem)) + "\n")
+    files.write_text(out / EXPERTS_NAME, json.dumps(problem.trajectories.curves()) + "\n")
 
 
 def _how(problem: Problem) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
-import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,18 @@ from pydantic import BaseModel, ConfigDict
 
 from dstill.artifacts.header import write_text
 from dstill.artifacts.result import Result
-from dstill.commands import run
-from dstill.config import Recipe, canonical
+from dstill.config import Recipe
 from dstill.console import Reporter, Silent
 from dstill.data.real import RealSet, load_real
 from dstill.devices import resolve_device
 from dstill.errors import DstillError
-from dstill.evaluating import RESULT_NAME
 from dstill.evaluation.protocols import load_protocol
 from dstill.methods import method_info
 from dstill.methods import methods as known_methods
 from dstill.preparation import resolve_recipe
-from dstill.workers import Workers, apart
+from dstill.running import refuse_import, run_apart
+from dstill.workers import Workers
 
-_REQUEST = "request.json"
 _KEYS = (
     *("method", "ipc", "labels", "accuracy", "std", "n", "over_random", "of_whole"),
     *("seconds", "peak_bytes", "stored_bytes", "reason"),
@@ -183,8 +179,7 @@ def compare(
 
     Each row's process imports the script that calls this: keep the call under `if __name__ == "__main__":`.
     """
-    if multiprocessing.parent_process() is not None:
-        raise DstillError('compare was called while a script was imported: put the call under if __name__ == "__main__":')
+    refuse_import("compare")
     reporter, where = reporter or Silent(), resolve_device(device)
     real = load_real(source)
     names = list(dict.fromkeys(methods)) or list(known_methods())
@@ -218,33 +213,8 @@ def _row(
     """Runs one method, or reads the result of a finished run with the same request."""
     try:
         recipe = resolve()
-        request = json.dumps({"recipe": canonical(recipe), "data": real.fingerprint, **options}, indent=1) + "\n"
-        stamp, finished = folder / _REQUEST, folder / RESULT_NAME
-        if finished.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == request:
-            reporter.note(f"{finished} is finished: reused")
-            return Row(method=method, ipc=ipc, result=Result.load(finished))
-        work = functools.partial(_run_apart, real, {"recipe": recipe, "out": folder, **options, **elsewhere})
-        result = apart(work, None, lambda _, told: getattr(reporter, told[0])(*told[1:]))
-        write_text(stamp, request)
-        return Row(method=method, ipc=ipc, result=result)
+        return Row(method=method, ipc=ipc, result=run_apart(real, recipe, folder, options, elsewhere, reporter))
     except Exception as error:  # whatever it is, it concerns this row alone
         reason = str(error) if isinstance(error, DstillError) else f"{type(error).__name__}: {error}"
         reporter.note(f"{method} failed: {reason}")
         return Row(method=method, ipc=ipc, result=None, reason=reason)
-
-
-class _Relay:
-    """Hands what a run reports to the process that started it."""
-
-    def __init__(self, report: Callable[[Any], None]) -> None:
-        self.report = report
-
-    def note(self, text: str) -> None:
-        self.report(("note", text))
-
-    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        self.report(("progress", stage, done, total, detail))
-
-
-def _run_apart(real: RealSet, arguments: dict[str, Any], _: None, report: Callable[[Any], None]) -> Result:
-    return run(real, reporter=_Relay(report), **arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
 
@@ -95,6 +95,14 @@ class TrainingConfig(Settings):
     """Real images a step."""
 
 
+class Passes(NamedTuple):
+    """How often a batch goes through a network: forward alone, forward and backward, or in second order."""
+
+    kind: Literal["forward", "gradient", "tangent"]
+    times: float
+    images: int
+
+
 class DistillConfig(Settings):
     """Base of the settings of a method, the section `distill` of its recipes."""
 
@@ -110,6 +118,10 @@ class DistillConfig(Settings):
             mirror: whether a mirrored image keeps its class.
         """
         return self
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        """About what one iteration costs, for `dstill plan`; nothing for methods that select."""
+        return []
 
     def smoke(self) -> Self:
         """These settings shrunk until a run takes seconds."""

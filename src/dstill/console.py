@@ -94,3 +94,18 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them.
+
+    Example:
+        >>> size(0), size(300_000), size(5 * 2**30)
+        ('–', '293 KiB', '5.0 GiB')
+    """
+    if not count:
+        return "–"
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1024:.0f} KiB"

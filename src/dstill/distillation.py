@@ -17,6 +17,8 @@ from dstill.methods.base import Method, Metrics, Problem
 from dstill.plugins import load_class
 from dstill.runs import RunFolder
 
+INITIAL_NAME = "initial.safetensors"
+
 _LONGEST_SECONDS = 60.0
 _CHEAP_SECONDS = 0.5
 _LARGEST_SHARE = 20.0  # seconds of work for a second of storing
@@ -83,6 +85,8 @@ def run_method(
     restored = folder.restore() if folder else None
     if restored is None:
         begin, state = 0, method.initialise(seeding.generator(problem.seed, "initialise"))
+        if folder and method.iterations():
+            method.result(state).save(folder.path / INITIAL_NAME)
     else:
         begin, state = restored[0], {name: tensor.to(problem.device) for name, tensor in restored[1].items()}
     total = method.iterations()

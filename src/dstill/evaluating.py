@@ -11,6 +11,7 @@ from typing import Any
 from dstill.artifacts import header as files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.result import ProtocolId, Result, Score
+from dstill.artifacts.run import RESULT_NAME
 from dstill.config import NetConfig, canonical
 from dstill.console import Reporter, Silent
 from dstill.data.real import RealSet, load_real
@@ -23,8 +24,6 @@ from dstill.nets import network_class
 from dstill.preparation import at_least_one, cache_folder
 from dstill.version import __version__
 from dstill.workers import Workers
-
-RESULT_NAME = "result.json"
 
 
 def evaluate(

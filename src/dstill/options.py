@@ -123,3 +123,16 @@ def numbers(text: str | None, option: str) -> list[int]:
         return [int(number) for number in names(text)]
     except ValueError as error:
         raise DstillError(f"{option} takes numbers joined by commas, got {text!r}") from error
+
+
+def assignments(texts: tuple[str, ...], option: str) -> dict[str, str]:
+    """NAME=VALUE as a mapping.
+
+    Raises:
+        DstillError: no equals sign; names the option.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for name, sign, value in pairs:
+        if not (name and sign and value):
+            raise DstillError(f"{option} takes NAME=VALUE, got {name + sign + value!r}")
+    return {name: value for name, _, value in pairs}

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dstill.artifacts import header as files
+from dstill.artifacts.run import METRICS_NAME
 from dstill.errors import DstillError
 
 _CHECKPOINT = "checkpoint"
@@ -35,7 +36,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DstillError(f"the folder {path} cannot be made ({error.strerror}): pass another -o") from error
-        self.metrics_path = path / "metrics.jsonl"
+        self.metrics_path = path / METRICS_NAME
         self.checkpoint_path = path / "checkpoint.safetensors"
         stamp = path / "settings.json"
         if stamp.exists():

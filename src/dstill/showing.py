@@ -7,8 +7,8 @@ from pathlib import Path
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.pictures import save_grid
 from dstill.artifacts.result import Result
+from dstill.artifacts.run import RESULT_NAME
 from dstill.errors import DstillError
-from dstill.evaluating import RESULT_NAME
 from dstill.experts.trajectory import Trajectories
 
 

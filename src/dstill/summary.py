@@ -9,7 +9,8 @@ from rich.table import Table
 
 from dstill.artifacts.result import Result
 from dstill.comparing import LEFT, Comparison
-from dstill.console import duration
+from dstill.console import duration, size
+from dstill.planning import Plan
 
 _PIPED = 140  # piped output has no width of its own, and a cut number would be a wrong one
 
@@ -26,6 +27,21 @@ def print_comparison(comparison: Comparison) -> None:
     if not console.is_terminal:
         console = Console(width=_PIPED)
     console.print(table)
+
+
+def print_plan(plan: Plan) -> None:
+    """The stages of a plan, their sum, and what stands against it."""
+    table = Table(title=plan.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("stage", "time", "memory", "disk", ""):
+        table.add_column(column, justify="right" if column in ("time", "memory", "disk") else "left")
+    for stage in plan.stages:
+        table.add_row(stage.name, duration(stage.seconds), size(stage.peak_bytes), size(stage.disk_bytes), stage.note)
+    table.add_section()
+    table.add_row("together", duration(plan.seconds), size(plan.peak_bytes), size(plan.disk_bytes), "")
+    console = Console()
+    console.print(table)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", markup=False)
 
 
 def print_result(result: Result) -> None:

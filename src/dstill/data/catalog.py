@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """Colour channels, side in pixels, classes, training images, test images."""
+
+    channels: int
+    side: int
+    classes: int
+    train: int
+    test: int
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,7 @@ class Entry:
         imagenet_ids: class indices in ILSVRC-1k order, for the ImageNet subsets.
         mirror: whether a mirrored image keeps its class; digits do not.
         note: one line for `dstill ls datasets`.
+        shape: what is known before anything is loaded.
     """
 
     hub: str
@@ -30,6 +42,7 @@ class Entry:
     imagenet_ids: tuple[int, ...] = ()
     mirror: bool = True
     note: str = ""
+    shape: Shape | None = None
 
 
 def _subset(*ids: int) -> Entry:
@@ -40,14 +53,30 @@ def _subset(*ids: int) -> Entry:
         fit="crop",
         imagenet_ids=ids,
         note="ten ImageNet classes at 128x128",
+        shape=Shape(3, 128, 10, 13_000, 500),  # about 1,300 a class
     )
 
 
 DATASETS: dict[str, Entry] = {
-    "digits": Entry("", mirror=False, note="1,797 digits of 8x8 grey pixels, embedded in scikit-learn: no network, no file"),
-    "cifar10": Entry("uoft-cs/cifar10", note="60,000 images of 32x32, 10 classes"),
-    "cifar100": Entry("uoft-cs/cifar100", label="fine_label", note="60,000 images of 32x32, 100 classes"),
-    "tiny-imagenet": Entry("zh-plus/tiny-imagenet", "valid", note="110,000 images of 64x64, 200 classes"),
+    "digits": Entry(
+        "",
+        mirror=False,
+        note="1,797 digits of 8x8 grey pixels, embedded in scikit-learn: no network, no file",
+        shape=Shape(1, 8, 10, 1_437, 360),
+    ),
+    "cifar10": Entry("uoft-cs/cifar10", note="60,000 images of 32x32, 10 classes", shape=Shape(3, 32, 10, 50_000, 10_000)),
+    "cifar100": Entry(
+        "uoft-cs/cifar100",
+        label="fine_label",
+        note="60,000 images of 32x32, 100 classes",
+        shape=Shape(3, 32, 100, 50_000, 10_000),
+    ),
+    "tiny-imagenet": Entry(
+        "zh-plus/tiny-imagenet",
+        "valid",
+        note="110,000 images of 64x64, 200 classes",
+        shape=Shape(3, 64, 200, 100_000, 10_000),
+    ),
     "mnist": Entry("ylecun/mnist", mirror=False, size=32, fit="pad", note="70,000 digits, 28x28 padded to 32x32"),
     "fashion-mnist": Entry("zalando-datasets/fashion_mnist", size=32, fit="pad", note="70,000 garments, 28x28 padded to 32x32"),
     "svhn": Entry("ufldl-stanford/svhn", config="cropped_digits", mirror=False, note="99,289 house numbers of 32x32"),

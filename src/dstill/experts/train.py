@@ -46,18 +46,25 @@ class ExpertTask:
 
     def identity(self) -> dict[str, Any]:
         """What the weights depend on. The number of experts, storage type and compilation are not part of it."""
-        return {
-            "data": self.real.fingerprint,
-            "preprocess": self.preprocess.kind,
-            "net": canonical(self.net, exclude_none=True),
-            "experts": canonical(self.config, exclude={"count", "store", "compile"}, exclude_none=True),
-            "augmentation": self.augmentation,
-            "seed": self.seed,
-        }
+        return expert_identity(self.real.fingerprint, self.preprocess.kind, self.net, self.config, self.augmentation, self.seed)
 
     def fingerprint(self) -> str:
         """Name of the folder that holds these experts: 16 hex digits of the identity's SHA-256."""
         return digest(self.identity())
+
+
+def expert_identity(
+    data: str, preprocess: str, net: NetConfig, config: ExpertConfig, augmentation: str, seed: int
+) -> dict[str, Any]:
+    """See `ExpertTask.identity`; `data` is the real set's fingerprint, `preprocess` the kind."""
+    return {
+        "data": data,
+        "preprocess": preprocess,
+        "net": canonical(net, exclude_none=True),
+        "experts": canonical(config, exclude={"count", "store", "compile"}, exclude_none=True),
+        "augmentation": augmentation,
+        "seed": seed,
+    }
 
 
 def optimiser(net: nn.Module, config: ExpertConfig) -> torch.optim.Optimizer:
@@ -131,7 +138,7 @@ def train_expert(
         batch_size=config.batch_size,
         optimiser=optimiser(net, config),
         generator=generator,
-        objective=_objective(net, config),
+        objective=expert_objective(net, config),
         augmentation=task.augmentation,
         schedule=lr_schedule(config),
         observer=observe,
@@ -141,7 +148,8 @@ def train_expert(
     return trajectory.to(getattr(torch, config.store)), record
 
 
-def _objective(net: nn.Module, config: ExpertConfig) -> Objective:
+def expert_objective(net: nn.Module, config: ExpertConfig) -> Objective:
+    """What an expert minimises, as the settings say."""
     objective = smooth_objective(
         net, config.clipped_loss, config.gradient_penalty, precision=config.precision, compiled=config.compile
     )
@@ -162,7 +170,7 @@ def expected_seconds(task: ExpertTask, device: torch.device) -> float:
     labels = real.train.labels[: config.batch_size].to(device)
     batch = Batch(images, images, labels, torch.arange(len(images)), 0)
     started = time.perf_counter()
-    _objective(net, config)(net, batch)
+    expert_objective(net, config)(net, batch)
     return (time.perf_counter() - started) * len(real.train.images) / len(images) * (config.epochs or 1)
 
 

@@ -88,6 +88,11 @@ class Trajectories:
         with files.opened(self.paths[expert], KIND) as (_, file):
             return file.get_slice("trajectory")[start:stop].to(torch.float32)
 
+    def curves(self) -> dict[str, list[list[float]]]:
+        """By epoch, a list an expert: `accuracy`, a diagnostic, and `step_lengths`, |θ_t - θ_{t+1}|²."""
+        records = [header["record"] for header in self.headers]
+        return {key: [record[key] for record in records] for key in ("accuracy", "step_lengths")}
+
     def summary(self) -> str:
         """One line an expert: accuracy and |θ_t - θ_{t+1}|² after its last epoch, and Avg_Var."""
         lines = [f"{self.folder}: {len(self)} expert(s), {self.epochs} epochs, {self.numel:,} parameters"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dstill import training
+from dstill import seeding, training
 from dstill.data.real import Split
 from dstill.errors import DstillError
 from dstill.methods.base import Problem
@@ -70,16 +72,47 @@ def representative_rows(problem: Problem, generator: torch.Generator, *, release
 
     The features are what enters the fully connected layer of a trained expert; the released code takes its logits instead.
     """
-    net = expert_network(problem)
-    real, ipc = problem.real, problem.recipe.ipc
+    net, real = expert_network(problem), problem.real
     chosen: list[Tensor] = []
     for rows in real.train.by_class(real.classes):
-        blocks = [problem.prepared(block) for block in rows.split(_BLOCK)]
-        described = torch.cat([net(block) if released else training.described(net, block) for block in blocks])
-        seed = int(torch.randint(2**31, (), generator=generator))
-        picks = nearest_to_centroids(described.cpu().numpy(), ipc, clusters(ipc, released=released), seed)
+        picks = _representatives(problem, _described(problem, net, rows, released=released), generator, released=released)
         chosen.append(rows[torch.from_numpy(picks)])
     return torch.cat(chosen)
+
+
+def _described(problem: Problem, net: nn.Module, rows: Tensor, *, released: bool) -> np.ndarray:
+    blocks = [problem.prepared(block) for block in rows.split(_BLOCK)]
+    return torch.cat([net(block) if released else training.described(net, block) for block in blocks]).cpu().numpy()
+
+
+def _representatives(problem: Problem, features: np.ndarray, generator: torch.Generator, *, released: bool) -> np.ndarray:
+    seed, ipc = int(torch.randint(2**31, (), generator=generator)), problem.recipe.ipc
+    return nearest_to_centroids(features, ipc, clusters(ipc, released=released), seed)
+
+
+@torch.no_grad()
+def initialisation_map(problem: Problem, classes: int = 3, points: int = 400) -> list[dict[str, Any]]:
+    """The first classes' features on their first two principal components, and which images were chosen (Fig. 10).
+
+    Args:
+        problem: as the run had it, so that the same images are found.
+        classes: how many classes.
+        points: how many images of a class besides the chosen ones.
+
+    Returns:
+        For each class its `name`, and `points`, `[[x, y], …]`, of the images and of the `chosen` ones.
+    """
+    from sklearn.decomposition import PCA
+
+    released = getattr(problem.recipe.distill, "initialisation", "") == "representative-released"
+    generator, net, real = seeding.generator(problem.seed, "initialise"), expert_network(problem), problem.real
+    found: list[dict[str, Any]] = []
+    for name, rows in zip(real.class_names[:classes], real.train.by_class(real.classes), strict=False):
+        features = _described(problem, net, rows, released=released)
+        picks = _representatives(problem, features, generator, released=released)
+        flat = PCA(2, random_state=0).fit_transform(features).round(3)
+        found.append({"name": name, "points": flat[:points].tolist(), "chosen": flat[picks].tolist()})
+    return found
 
 
 def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dstill.config import Count, DistillConfig, Form, NetConfig, Positive, TrainingConfig
+from dstill.config import Count, DistillConfig, Form, NetConfig, Passes, Positive, TrainingConfig
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -49,6 +50,10 @@ class InnerConfig(ImageConfig):
     batch_train: Count = 256
     """Synthetic images a step of its training."""
 
+    def training(self, images: int) -> Passes:
+        """One pass over a synthetic set of so many images."""
+        return Passes("gradient", math.ceil(images / self.batch_train), min(images, self.batch_train))
+
 
 class GradientMatchingConfig(InnerConfig):
     """Gradient matching (DC, DSA)."""
@@ -60,6 +65,13 @@ class GradientMatchingConfig(InnerConfig):
 
     def smoke(self) -> Self:
         return super().smoke().model_copy(update={"outer_steps": 2, "inner_epochs": 2})
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        outer, inner = self.loops(ipc)
+        real = Passes("gradient", outer * classes, self.batch_real)
+        synthetic = [Passes(kind, outer * classes, ipc) for kind in ("gradient", "tangent")]
+        training = self.training(ipc * classes)
+        return [real, *synthetic, training._replace(times=training.times * outer * inner)]
 
     def loops(self, ipc: int) -> tuple[int, int]:
         """(K_o, K_i). Published: (1, 1), (10, 50), (20, 25), (30, 20), (40, 15), (50, 10) for IPC 1, 10 ... 50.
@@ -76,6 +88,9 @@ class GradientMatchingConfig(InnerConfig):
 
 class DistributionMatchingConfig(ImageConfig):
     """Distribution matching (DM)."""
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        return [Passes("forward", classes, self.batch_real), Passes("gradient", classes, ipc)]
 
     iterations: Annotated[int, Field(ge=1)] = 20000
     """Updates, each with a network of its own."""
@@ -113,6 +128,14 @@ class CafeConfig(InnerConfig):
     halve_at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.6, 0.8, 0.9)
     """Shares of the iterations after which `lr_images` is halved."""
 
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        """With loops that end halfway between their shortest and their longest."""
+        outer, inner = ((self.window + most) / 2 for most in (self.max_outer, self.max_inner))
+        matching = [Passes("forward", outer * classes, self.batch_real), Passes("gradient", outer * classes, ipc)]
+        training = self.training(ipc * classes)
+        query = Passes("forward", outer * (inner + 1), self.batch_query * classes)
+        return [*matching, training._replace(times=training.times * outer * inner), query]
+
     def smoke(self) -> Self:
         return super().smoke().model_copy(update={"batch_query": 8, "window": 2, "max_outer": 3, "max_inner": 3})
 
@@ -148,6 +171,12 @@ class FrepoConfig(DistillConfig):
     def adapted(self, *, ipc: int, depth: int, mirror: bool) -> Self:
         net = self.net.model_copy(update={"depth": depth})
         return self.model_copy(update={"net": net, "flip": self.flip and mirror and ipc == 1})
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        images = ipc * classes * (2 if self.flip else 1)
+        learning = Passes("gradient", 1, images)
+        training = Passes("gradient", math.ceil(images / self.batch_train), min(images, self.batch_train))
+        return [Passes("forward", 1, self.batch_real), learning, training]
 
     def smoke(self) -> Self:
         small = {"iterations": 10, "batch_real": 64, "pool": 2, "max_age": 5, "net": self.net.model_copy(update={"width": 8})}
@@ -224,6 +253,10 @@ class MatchingConfig(DistillConfig):
         if self.student_steps < self.expert_epochs:
             raise ValueError(f"student_steps {self.student_steps} must be at least expert_epochs {self.expert_epochs}")
         return self
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        batch = min(self.batch_syn or ipc * classes, ipc * classes)
+        return [Passes(kind, self.student_steps, batch) for kind in ("gradient", "tangent")]
 
     def smoke(self) -> Self:
         small = {"iterations": 5, "student_steps": 6, "max_start_epoch": 2, "min_start_epoch": 0, "expert_epochs": 2}

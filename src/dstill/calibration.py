@@ -1,0 +1,122 @@
+"""How long a batch takes on this machine: what `dstill plan` reckons with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstill import nets
+from dstill.config import ExpertConfig, NetConfig, Passes
+from dstill.data.catalog import Shape
+from dstill.engine import derivatives_of
+from dstill.experts.train import expert_objective
+from dstill.training import Batch, cross_entropy_objective, fit, predictions
+from dstill.unroll import Student
+
+_PROBE_IMAGES = 32  # beyond this a batch's time grows as its size
+_PROBE_SECONDS = 0.2
+_PROBE_EPOCHS = 8
+
+
+class Clock:
+    """Seconds of one batch on this machine, measured once each.
+
+    Args:
+        shape: of the images.
+        device: where.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self._measured: dict[tuple[Any, ...], float] = {}
+
+    def passes(self, net: NetConfig, passes: Passes, precision: Any = "float32") -> float:
+        """Seconds of all of them, on all threads."""
+        probe = min(passes.images, _PROBE_IMAGES)
+        key = (passes.kind, probe, net.model_dump_json(), precision)
+
+        def make() -> Callable[[], Any]:
+            network = self._network(net)
+            images, labels = self._batch(probe)
+            match passes.kind:
+                case "forward":
+                    return lambda: predictions(network, images)
+                case "gradient":
+                    work = cross_entropy_objective(derivatives_of(network))
+                    return lambda: work(network, Batch(images, images, labels, torch.arange(probe), 0))
+            student = Student(network, precision=precision)
+            theta = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
+            keep = student.written
+            return lambda: student.tangents(theta, theta, images, labels, student.gradient(theta, images, labels, keep=keep)[2])
+
+        seconds = self._time(key, make)
+        if passes.kind == "tangent":  # the first order is counted by itself
+            seconds = max(0.0, seconds - self.passes(net, Passes("gradient", 1, probe)))
+        return seconds * passes.times * passes.images / probe
+
+    def training(self, net: NetConfig, images: int, augmentation: str, threads: int) -> float:
+        """Seconds of one step on a batch of `images`: augmentation, gradient, and the SGD update."""
+        probe = min(images, _PROBE_IMAGES)
+        key = ("training", probe, net.model_dump_json(), augmentation, threads)
+
+        def make() -> Callable[[], Any]:
+            network = self._network(net)
+            sgd = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
+            batch, labels = self._batch(probe)
+            generator = torch.Generator().manual_seed(0)
+            options: dict[str, Any] = {"batch_size": probe, "optimiser": sgd, "generator": generator}
+            return lambda: fit(network, batch, labels, epochs=_PROBE_EPOCHS, augmentation=augmentation, **options)
+
+        return self._time(key, make, threads) / _PROBE_EPOCHS * images / probe
+
+    def expert(self, net: NetConfig, config: ExpertConfig, threads: int) -> float:
+        """Seconds of one expert step on a batch of the experts' size, penalty included."""
+        probe = min(config.batch_size, _PROBE_IMAGES)
+        key = ("expert", probe, net.model_dump_json(), config.model_dump_json(), threads)
+
+        def make() -> Callable[[], Any]:
+            network = self._network(net)
+            work = expert_objective(network, config)
+            images, labels = self._batch(probe)
+            batch = Batch(images, images, labels, torch.arange(probe), config.planned_epochs)
+            return lambda: work(network, batch)
+
+        return self._time(key, make, threads) * config.batch_size / probe
+
+    def _network(self, net: NetConfig) -> torch.nn.Module:
+        shape, generator = self.shape, torch.Generator().manual_seed(0)
+        size = (shape.side, shape.side)
+        return nets.build(net, shape.channels, shape.classes, size, generator).to(self.device)
+
+    def _batch(self, count: int) -> tuple[Tensor, Tensor]:
+        shape, generator = self.shape, torch.Generator().manual_seed(0)
+        images = torch.randn(count, shape.channels, shape.side, shape.side, generator=generator)
+        return images.to(self.device), torch.randint(shape.classes, (count,), generator=generator).to(self.device)
+
+    def _time(self, key: tuple[Any, ...], make: Callable[[], Callable[[], Any]], threads: int | None = None) -> float:
+        """The shortest of a few repetitions, after one that warms up."""
+        if key in self._measured:
+            return self._measured[key]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            work, times = make(), list[float]()
+            work()
+            self._wait()
+            while sum(times) < _PROBE_SECONDS and len(times) < 20:
+                started = time.perf_counter()
+                work()
+                self._wait()
+                times.append(time.perf_counter() - started)
+        finally:
+            torch.set_num_threads(before)
+        self._measured[key] = min(times)
+        return self._measured[key]
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,1 @@
+"""What people look at: figures and pages made from the records of runs."""

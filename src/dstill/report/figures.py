@@ -1,0 +1,146 @@
+"""Figures of runs as matplotlib objects: those of the paper, for any number of runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+from dstill.artifacts.header import atomic
+from dstill.artifacts.run import RunRecord
+
+Records = Mapping[str, RunRecord]
+
+LABELS = {
+    "loss": "matching loss",
+    "alpha": "student learning rate α",
+    "validation_accuracy": "validation accuracy",
+    "inner_loss_first": "student's first loss",
+}
+# Distinct also for readers who do not tell red from green, and on light and dark ground.
+COLOURS = ("#2f6fde", "#e07b00", "#12936a", "#c23b80", "#7a5cd6", "#8a8a8a", "#b8860b", "#0f8fa8")
+
+
+def curves(records: Records, key: str, against: Literal["iterations", "seconds"] = "iterations") -> Figure:
+    """A column of the metrics over iterations or seconds, a line a run, thinner ones for its further sets (Figs. 6 to 8)."""
+    figure, (axes,) = _figure(1)
+    for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
+        for k, one in enumerate(record.sets):
+            curve = one.curves.get(key)
+            if curve is None:
+                continue
+            x: Sequence[float] = curve.iterations
+            if against == "seconds":
+                assert one.seconds is not None
+                x = [_at(one.seconds.iterations, one.seconds.values, iteration) for iteration in curve.iterations]
+            marker = "o" if len(x) <= 20 else None
+            width = 1.8 if k == 0 else 0.8
+            axes.plot(x, curve.values, color=colour, linewidth=width, marker=marker, markersize=3, label=None if k else name)
+    axes.set_xlabel("iteration" if against == "iterations" else "seconds of distilling")
+    axes.set_ylabel(LABELS.get(key, key))
+    _legend(axes, len(records))
+    return figure
+
+
+def _at(x: Sequence[float], y: Sequence[float], where: float) -> float:
+    """Linear interpolation."""
+    import numpy as np
+
+    return float(np.interp(where, x, y))
+
+
+def expert_curves(records: Records) -> Figure:
+    """|θ_t - θ_{t+1}|² and accuracy over the experts' epochs (Fig. 9)."""
+    figure, panels = _figure(2)
+    for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
+        if record.experts is None:
+            continue
+        epochs = range(1, len(record.experts.accuracy) + 1)
+        panels[0].plot(epochs, record.experts.step_lengths, color=colour, label=name)
+        panels[1].plot(epochs, record.experts.accuracy, color=colour, label=name)
+    for axes, label in zip(panels, ("squared step |θ$_t$ - θ$_{t+1}$|²", "expert accuracy"), strict=True):
+        axes.set_xlabel("expert epoch")
+        axes.set_ylabel(label)
+    panels[0].set_yscale("log")
+    _legend(panels[1], len(records))
+    return figure
+
+
+def inner_loss(records: Records) -> Figure:
+    """The student's loss at the start of a segment by its start epoch, of each run's first set (Fig. 3)."""
+    figure, (axes,) = _figure(1)
+    for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
+        if record.sets and record.sets[0].inner_loss:
+            points = record.sets[0].inner_loss
+            axes.plot(list(points), list(points.values()), color=colour, marker="o", markersize=3, label=name)
+    axes.set_xlabel("start epoch of the segment")
+    axes.set_ylabel("inner loss, as weighted")
+    _legend(axes, len(records))
+    return figure
+
+
+def initialisation(record: RunRecord) -> Figure:
+    """Real images of a few classes on their first two principal components, and those that were chosen (Fig. 10)."""
+    figure, panels = _figure(max(1, len(record.map)))
+    for axes, one in zip(panels, record.map, strict=False):
+        for key, style in (("points", {"s": 5, "alpha": 0.4}), ("chosen", {"s": 60, "marker": "*"})):
+            x, y = zip(*one[key], strict=True)
+            axes.scatter(x, y, color=COLOURS[0 if key == "points" else 1], label=key, **style)
+        axes.set_title(one["name"])
+        axes.set_xlabel("first component")
+    panels[0].set_ylabel("second component")
+    return figure
+
+
+def bars(values: Mapping[str, tuple[float, float]], label: str) -> Figure:
+    """Means with their standard deviations, a bar a name (Fig. 11)."""
+    figure, (axes,) = _figure(1, height=0.9 + 0.32 * max(len(values), 1))
+    means, spreads = [mean for mean, _ in values.values()], [spread for _, spread in values.values()]
+    axes.barh(list(values), means, xerr=spreads, color=COLOURS[0], height=0.6, capsize=3)
+    axes.invert_yaxis()
+    low = min((mean - spread for mean, spread in values.values()), default=0.0)
+    axes.set_xlim(left=max(0.0, low - 0.15 * max(means, default=1.0)))
+    axes.set_xlabel(label)
+    return figure
+
+
+def sheet(pictures: Mapping[str, Path], path: Path) -> None:
+    """Pictures under one another, each under its name (Figs. 4 and 5)."""
+    images = {name: Image.open(picture).convert("RGB") for name, picture in pictures.items()}
+    width = max(image.width for image in images.values())
+    canvas = Image.new("RGB", (width, sum(image.height + 18 for image in images.values())), "white")
+    draw, top = ImageDraw.Draw(canvas), 0
+    for name, image in images.items():
+        draw.text((3, top + 3), name, fill="black")
+        canvas.paste(image, (0, top + 18))
+        top += image.height + 18
+    with atomic(path) as temporary:
+        canvas.save(temporary, format="PNG")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, atomically."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _figure(panels: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.6 * panels if panels > 1 else 5.6, height), layout="constrained")
+    axes = [figure.add_subplot(1, panels, position + 1) for position in range(panels)]
+    for one in axes:
+        one.grid(alpha=0.25)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _colours(records: Records) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(records))]
+
+
+def _legend(axes: Axes, runs: int) -> None:
+    if runs > 1 and axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)

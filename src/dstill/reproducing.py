@@ -1,0 +1,304 @@
+"""The public function that works out a table or figure of the paper, at a scale that the user chooses."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstill import yamls
+from dstill.artifacts.distilled import DistilledSet
+from dstill.artifacts.header import write_text
+from dstill.artifacts.run import RunRecord
+from dstill.calibration import Clock
+from dstill.config import Recipe, canonical, digest
+from dstill.console import Reporter, Silent, duration
+from dstill.data.catalog import DATASETS, Shape
+from dstill.data.real import RealSet, load_real
+from dstill.devices import processor, resolve_device
+from dstill.errors import DstillError, suggest
+from dstill.evaluation.following import accumulated_error
+from dstill.experts.trajectory import Trajectories
+from dstill.planning import Given, Plan, plan_run, recipe_for, shape_of, together
+from dstill.preparation import cache_folder, resolve_recipe
+from dstill.reproductions import Case, Reproduction, Row, Scale, ScaleName, load_reproduction
+from dstill.reproductions.table import Entry, page
+from dstill.running import refuse_import, request, run_apart
+from dstill.version import __version__
+from dstill.workers import Workers, cores
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A row of a case, resolved."""
+
+    row: Row
+    case: Case
+    recipe: Recipe
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.name}-{self.case.name}"
+
+
+def reproduce(
+    what: str,
+    *,
+    scale: ScaleName = "smoke",
+    sources: Mapping[str, Any] | None = None,
+    only: Sequence[str] = (),
+    out: str | Path = "results",
+    runs: str | Path = "runs/reproduce",
+    seed: int = 0,
+    device: str = "auto",
+    cache: str | Path | None = None,
+    workers: Workers = 1,
+    checkpoint_every: int = 25,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Runs what a table or figure of the paper needs, and writes ours beside the published figures.
+
+    Every row is an ordinary `run` in a process of its own. Rows that any reproduction has finished with the same settings
+    are read, experts are shared, and an interrupted call continues where it stopped.
+
+    Args:
+        what: `table1` … `table8`, `fig3` … `fig11`.
+        scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `paper`, as published.
+        sources: by data set name, what `load_real` takes instead of the name.
+        only: names of rows to run; the others are shown if they are there, else as pending.
+        out: results go to `<out>/<what>/<scale>`: settings, a JSON file a row, figures, and `page.md`.
+        runs: folder of run folders, shared by all reproductions.
+        seed: decides everything random.
+        device: auto, cpu, cuda or mps.
+        cache: folder that keeps experts for every run.
+        workers: processes that train experts and networks at once.
+        checkpoint_every: store the state every so many iterations; 0 for never.
+        reporter: receives progress.
+
+    Returns:
+        The results folder. A row that fails keeps its reason there; the others go on.
+
+    Raises:
+        DstillError: an unknown name of a reproduction, a row or a data set.
+    """
+    refuse_import("reproduce")
+    reporter, where = reporter or Silent(), resolve_device(device)
+    reproduction, settings, rows = _chosen(what, scale, only)
+    reals = {case.data: load_real((sources or {}).get(case.data, case.data)) for case in settings.cases}
+    jobs = [
+        _Job(row, case, recipe, _options(settings, reproduction, recipe, seed))
+        for case in settings.cases
+        for row in rows
+        for recipe in [_recipe(settings, row, case, reals[case.data], where)]
+    ]
+    folder = Path(out) / what / scale
+    write_text(folder / "reproduction.yaml", yamls.dump(canonical(reproduction)))
+    planned = _planned(jobs, reals, folder, where, cache_folder(cache), what)
+    reporter.note(f"{what}, {scale}: about {duration(planned.seconds)} for {len(planned.stages)} of {len(jobs)} run(s)")
+    elsewhere = {"device": device, "cache": cache, "workers": workers, "checkpoint_every": checkpoint_every}
+    for job in jobs:
+        if _finished(folder, job, reals[job.case.data]) is None:
+            reporter.note(f"{what}: {job.row.title}, {job.case}")
+            _work(job, reals[job.case.data], folder, Path(runs), elsewhere, reporter, reproduction)
+            _write_page(what, reproduction, scale, folder)
+    _write_page(what, reproduction, scale, folder)
+    return folder
+
+
+def plan_reproduction(
+    what: str,
+    *,
+    scale: ScaleName = "smoke",
+    only: Sequence[str] = (),
+    device: str = "auto",
+    cache: str | Path | None = None,
+) -> Plan:
+    """What a reproduction takes on this machine if nothing of it is there yet, from a calibration of some seconds.
+
+    Nothing is loaded: the shapes of the data are those of their published versions.
+
+    Raises:
+        DstillError: an unknown name of a reproduction or a row.
+    """
+    where = resolve_device(device)
+    reproduction, settings, rows = _chosen(what, scale, only)
+    plans, clocks = list[Plan](), dict[Shape, Clock]()
+    for case in settings.cases:
+        shape = DATASETS[case.data].shape
+        assert shape is not None
+        given = Given(shape, None, where, cache_folder(cache), cores() if where.type == "cpu" else 1)
+        clock = clocks.setdefault(shape, Clock(shape, where))
+        for row in rows:
+            resolved = recipe_for(case.data, shape, settings.recipe, row.method, case.ipc, [], where)
+            recipe = _changed(resolved, settings, row)
+            plans.append(_plan_job(_Job(row, case, recipe, _options(settings, reproduction, recipe, 0)), given, clock))
+    return together(plans, f"{what} at scale {scale}")
+
+
+def _chosen(what: str, scale: ScaleName, only: Sequence[str]) -> tuple[Reproduction, Scale, list[Row]]:
+    reproduction = load_reproduction(what)
+    rows = reproduction.rows_at(scale)
+    for name in only:
+        if name not in {row.name for row in rows}:
+            raise DstillError(f"{what} has no row {name!r} at scale {scale}; {suggest(name, [row.name for row in rows])}")
+    return reproduction, reproduction.scales[scale], [row for row in rows if not only or row.name in only]
+
+
+def _recipe(settings: Scale, row: Row, case: Case, real: RealSet, device: torch.device) -> Recipe:
+    resolved = resolve_recipe(real, settings.recipe, row.method, case.ipc, None, [], device, Silent())
+    return _changed(resolved, settings, row)
+
+
+def _changed(recipe: Recipe, settings: Scale, row: Row) -> Recipe:
+    """The scale's changes, as far as the method knows what they change, then the row's own, then those of the row here."""
+    from dstill import recipes
+
+    shared = [change for change in settings.changes if _applies(change, recipe)]
+    own = [change for change in row.changes if _applies(change, recipe)]
+    return recipes.changed(recipe, [*shared, *own, *settings.row_changes.get(row.name, [])], f"row {row.name}")
+
+
+def _applies(change: str, recipe: Recipe) -> bool:
+    section, _, key = change.partition("=")[0].partition(".")
+    if section == "experts":
+        return recipe.experts is not None
+    if section == "distill":
+        return bool(recipe.distill.iterations) and key in type(recipe.distill).model_fields
+    return True
+
+
+def _options(settings: Scale, reproduction: Reproduction, recipe: Recipe, seed: int) -> dict[str, Any]:
+    every = max(1, recipe.distill.iterations // settings.looks) if settings.looks and recipe.distill.iterations else 0
+    nets = [recipe.net.name, *(net for net in reproduction.nets if net != recipe.net.name)] if reproduction.nets else []
+    networks, sets = settings.networks, settings.sets
+    return {"sets": sets, "networks": networks, "nets": nets, "whole": False, "seed": seed, "validate_every": every}
+
+
+def _planned(
+    jobs: Sequence[_Job], reals: Mapping[str, RealSet], folder: Path, device: torch.device, cache: Path, what: str
+) -> Plan:
+    plans, clocks = list[Plan](), dict[Shape, Clock]()
+    for job in jobs:
+        real = reals[job.case.data]
+        if _finished(folder, job, real) is None:
+            shape = shape_of(real)
+            given = Given(shape, real, device, cache, cores() if device.type == "cpu" else 1)
+            plans.append(_plan_job(job, given, clocks.setdefault(shape, Clock(shape, device))))
+    return together(plans, what)
+
+
+def _plan_job(job: _Job, given: Given, clock: Clock) -> Plan:
+    made = plan_run(job.recipe, given, clock, **job.options)
+    return made.model_copy(update={"title": f"{job.row.title}, {job.case}"})
+
+
+def _work(
+    job: _Job,
+    real: RealSet,
+    folder: Path,
+    runs: Path,
+    elsewhere: dict[str, Any],
+    reporter: Reporter,
+    reproduction: Reproduction,
+) -> None:
+    asked = request(real, job.recipe, job.options)
+    run, reason = runs / f"{job.case.name}-{job.recipe.method}-{digest(asked)}", ""
+    try:
+        run_apart(real, job.recipe, run, job.options, elsewhere, reporter)
+    except Exception as error:  # whatever it is, it concerns this row alone
+        reason = str(error) if isinstance(error, DstillError) else f"{type(error).__name__}: {error}"
+        reporter.note(f"{job.row.name} failed: {reason}")
+    first, following = run / "set-0", list[float]()
+    if not reason and "accumulated_error" in reproduction.measures:
+        named = json.loads((first / "settings.json").read_text(encoding="utf-8"))["experts"]
+        trajectories = Trajectories(cache_folder(elsewhere["cache"]) / "experts" / named, job.recipe.expert_config.count)
+        following = accumulated_error(DistilledSet.load(first), trajectories, 0, resolve_device(elsewhere["device"]))
+    picture = f"{job.name}.png" if (first / "distilled.png").exists() else ""
+    entry = Entry(
+        row=job.row.name,
+        case=job.case.name,
+        request=asked,
+        record=RunRecord.read(run, reason),
+        following=tuple(following),
+        picture=picture,
+        environment=_environment(),
+    )
+    write_text(folder / f"{job.name}.json", entry.model_dump_json(indent=1) + "\n")
+    if picture:
+        shutil.copyfile(first / "distilled.png", folder / picture)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "dstill": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": f"{processor()}, {cores()} core(s)",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _finished(folder: Path, job: _Job, real: RealSet) -> Entry | None:
+    """The row's file, if it was made by the same request. A row that failed is tried again unless it collapsed."""
+    path = folder / f"{job.name}.json"
+    if not path.exists():
+        return None
+    entry = Entry.model_validate_json(path.read_text(encoding="utf-8"))
+    same = entry.request == json.loads(json.dumps(request(real, job.recipe, job.options)))
+    return entry if same and (entry.record.result or "collapsed" in entry.record.reason) else None
+
+
+def _write_page(what: str, reproduction: Reproduction, scale: ScaleName, folder: Path) -> None:
+    """The page and the figure of whatever rows are there."""
+    rows, cases = reproduction.rows_at(scale), reproduction.scales[scale].cases
+    entries = {}
+    for case in cases:
+        for row in rows:
+            path = folder / f"{row.name}-{case.name}.json"
+            if path.exists():
+                entries[row.name, case.name] = Entry.model_validate_json(path.read_text(encoding="utf-8"))
+    drawn = [_draw(reproduction, case, rows, entries, folder) for case in cases] if reproduction.figure else []
+    text = page(what, reproduction, scale, entries, [name for names in drawn for name in names])
+    write_text(folder / "page.md", text)
+
+
+def _draw(
+    reproduction: Reproduction, case: Case, rows: Sequence[Row], entries: Mapping[tuple[str, str], Entry], folder: Path
+) -> list[str]:
+    """Draws the figure of one case; the names of the files."""
+    from dstill.report import figures
+
+    there = [(row.title, entries[row.name, case.name]) for row in rows if (row.name, case.name) in entries]
+    records = {title: entry.record for title, entry in there}
+    stem = f"figure-{case.name}"
+    if not there:
+        return []
+    match reproduction.figure:
+        case "images":
+            pictures = {title: folder / entry.picture for title, entry in there if entry.picture}
+            if not pictures:
+                return []
+            figures.sheet(pictures, folder / f"{stem}.png")
+        case "bars":
+            scores = {name: record.result.accuracy for name, record in records.items() if record.result}
+            values = {name: (100 * score.mean, 100 * score.std) for name, score in scores.items()}
+            figures.save(figures.bars(values, "accuracy %"), folder / f"{stem}.png")
+        case "experts":
+            figures.save(figures.expert_curves(records), folder / f"{stem}.png")
+        case "inner_loss":
+            figures.save(figures.inner_loss(records), folder / f"{stem}.png")
+        case "initialisation":
+            figures.save(figures.initialisation(next(iter(records.values()))), folder / f"{stem}.png")
+        case str(key):
+            figures.save(figures.curves(records, key), folder / f"{stem}.png")
+            if key == "validation_accuracy":
+                figures.save(figures.curves(records, key, "seconds"), folder / f"{stem}-seconds.png")
+                return [f"{stem}.png", f"{stem}-seconds.png"]
+    return [f"{stem}.png"]
