@@ -93,7 +93,7 @@ def reproduce(
     reproduction, settings, rows = _chosen(what, scale, only)
     reals = {case.data: load_real((sources or {}).get(case.data, case.data)) for case in settings.cases}
     jobs = [
-        _Job(row, case, recipe, _options(settings, reproduction, recipe, seed))
+        _Job(row, case, recipe, _options(settings, recipe, seed))
         for case in settings.cases
         for row in rows
         for recipe in [_recipe(settings, row, case, reals[case.data], where)]
@@ -128,7 +128,7 @@ def plan_reproduction(
         DstillError: an unknown name of a reproduction or a row.
     """
     where = resolve_device(device)
-    reproduction, settings, rows = _chosen(what, scale, only)
+    _, settings, rows = _chosen(what, scale, only)
     plans, clocks = list[Plan](), dict[Shape, Clock]()
     for case in settings.cases:
         shape = DATASETS[case.data].shape
@@ -138,7 +138,7 @@ def plan_reproduction(
         for row in rows:
             resolved = recipe_for(case.data, shape, settings.recipe, row.method, case.ipc, [], where)
             recipe = _changed(resolved, settings, row)
-            plans.append(_plan_job(_Job(row, case, recipe, _options(settings, reproduction, recipe, 0)), given, clock))
+            plans.append(_plan_job(_Job(row, case, recipe, _options(settings, recipe, 0)), given, clock))
     return together(plans, f"{what} at scale {scale}")
 
 
@@ -174,11 +174,10 @@ def _applies(change: str, recipe: Recipe) -> bool:
     return True
 
 
-def _options(settings: Scale, reproduction: Reproduction, recipe: Recipe, seed: int) -> dict[str, Any]:
+def _options(settings: Scale, recipe: Recipe, seed: int) -> dict[str, Any]:
     every = max(1, recipe.distill.iterations // settings.looks) if settings.looks and recipe.distill.iterations else 0
-    nets = [recipe.net.name, *(net for net in reproduction.nets if net != recipe.net.name)] if reproduction.nets else []
     networks, sets = settings.networks, settings.sets
-    return {"sets": sets, "networks": networks, "nets": nets, "whole": False, "seed": seed, "validate_every": every}
+    return {"sets": sets, "networks": networks, "nets": settings.nets, "whole": False, "seed": seed, "validate_every": every}
 
 
 def _planned(
@@ -209,7 +208,9 @@ def _work(
     reproduction: Reproduction,
 ) -> None:
     asked = request(real, job.recipe, job.options)
-    run, reason = runs / f"{job.case.name}-{job.recipe.method}-{digest(asked)}", ""
+    # What only decides how sets are judged, and how many there are, has no part in the name: sets are not distilled twice.
+    distilled = {key: value for key, value in asked.items() if key not in ("sets", "networks", "nets", "whole")}
+    run, reason = runs / f"{job.case.name}-{job.recipe.method}-{digest(distilled)}", ""
     try:
         run_apart(real, job.recipe, run, job.options, elsewhere, reporter)
     except Exception as error:  # whatever it is, it concerns this row alone
@@ -225,7 +226,7 @@ def _work(
         row=job.row.name,
         case=job.case.name,
         request=asked,
-        record=RunRecord.read(run, reason),
+        record=RunRecord.read(run, job.options["sets"], reason),
         following=tuple(following),
         picture=picture,
         environment=_environment(),

@@ -123,13 +123,13 @@ class RunRecord(_Record):
     map: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def read(cls, folder: Path, reason: str = "") -> RunRecord:
-        """Whatever the run folder holds, or the folder of a single set.
+    def read(cls, folder: Path, most: int | None = None, reason: str = "") -> RunRecord:
+        """Whatever the run folder holds of its first `most` sets, or the folder of a single set.
 
         Raises:
             DstillError: a file is damaged.
         """
-        sets = sorted(folder.glob("set-*"), key=lambda path: int(path.name.split("-")[1])) or [folder]
+        sets = sorted(folder.glob("set-*"), key=lambda path: int(path.name.split("-")[1]))[:most] or [folder]
         first, finished = sets[0], folder / RESULT_NAME
         settings, experts, chosen = (first / name for name in (SETTINGS_NAME, EXPERTS_NAME, MAP_NAME))
         metrics = [rows for one in sets if (rows := _rows(one / METRICS_NAME))]

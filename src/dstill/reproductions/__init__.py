@@ -65,6 +65,8 @@ class Scale(Settings):
     """Distilled sets a row; all rows see the same seeds, so that differences are paired."""
     networks: Count | None = None
     """Networks a set; left out: the protocol's."""
+    nets: list[str] = Field(default_factory=list)
+    """Evaluation networks, with a column each; the first gives `accuracy`. Left out: the recipe's own."""
     looks: Annotated[int, Field(ge=0)] = 0
     """How often a run is measured on the validation part."""
     remark: str = ""
@@ -95,8 +97,6 @@ class Reproduction(Settings):
     """Where in the paper."""
     measures: Annotated[list[Measure], Field(min_length=1)]
     """Columns of the table."""
-    nets: list[str] = Field(default_factory=list)
-    """Evaluation networks; the first gives `accuracy`. Left out: the recipe's own."""
     figure: FigureName | None = None
     """What is drawn, if anything."""
     scales: dict[ScaleName, Scale]

@@ -106,16 +106,18 @@ def paired_difference(entry: Entry, first: Entry) -> str:
     return f"{statistics.fmean(gains):+.1f}{error} (n = {len(gains)})"
 
 
-def table(reproduction: Reproduction, rows: Sequence[Row], case: Case, entries: Entries) -> list[list[str]]:
+def table(
+    measures: Sequence[Measure], nets: Sequence[str], rows: Sequence[Row], case: Case, entries: Entries
+) -> list[list[str]]:
     """Heading and rows of one case; published figures of other cases where the paper has none for this one."""
     published = {row.name: _published(row, case) for row in rows}
     columns: list[tuple[str, Measure | str, bool]] = []
-    for measure in reproduction.measures:
+    for measure in measures:
         columns.append((HEADINGS[measure], measure, False))
         where = next((w for w, values in published.values() if measure in values), None)
         if where is not None:
             columns.append((f"published{'' if where == case.name else f' ({where})'}", measure, True))
-    for net in reproduction.nets:
+    for net in nets:
         columns += [(net, net, False)]
         if any(net in values for _, values in published.values()):
             columns += [(f"{net}, published", net, True)]
@@ -129,7 +131,7 @@ def table(reproduction: Reproduction, rows: Sequence[Row], case: Case, entries: 
                 texts.append("–" if value is None else f"{value:g}")
             elif entry is None:
                 texts.append("pending")
-            elif key in reproduction.nets:
+            elif key in nets:
                 score = entry.record.result.nets.get(key) if entry.record.result else None
                 texts.append(f"{100 * score.mean:.1f} ± {100 * score.std:.1f}" if score else "–")
             else:
@@ -150,7 +152,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in ruled) + "\n"
 
 
-def verdict(reproduction: Reproduction, rows: Sequence[Row], case: Case, entries: Entries) -> str:
+def verdict(rows: Sequence[Row], case: Case, entries: Entries) -> str:
     """A sentence on how ours and the published accuracies compare; empty where nothing can be compared."""
     pairs = []
     for row in rows:
@@ -194,7 +196,8 @@ def page(what: str, reproduction: Reproduction, scale: ScaleName, entries: Entri
     parts = [f"# {reproduction.paper}: {reproduction.title}", f"Scale `{scale}`: {settings.says}. {settings.remark}".rstrip()]
     for case in settings.cases:
         parts += [f"## {case}"] if len(settings.cases) > 1 else []
-        parts += [markdown(table(reproduction, rows, case, entries)), verdict(reproduction, rows, case, entries)]
+        parts += [markdown(table(reproduction.measures, settings.nets, rows, case, entries))]
+        parts += [verdict(rows, case, entries)] if scale != "smoke" else []
     failed = [(entry.row, entry.record.reason) for entry in entries.values() if entry.record.reason]
     parts += ["\n".join(f"- `{row}`: {reason}" for row, reason in failed)]
     parts += [f"![{reproduction.title}]({figure})" for figure in figures]

@@ -1,0 +1,64 @@
+"""Every table and figure, worked out at smoke scale on the digits: pages, pictures, and nothing done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+import dstill
+from dstill.reproductions import load_reproduction, reproduction_names
+from dstill.reproductions.table import Entry
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        pass
+
+
+def test_every_reproduction_runs_at_smoke_scale(tmp_path: Path) -> None:
+    where = {"out": tmp_path / "results", "runs": tmp_path / "runs", "cache": tmp_path / "cache"}
+    for what in reproduction_names():
+        reproduction = load_reproduction(what)
+        folder = dstill.reproduce(what, **where)
+        page = (folder / "page.md").read_text()
+        for row in reproduction.rows_at("smoke"):
+            entry = Entry.model_validate_json((folder / f"{row.name}-digits-ipc1.json").read_text())
+            assert entry.record.result is not None, (what, row.name, entry.record.reason)
+            assert f"| {row.title} |" in page
+            assert (folder / entry.picture).exists()
+        assert "pending" not in page
+        figures = sorted(folder.glob("figure-*.png"))
+        assert bool(figures) == (reproduction.figure is not None), what
+        for figure in figures:
+            assert f"({figure.name})" in page
+            with Image.open(figure) as image:
+                assert min(image.size) > 50
+    distilled = {path.parent.name for path in where["runs"].glob("*/set-0/distilled.safetensors")}
+    rows = sum(len(load_reproduction(what).rows_at("smoke")) for what in reproduction_names())
+    assert len(distilled) < rows, "tables that ask for the same run share it"
+
+    notes = Notes()
+    dstill.reproduce("table2", reporter=notes, **where)
+    assert notes.notes == ["table2, smoke: about 0 s for 0 of 3 run(s)"], "what is finished is not run again"
+
+
+def test_a_changed_file_is_run_again_and_a_failed_row_keeps_its_reason(tmp_path: Path) -> None:
+    where = {"out": tmp_path / "results", "runs": tmp_path / "runs", "cache": tmp_path / "cache", "only": ["random"]}
+    folder = dstill.reproduce("table3", **where)
+    path = folder / "random-digits-ipc1.json"
+    stored = json.loads(path.read_text())
+    stored["request"]["seed"] = 5
+    path.write_text(json.dumps(stored))
+    notes = Notes()
+    dstill.reproduce("table3", reporter=notes, **where)
+    assert "about" in notes.notes[0] and "for 1 of 1 run(s)" in notes.notes[0]
+    page = (folder / "page.md").read_text()
+    assert page.count("pending") == len(load_reproduction("table3").rows) - 1

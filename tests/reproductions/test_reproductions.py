@@ -1,0 +1,159 @@
+"""Every table and figure resolves at every scale, and tables say what their runs recorded."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from dstill import DstillError
+from dstill.artifacts.result import Cost, ProtocolId, Result, Score
+from dstill.artifacts.run import Curve, ExpertCurves, RunRecord, SetRecord
+from dstill.calibration import Clock
+from dstill.data.catalog import DATASETS
+from dstill.methods import methods
+from dstill.reproducing import plan_reproduction
+from dstill.reproductions import Case, Row, ScaleName, load_reproduction, reproduction_names
+from dstill.reproductions.table import Entry, cell, markdown, paired_difference, seconds, table, verdict
+
+SCALES: tuple[ScaleName, ...] = ("smoke", "cpu", "paper")
+NAMES = [*(f"table{k}" for k in range(1, 9)), *(f"fig{k}" for k in range(3, 12))]
+
+
+def test_all_tables_and_figures_are_there() -> None:
+    assert reproduction_names() == NAMES
+    with pytest.raises(DstillError, match="table3"):
+        load_reproduction("tabel3")
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_a_file_names_what_exists(what: str) -> None:
+    reproduction = load_reproduction(what)
+    names = [row.name for row in reproduction.rows]
+    assert len(set(names)) == len(names)
+    assert set(reproduction.scales) == set(SCALES)
+    assert {row.method for row in reproduction.rows} <= set(methods())
+    for scale in reproduction.scales.values():
+        assert {*scale.rows, *scale.row_changes} <= set(names)
+        assert {case.data for case in scale.cases} <= set(DATASETS)
+    at_paper_scale = {case.name for case in reproduction.scales["paper"].cases}
+    assert {case for row in reproduction.rows for case in row.published} <= at_paper_scale
+
+
+@pytest.mark.parametrize("what", NAMES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_can_be_planned(what: str, scale: ScaleName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
+    reproduction = load_reproduction(what)
+    plan = plan_reproduction(what, scale=scale, device="cpu", cache=tmp_path)
+    assert len(plan.stages) == len(reproduction.rows_at(scale)) * len(reproduction.scales[scale].cases)
+    assert 0 < plan.seconds < math.inf
+
+
+def test_rows_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
+    plan = plan_reproduction("table3", only=["mtt", "random"], device="cpu", cache=tmp_path)
+    assert [stage.name for stage in plan.stages] == ["Random, digits, IPC 1", "MTT, digits, IPC 1"]
+    with pytest.raises(DstillError, match="no row 'mt'"):
+        plan_reproduction("table3", only=["mt"], device="cpu", cache=tmp_path)
+
+
+def entry(
+    row: str,
+    by_set: list[list[float]],
+    *,
+    reason: str = "",
+    iterations: int = 10,
+    steps: int = 30,
+    following: tuple[float, ...] = (),
+) -> Entry:
+    score = Score.of(by_set) if by_set else None
+    result = score and Result(
+        method="mtt",
+        data="cifar100",
+        data_fingerprint="0",
+        ipc=10,
+        sets=len(by_set),
+        protocol=ProtocolId(name="ast", version=1),
+        measured_on="test",
+        accuracy=score,
+        random=None,
+        whole=None,
+        nets={"convnet": score, "vgg11": Score.of([[0.2, 0.4]])},
+        alpha=0.01,
+        stored_bytes=1,
+        seconds=1,
+        stages={},
+        dstill="0",
+    )
+    curve = Curve(iterations=(1, 2), values=(0.01, 0.02))
+    record = RunRecord(
+        recipe={"distill": {"student_steps": steps}},
+        result=result,
+        reason=reason,
+        experts=ExpertCurves(count=3, accuracy=(0.2, 0.5), step_lengths=(3.0, 1.0)),
+        sets=(SetRecord(curves={"alpha": curve}, seconds=curve, inner_loss={0: 1.0}, iterations=iterations, skipped=0),),
+        cost=Cost(seconds=25.0, peak_bytes=3 * 2**20),
+    )
+    return Entry(row=row, case="cifar100-ipc10", request={}, record=record, following=following)
+
+
+def test_cells_are_what_the_run_recorded() -> None:
+    one = entry("a", [[0.3, 0.5]], following=(0.1, 0.4))
+    assert cell("accuracy", one, one) == "40.0 ± 14.1 (n = 2)"
+    assert cell("expert_accuracy", one, one) == "50.0 (3 experts)"
+    assert cell("avg_var", one, one) == "2"
+    assert cell("accumulated_error", one, one) == "0.4"
+    assert cell("alpha", one, one) == "0.01 → 0.02"
+    assert cell("collapsed", one, one) == "no"
+    assert cell("seconds", one, one) == "2.50"
+    assert cell("peak", one, one) == "3"
+    assert cell("difference", one, one) == "–", "the first row differs from itself by nothing"
+    lost = entry("b", [], reason="the run collapsed at iteration 7 (loss nan)", iterations=7)
+    assert cell("accuracy", lost, one) == "–"
+    assert cell("collapsed", lost, one) == "after 7 iterations"
+
+
+def test_differences_are_paired_by_set() -> None:
+    first, other = entry("a", [[0.30, 0.32], [0.50, 0.52]]), entry("b", [[0.34, 0.34], [0.53, 0.55]])
+    # Gains of 3 and 3 points: the sets differ by 20 points, the gains by nothing.
+    assert paired_difference(other, first) == "+3.0 ± 0.0 (n = 2)"
+    assert paired_difference(entry("b", [[0.35, 0.35], [0.50, 0.52]]), first) == "+2.0 ± 2.0 (n = 2)"
+
+
+def test_fewer_steps_are_scaled_to_those_of_the_first_row() -> None:
+    assert seconds(entry("b", [[0.3]], steps=3), entry("a", [[0.3]], steps=30)) == pytest.approx(25.0)
+
+
+def test_a_table_sets_ours_beside_the_published_ones_and_names_what_is_pending() -> None:
+    rows = [
+        Row(name="a", title="A", method="mtt", published={"cifar100-ipc10": {"accuracy": 39.7}}),
+        Row(name="b", title="B", method="mtt"),
+    ]
+    entries = {("a", "cifar100-ipc10"): entry("a", [[0.3, 0.5]])}
+    lines = table(["accuracy"], ["vgg11"], rows, Case(data="cifar100", ipc=10), entries)
+    assert lines == [
+        ["", "accuracy %", "published", "vgg11"],
+        ["A", "40.0 ± 14.1 (n = 2)", "39.7", "30.0 ± 14.1"],
+        ["B", "pending", "–", "pending"],
+    ]
+    assert markdown(lines).splitlines()[1] == "| --- | ---: | ---: | ---: |"
+    elsewhere = table(["accuracy"], [], rows, Case(data="cifar10", ipc=10), {})
+    assert elsewhere[0] == ["", "accuracy %", "published (cifar100-ipc10)"]
+
+
+def test_the_verdict_counts_pairs_in_the_published_order_and_names_the_gap() -> None:
+    published = {"a": 40.0, "b": 50.0, "c": 60.0}
+    rows = [
+        Row(name=name, title=name, method="mtt", published={"cifar100-ipc10": {"accuracy": value}})
+        for name, value in published.items()
+    ]
+    values = {"a": 0.30, "b": 0.55, "c": 0.50}
+    entries = {(name, "cifar100-ipc10"): entry(name, [[value]]) for name, value in values.items()}
+    text = verdict(rows, Case(data="cifar100", ipc=10), entries)
+    assert text == (
+        "Ours are -10.0 to +5.0 points from the published figures, with 10 iterations and 3 experts. "
+        "Of 3 pairs of rows, 2 stand in the published order."
+    )
+    assert verdict(rows, Case(data="cifar100", ipc=10), {}) == ""
