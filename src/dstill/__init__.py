@@ -13,6 +13,8 @@ from dstill.version import __version__
 
 if TYPE_CHECKING:
     from dstill.artifacts.distilled import DistilledSet
+    from dstill.artifacts.exporting import export
+    from dstill.artifacts.importing import import_experts, import_set
     from dstill.artifacts.result import Result
     from dstill.commands import distill, run, train_experts
     from dstill.comparing import Comparison, compare
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from dstill.data.real import RealSet, load_real
     from dstill.evaluating import evaluate
     from dstill.experts.trajectory import Trajectories
+    from dstill.judging import judge
     from dstill.planning import Plan, plan
     from dstill.recipes import load_recipe
     from dstill.reproducing import reproduce
@@ -42,6 +45,10 @@ __all__ = [
     "compare",
     "distill",
     "evaluate",
+    "export",
+    "import_experts",
+    "import_set",
+    "judge",
     "load_real",
     "load_recipe",
     "plan",
@@ -65,6 +72,10 @@ _HOME = {
     "compare": "comparing",
     "distill": "commands",
     "evaluate": "evaluating",
+    "export": "artifacts.exporting",
+    "import_experts": "artifacts.importing",
+    "import_set": "artifacts.importing",
+    "judge": "judging",
     "load_real": "data.real",
     "load_recipe": "recipes",
     "plan": "planning",

@@ -96,6 +96,7 @@ def distill(
     changes: Sequence[str] = (),
     seed: int = 0,
     expert_seed: int | None = None,
+    init: DistilledSet | str | Path | None = None,
     out: str | Path | None = None,
     device: str = "auto",
     cache: str | Path | None = None,
@@ -116,6 +117,7 @@ def distill(
         changes: `section.key=value` assignments, such as `distill.iterations=300`.
         seed: decides initial images and every draw.
         expert_seed: seed of the experts; `seed` if left out.
+        init: a set, its file or folder, whose images are started from instead of the recipe's initialisation.
         out: folder for metrics, checkpoints, pictures and the set. A call with the same arguments continues there.
         device: auto, cpu, cuda or mps.
         cache: folder that keeps experts for every run that can use them.
@@ -140,9 +142,10 @@ def distill(
     elif method_info(resolved.method).needs_experts:
         trajectories = ensure_experts(real, resolved, trained_with, where, store, reporter, workers=workers)
     preprocess = fitted_preprocess(resolved.preprocess, real, store)
-    describing = feature_expert(real, resolved, trajectories, trained_with, where, store, reporter)
+    describing = None if init else feature_expert(real, resolved, trajectories, trained_with, where, store, reporter)
     trained = trained_on_all(real, resolved, trained_with, where, store, reporter)
-    problem = Problem(real, preprocess, resolved, trajectories, where, seed, describing, trained)
+    initial = DistilledSet.load(init) if isinstance(init, str | Path) else init
+    problem = Problem(real, preprocess, resolved, trajectories, where, seed, describing, trained, initial)
     cadence = Cadence(checkpoint=checkpoint_every, validate=validate_every)
     if out is None:
         return run_method(problem, cadence=cadence, observer=_watch(reporter))
@@ -157,6 +160,8 @@ def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Repor
         "seed": problem.seed,
         "experts": experts,
     }
+    if problem.initial is not None:
+        identity["initial"] = files.checksum({"images": problem.initial.images})
     folder = RunFolder(out, identity)
     finished = out / FILE_NAME
     if finished.exists():
@@ -191,7 +196,8 @@ def _write_beginnings(out: Path, problem: Problem) -> None:
     if problem.trajectories is None or (out / EXPERTS_NAME).exists():
         return
     settings = problem.recipe.distill
-    if isinstance(settings, MatchingConfig) and settings.initialisation.startswith("representative"):
+    chosen = isinstance(settings, MatchingConfig) and settings.initialisation.startswith("representative")
+    if chosen and problem.initial is None:
         files.write_text(out / MAP_NAME, json.dumps(initialisation_map(problem)) + "\n")
     files.write_text(out / EXPERTS_NAME, json.dumps(problem.trajectories.curves()) + "\n")
 

@@ -23,6 +23,7 @@ from dstill.methods import method_info
 from dstill.methods import methods as known_methods
 from dstill.preparation import resolve_recipe
 from dstill.running import refuse_import, run_apart
+from dstill.tables import latex, markdown
 from dstill.workers import Workers
 
 _KEYS = (
@@ -95,10 +96,11 @@ class Comparison(BaseModel):
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        header, *rows = self.texts()
-        lines = [header, ["---" if name in LEFT else "---:" for name in header], *rows]
-        plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
-        return "\n".join("| " + " | ".join(line) + " |" for line in plain) + "\n"
+        return markdown(self.texts(), LEFT)
+
+    def latex(self) -> str:
+        """The table as a LaTeX `tabular`."""
+        return latex(self.texts(), LEFT)
 
     def csv(self) -> str:
         """The table with full precision, comma-separated, under the names of `Row.cells`."""
@@ -109,10 +111,11 @@ class Comparison(BaseModel):
         return text.getvalue()
 
     def save(self, folder: Path) -> None:
-        """Writes `compare.json`, `compare.md` and `compare.csv`."""
+        """Writes `compare.json`, `compare.md`, `compare.csv` and `compare.tex`."""
         write_text(folder / "compare.json", self.model_dump_json(indent=2) + "\n")
         write_text(folder / "compare.md", self.markdown())
         write_text(folder / "compare.csv", self.csv())
+        write_text(folder / "compare.tex", self.latex())
 
 
 _SCALES = {"peak_bytes": 2**20, "stored_bytes": 2**10}

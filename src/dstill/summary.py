@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -10,6 +12,7 @@ from rich.table import Table
 from dstill.artifacts.result import Result
 from dstill.comparing import LEFT, Comparison
 from dstill.console import duration, size
+from dstill.judging import Judgement
 from dstill.planning import Plan
 
 _PIPED = 140  # piped output has no width of its own, and a cut number would be a wrong one
@@ -17,10 +20,19 @@ _PIPED = 140  # piped output has no width of its own, and a cut number would be 
 
 def print_comparison(comparison: Comparison) -> None:
     """The rows of a comparison."""
-    header, *rows = comparison.texts()
-    table = Table(title=f"{comparison.data}, protocol {comparison.protocol}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    _print(comparison.texts(), LEFT, f"{comparison.data}, protocol {comparison.protocol}")
+
+
+def print_judgement(judgement: Judgement) -> None:
+    """The rows of a judgement."""
+    _print(judgement.texts(), ("network", "labels", "augmentation"), f"{size(judgement.stored_bytes)} stored")
+
+
+def _print(lines: Sequence[Sequence[str]], left: Sequence[str], title: str) -> None:
+    header, *rows = lines
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in header:
-        table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=column != LEFT[-1])
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=column != left[-1])
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console = Console()

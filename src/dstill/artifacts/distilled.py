@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset
 
 from dstill.artifacts import header as files
 from dstill.config import NetConfig, Recipe, canonical
 from dstill.data import preprocess as preprocessing
+from dstill.data import siamese
 from dstill.data.preprocess import Preprocess
 from dstill.errors import DstillError
 
@@ -71,12 +72,36 @@ class DistilledSet:
         """Images in natural colours, `[S, C, H, W]` in [0, 1]; values beyond the displayable range are clipped."""
         return self.preprocess.invert(self.images).clamp(0, 1)
 
-    def as_dataset(self) -> TensorDataset:
-        """A torch `Dataset` of (preprocessed image, label)."""
-        return TensorDataset(self.images, self.labels)
+    def as_dataset(self, *, augment: bool = True, seed: int = 0) -> SyntheticDataset:
+        """A torch `Dataset` of (preprocessed image, label) for any `DataLoader`.
+
+        Args:
+            augment: draw the set's augmentation anew for each batch, as the evaluation does.
+            seed: of these draws.
+        """
+        return SyntheticDataset(self, augment, seed)
+
+    def train_kwargs(self) -> dict[str, float]:
+        """What to give `torch.optim.SGD`: the learned rate (0.01 where there is none), momentum and decay of the evaluation."""
+        return {"lr": self.alpha or 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+
+    def export(self, kind: str, folder: str | Path) -> Path:
+        """Writes the set for programs that do not know dstill; see `dstill.artifacts.exporting.export`."""
+        from dstill.artifacts.exporting import export
+
+        return export(self, kind, folder)
 
     def with_accuracy(self, accuracy: dict[str, Any]) -> DistilledSet:
         return replace(self, accuracy=accuracy)
+
+    def with_hard_labels(self) -> DistilledSet:
+        """The same images with the most likely class of each soft label as class id."""
+        return replace(self, labels=self.class_ids, accuracy=None)
+
+    def with_augmentation(self, strategy: str) -> DistilledSet:
+        """The same set, to be trained with another augmentation."""
+        siamese.parse(strategy)
+        return replace(self, augmentation=strategy, accuracy=None)
 
     def save(self, path: str | Path) -> Path:
         """Writes `distilled.safetensors` into a folder, or a file whose name ends in .safetensors.
@@ -94,10 +119,11 @@ class DistilledSet:
         if wrong:
             raise DstillError(f"the distilled set has non-finite {', '.join(wrong)} and is not saved: the run has diverged")
         tensors |= {_PREPROCESS + name: tensor for name, tensor in self.preprocess.tensors().items()}
-        files.save(target, KIND, tensors, self._header())
+        files.save(target, KIND, tensors, self.header())
         return target
 
-    def _header(self) -> dict[str, Any]:
+    def header(self) -> dict[str, Any]:
+        """Everything but the tensors, as plain JSON values."""
         return {
             "method": self.method,
             "ipc": self.ipc,
@@ -123,6 +149,15 @@ class DistilledSet:
         if source.is_dir():
             source = source / FILE_NAME
         header, tensors = files.load(source, KIND)
+        return cls.from_parts(header, tensors, source)
+
+    @classmethod
+    def from_parts(cls, header: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> DistilledSet:
+        """The inverse of `header` and `save`; `source` is named where something is wrong.
+
+        Raises:
+            DstillError: a part is missing or malformed.
+        """
         stored = {name.removeprefix(_PREPROCESS): tensor for name, tensor in tensors.items() if name.startswith(_PREPROCESS)}
         try:
             return cls(
@@ -143,3 +178,28 @@ class DistilledSet:
             )
         except (KeyError, ValidationError) as error:
             raise DstillError(f"{source} is damaged or from another version of dstill: {error}") from error
+
+
+class SyntheticDataset(Dataset[tuple[Tensor, Tensor]]):
+    """The images of a distilled set as a `DataLoader` wants them: whole batches at once, augmented together.
+
+    One operation is drawn for a batch, its parameters for each image. The draws go on from pass to pass; a loader with several
+    workers repeats them in each.
+    """
+
+    def __init__(self, distilled: DistilledSet, augment: bool, seed: int) -> None:
+        self.distilled = distilled
+        self.strategy = distilled.augmentation if augment else "none"
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.distilled.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """A batch, which `DataLoader` asks for by this name."""
+        images = self.distilled.images[indices]
+        images = siamese.apply(images, siamese.sample(self.strategy, len(indices), self.generator))
+        return list(zip(images, self.distilled.labels[indices], strict=True))

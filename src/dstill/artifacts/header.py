@@ -50,12 +50,12 @@ def write_text(path: Path, text: str) -> None:
 def save(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Writes tensors and a header; the header gains the format, the kind, the package version and a checksum of the tensors."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    full = {"format": FORMAT, "kind": kind, "dstill": __version__, "sha256": _checksum(contiguous), **header}
+    full = {"format": FORMAT, "kind": kind, "dstill": __version__, "sha256": checksum(contiguous), **header}
     with atomic(path) as temporary:
         save_file(contiguous, temporary, metadata={_KEY: json.dumps(full, sort_keys=True)})
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names and bytes; safetensors itself does not notice a flipped bit."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -97,6 +97,6 @@ def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads the header and all tensors of a file of this kind; raises as `opened` does, and where a bit has flipped."""
     with opened(path, kind) as (header, file):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    if header.get("sha256") not in (None, _checksum(tensors)):
+    if header.get("sha256") not in (None, checksum(tensors)):
         raise DstillError(f"{path} is damaged: its tensors are not those that were written; restore it from a copy")
     return header, tensors

@@ -37,7 +37,7 @@ def grid(distilled: DistilledSet, columns: int | None = None) -> Image.Image:
     for y, row in enumerate(rows):
         for x, index in enumerate(row):
             place = (_GAP + x * across, _GAP + y * down)
-            canvas.paste(_image(pixels[index]).resize((width, height), Image.Resampling.NEAREST), place)
+            canvas.paste(image_of(pixels[index]).resize((width, height), Image.Resampling.NEAREST), place)
             if strip:
                 label = _label_strip(distilled.labels[index]).resize((width, strip), Image.Resampling.NEAREST)
                 canvas.paste(label, (place[0], place[1] + height))
@@ -60,7 +60,8 @@ def _chunks(values: list[int], size: int) -> list[list[int]]:
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
-def _image(pixels: Tensor) -> Image.Image:
+def image_of(pixels: Tensor) -> Image.Image:
+    """An image of uint8 pixels `[C, H, W]`: grey for one or two channels, the first three of more as colours."""
     array = pixels.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] < 3 else array[:, :, :3]).convert("RGB")
 

@@ -100,9 +100,8 @@ class Trajectories:
             record = header["record"]
             lengths = record["step_lengths"]
             average = sum(lengths) / len(lengths)
-            lines.append(
-                f"  {path.stem}: accuracy {record['accuracy'][-1]:.1%}, last step {lengths[-1]:.3g}, Avg_Var {average:.3g}"
-            )
+            accuracy = f"accuracy {record['accuracy'][-1]:.1%}, " if record["accuracy"] else ""
+            lines.append(f"  {path.stem}: {accuracy}last step {lengths[-1]:.3g}, Avg_Var {average:.3g}")
         return "\n".join(lines)
 
     def segment(self, expert: int, epoch: int, span: int) -> Segment:

@@ -35,6 +35,7 @@ class Problem:
         seed: recorded in the result.
         feature_expert: the trajectory whose last epoch describes real images; the first of `trajectories` if left out.
         trained: the recipe's network trained on all real images, for methods that need it.
+        initial: a set whose images the synthetic set starts from, instead of the recipe's initialisation.
     """
 
     real: RealSet
@@ -45,6 +46,7 @@ class Problem:
     seed: int
     feature_expert: Trajectories | None = None
     trained: TrainedNetwork | None = None
+    initial: DistilledSet | None = None
 
     def settings(self, kind: type[_Settings]) -> _Settings:
         """The recipe's `distill` section, which is of the class that the method's table entry names."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dstill import seeding, training
+from dstill.artifacts.distilled import DistilledSet
 from dstill.data.real import Split
 from dstill.errors import DstillError
 from dstill.methods.base import Problem
@@ -115,6 +116,23 @@ def initialisation_map(problem: Problem, classes: int = 3, points: int = 400) ->
     return found
 
 
+def _images_of(problem: Problem, initial: DistilledSet) -> Tensor:
+    """The images of another set, class by class, in the problem's preprocessing."""
+    ids = initial.class_ids
+    counts, expected = torch.bincount(ids, minlength=problem.real.classes), problem.recipe.ipc
+    shape = (problem.real.channels, *problem.real.size)
+    if tuple(initial.images.shape[1:]) != shape or bool((counts != expected).any()):
+        raise DstillError(
+            f"the initial set has {counts.tolist()[:4]}… images of {tuple(initial.images.shape[1:])} in its classes, "
+            f"{expected} of {shape} are wanted in each"
+        )
+    images = initial.images[ids.argsort(stable=True)]
+    before, now = initial.preprocess.tensors(), problem.preprocess.tensors()
+    if before.keys() != now.keys() or not all(torch.equal(before[name], now[name]) for name in now):
+        images = problem.preprocess.forward(initial.preprocess.invert(images))
+    return images.to(problem.device)
+
+
 def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> Tensor:
     """Preprocessed start of the synthetic set, `[ipc * classes, C, H, W]`, class by class.
 
@@ -124,6 +142,8 @@ def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> T
         generator: source of every draw.
     """
     real, ipc = problem.real, problem.recipe.ipc
+    if problem.initial is not None:
+        return _images_of(problem, problem.initial)
     if kind == "noise":
         shape = (ipc * real.classes, real.channels, *real.size)
         return torch.randn(shape, generator=generator).to(problem.device)

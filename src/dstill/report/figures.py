@@ -59,9 +59,8 @@ def expert_curves(records: Records) -> Figure:
     for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
         if record.experts is None:
             continue
-        epochs = range(1, len(record.experts.accuracy) + 1)
-        panels[0].plot(epochs, record.experts.step_lengths, color=colour, label=name)
-        panels[1].plot(epochs, record.experts.accuracy, color=colour, label=name)
+        for axes, values in zip(panels, (record.experts.step_lengths, record.experts.accuracy), strict=True):
+            axes.plot(range(1, len(values) + 1), values, color=colour, label=name)
     for axes, label in zip(panels, ("squared step |θ$_t$ - θ$_{t+1}$|²", "expert accuracy"), strict=True):
         axes.set_xlabel("expert epoch")
         axes.set_ylabel(label)

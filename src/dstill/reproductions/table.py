@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from dstill.artifacts.run import RunRecord
 from dstill.console import duration
 from dstill.reproductions import Case, Measure, Reproduction, Row, ScaleName
+from dstill.tables import markdown
 
 HEADINGS: dict[Measure, str] = {
     "accuracy": "accuracy %",
@@ -144,12 +145,6 @@ def _published(row: Row, case: Case) -> tuple[str, Mapping[str, float]]:
     """The paper's figures for a case, else those of the first case that it has."""
     name = case.name if case.name in row.published else next(iter(row.published), case.name)
     return name, row.published.get(name, {})
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table, its first line the heading."""
-    ruled = [lines[0], ["---", *("---:" for _ in lines[0][1:])], *lines[1:]]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in ruled) + "\n"
 
 
 def verdict(rows: Sequence[Row], case: Case, entries: Entries) -> str:

@@ -1,142 +1,16 @@
-"""The command line: every command is the public function of the same name. Importing this never imports torch."""
+"""Commands that measure, compare, plan and reproduce."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from dstill.errors import DstillError
+from dstill.cli.app import app
 from dstill.options import Choice, Common, Data, Set, assignments, names, numbers
-from dstill.version import __version__
-
-app = App(
-    name="dstill",
-    version=__version__,
-    help="Dataset distillation: a large labelled image set in, a tiny synthetic one out.",
-    version_flags=["--version"],
-    suppress_keyboard_interrupt=False,  # `main` answers it
-)
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
-
-
-@app.command
-def run(
-    source: str,
-    *,
-    choice: Choice = _CHOICE,
-    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
-    sets: int = 1,
-    nets: str | None = None,
-    networks: int | None = None,
-    whole: bool = False,
-    validate_every: int = 0,
-    checkpoint_every: int = 25,
-    data: Data = _DATA,
-    common: Common = _COMMON,
-) -> None:
-    """Experts, distillation, evaluation and a summary. Interrupted, the same command continues.
-
-    Args:
-        source: digits, cifar10, another name of `dstill ls datasets`, a hub id, a folder of images, or Parquet files.
-        out: run folder (default runs/DATA-METHOD-ipcK-seedS).
-        sets: synthetic sets to distil and evaluate.
-        nets: evaluation networks, joined by commas.
-        networks: fresh networks a set (default: the protocol's).
-        whole: also train on the whole training set.
-        validate_every: measure on the validation part every so many iterations; 0 for never.
-        checkpoint_every: store the state every so many iterations.
-        choice: which settings it takes.
-        data: how the real data are read.
-        common: where and how the command runs.
-    """
-    from dstill import commands, summary
-
-    reporter = common.start()
-    result = commands.run(
-        data.load(source, common.seed),
-        out=out,
-        sets=sets,
-        nets=names(nets),
-        networks=networks,
-        whole=whole,
-        validate_every=validate_every,
-        checkpoint_every=checkpoint_every,
-        **choice.arguments(),
-        **common.arguments(reporter),
-    )
-    summary.print_result(result)
-
-
-@app.command
-def train_experts(
-    source: str,
-    *,
-    choice: Choice = _CHOICE,
-    only: str | None = None,
-    data: Data = _DATA,
-    common: Common = _COMMON,
-) -> None:
-    """Train the expert trajectories that a recipe needs and the cache lacks.
-
-    Args:
-        source: see `dstill run`.
-        only: numbers of the experts to train, joined by commas, for a share of the work elsewhere.
-        choice: which settings it takes.
-        data: how the real data are read.
-        common: where and how the command runs.
-    """
-    from dstill import commands
-
-    reporter = common.start()
-    chosen = numbers(only, "--only") or None
-    real = data.load(source, common.seed)
-    trajectories = commands.train_experts(real, only=chosen, **choice.arguments(), **common.arguments(reporter))
-    print(trajectories.summary())
-
-
-@app.command
-def distill(
-    source: str,
-    *,
-    choice: Choice = _CHOICE,
-    experts: Path | None = None,
-    out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("distilled"),
-    validate_every: int = 0,
-    checkpoint_every: int = 25,
-    data: Data = _DATA,
-    common: Common = _COMMON,
-) -> None:
-    """Distil one set, without evaluating it.
-
-    Args:
-        source: see `dstill run`.
-        experts: folder of trajectories (default: the recipe's, trained if the cache lacks them).
-        out: folder for the set, its picture, its metrics and its checkpoints.
-        validate_every: measure on the validation part every so many iterations; 0 for never.
-        checkpoint_every: store the state every so many iterations.
-        choice: which settings it takes.
-        data: how the real data are read.
-        common: where and how the command runs.
-    """
-    from dstill import commands
-
-    reporter = common.start()
-    commands.distill(
-        data.load(source, common.seed),
-        experts=experts,
-        out=out,
-        validate_every=validate_every,
-        checkpoint_every=checkpoint_every,
-        **choice.arguments(),
-        **common.arguments(reporter),
-    )
-    print(out)
 
 
 @app.command
@@ -147,6 +21,8 @@ def evaluate(
     protocol: str | None = None,
     nets: str | None = None,
     networks: int | None = None,
+    augmentation: str | None = None,
+    hard: Annotated[bool, Parameter(negative="")] = False,
     random: bool = True,
     whole: bool = False,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
@@ -161,6 +37,8 @@ def evaluate(
         protocol: ast, mtt, quick, or a YAML file (default: the recipe's).
         nets: evaluation networks, joined by commas, for example convnet,resnet18,vgg11,alexnet.
         networks: fresh networks (default: the protocol's).
+        augmentation: DSA operations joined by _, or none (default: the set's own).
+        hard: train on the most likely class of soft labels.
         random: also measure random real images.
         whole: also train on the whole training set.
         out: folder or file for result.json.
@@ -168,10 +46,12 @@ def evaluate(
         common: where and how the command runs.
     """
     from dstill import evaluating, summary
+    from dstill.artifacts.distilled import DistilledSet
 
-    reporter = common.start()
+    reporter, one = common.start(), DistilledSet.load(distilled)
+    one = one.with_hard_labels() if hard else one
     result = evaluating.evaluate(
-        distilled,
+        one.with_augmentation(augmentation) if augmentation else one,
         data.load(source, common.seed),
         protocol=protocol,
         nets=names(nets),
@@ -182,6 +62,51 @@ def evaluate(
         **common.arguments(reporter),
     )
     summary.print_result(result)
+
+
+@app.command
+def judge(
+    distilled: Path,
+    source: str,
+    *,
+    nets: str | None = None,
+    augmentations: str | None = None,
+    protocol: str | None = None,
+    networks: int | None = None,
+    whole: bool = True,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    data: Data = _DATA,
+    common: Common = _COMMON,
+) -> None:
+    """Ask what a set owes to its images, its labels, its augmentation and its network.
+
+    Args:
+        distilled: distilled.safetensors or its folder.
+        source: see `dstill run`.
+        nets: evaluation networks, joined by commas.
+        augmentations: DSA strategies, joined by commas (default: the set's own, and none).
+        protocol: ast, mtt, frepo, quick, or a YAML file (default: the recipe's).
+        networks: fresh networks a row (default: the protocol's).
+        whole: also train on the whole training set, for each network and augmentation.
+        out: folder for judgement.json and judgement.md.
+        data: how the real data are read.
+        common: where and how the command runs.
+    """
+    from dstill import judging, summary
+
+    reporter = common.start()
+    judgement = judging.judge(
+        distilled,
+        data.load(source, common.seed),
+        nets=names(nets),
+        augmentations=names(augmentations),
+        protocol=protocol,
+        networks=networks,
+        whole=whole,
+        out=out,
+        **common.arguments(reporter),
+    )
+    summary.print_judgement(judgement)
 
 
 @app.command
@@ -362,58 +287,3 @@ def tune(
             **common.arguments(reporter),
         )
     )
-
-
-@app.command
-def show(path: Path, *, png: Path | None = None) -> None:
-    """Say what a file or folder of dstill is.
-
-    Args:
-        path: a distilled set, a run folder, a folder of experts, or a result.json.
-        png: write the distilled images as a picture.
-    """
-    from dstill import showing
-
-    print(showing.describe(path))
-    if png is not None:
-        showing.write_picture(path, png)
-        print(f"pictures: {png}")
-
-
-@app.command
-def ls(
-    kind: Literal["methods", "networks", "datasets", "recipes", "protocols", "reproductions"],
-    *,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
-    """List what dstill knows by name.
-
-    Args:
-        kind: what to list.
-        as_json: print a JSON list of objects.
-    """
-    from dstill import listing
-
-    print(json.dumps(listing.rows(kind), indent=2) if as_json else "\n".join(listing.table(kind)))
-
-
-def main() -> None:
-    """Entry point: one sentence instead of a traceback for whatever the user can put right."""
-    debug = "--debug" in sys.argv
-    try:
-        app()
-    except DstillError as error:
-        if debug:
-            raise
-        print(f"dstill: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ndstill: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-
-
-if __name__ == "__main__":
-    main()

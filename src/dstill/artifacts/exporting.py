@@ -1,0 +1,212 @@
+"""A distilled set for use elsewhere: a Hugging Face data set folder, PNG files, NumPy arrays, or the field's `.pt` files."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dstill.artifacts.distilled import FILE_NAME, DistilledSet
+from dstill.artifacts.header import atomic, write_text
+from dstill.artifacts.pictures import image_of
+from dstill.errors import DstillError, suggest
+
+_SHARD = "data/train-00000-of-00001.parquet"
+
+
+def export(distilled: DistilledSet, kind: str, folder: str | Path) -> Path:
+    """Writes a set into a folder, for programs that do not know dstill.
+
+    Args:
+        distilled: the set.
+        kind: `hf`: a Hugging Face data set folder (Parquet, card, Croissant metadata). `png`: a file an image, in a folder a
+            class. `npz`: all arrays in one file. `pt`: `images_best.pt`, `labels_best.pt`, `lr_best.pt`, as trajectory
+            matching code reads them.
+        folder: made if missing.
+
+    Returns:
+        The folder. In `npz` and `pt` images are preprocessed and exact. In `hf` and `png` they are pixels of 8 bits, clipped
+        to the displayable range, so the exact set lies beside them as `distilled.safetensors`.
+
+    Raises:
+        DstillError: unknown kind.
+    """
+    if kind not in KINDS:
+        raise DstillError(f"unknown export {kind!r}; {suggest(kind, KINDS)}")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    KINDS[kind](distilled, target)
+    return target
+
+
+def _png(distilled: DistilledSet) -> list[bytes]:
+    pictures = []
+    for pixels in (distilled.pixels() * 255).round().byte():
+        buffer = io.BytesIO()
+        image_of(pixels).save(buffer, format="PNG")
+        pictures.append(buffer.getvalue())
+    return pictures
+
+
+def _bytes(path: Path, content: bytes) -> None:
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _export_png(distilled: DistilledSet, folder: Path) -> None:
+    counts: dict[int, int] = {}
+    for content, label in zip(_png(distilled), distilled.class_ids.tolist(), strict=True):
+        number = counts[label] = counts.get(label, -1) + 1
+        _bytes(folder / f"{label:03d}-{safe_name(distilled.class_names[label])}" / f"{number:03d}.png", content)
+    distilled.save(folder)
+
+
+def safe_name(name: str) -> str:
+    """A class name as part of a file name, whatever it holds."""
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:40] or "class"
+
+
+def _export_npz(distilled: DistilledSet, folder: Path) -> None:
+    tensors = {"images": distilled.images, "labels": distilled.labels}
+    tensors |= {f"preprocess.{name}": tensor for name, tensor in distilled.preprocess.tensors().items()}
+    if distilled.alpha is not None:
+        tensors["alpha"] = torch.tensor(distilled.alpha, dtype=torch.float64)
+    arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    arrays["header"] = np.array(json.dumps(distilled.header()))
+    with atomic(folder / "distilled.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def _export_pt(distilled: DistilledSet, folder: Path) -> None:
+    tensors: dict[str, Tensor] = {"images": distilled.images, "labels": distilled.labels}
+    if distilled.alpha is not None:
+        tensors["lr"] = torch.tensor(distilled.alpha, dtype=torch.float64)
+    for name, tensor in tensors.items():
+        with atomic(folder / f"{name}_best.pt") as temporary:
+            torch.save(tensor.detach().cpu().clone(), temporary)
+
+
+def _export_hf(distilled: DistilledSet, folder: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+
+    soft = distilled.labels.is_floating_point()
+    features: dict[str, Any] = {"image": Image(), "label": ClassLabel(names=list(distilled.class_names))}
+    columns: dict[str, Any] = {
+        "image": [{"bytes": content, "path": None} for content in _png(distilled)],
+        "label": distilled.class_ids.tolist(),
+    }
+    if soft:
+        features["soft_label"] = Sequence(Value("float32"))
+        columns["soft_label"] = distilled.labels.softmax(1).tolist()
+    (folder / "data").mkdir(exist_ok=True)
+    with atomic(folder / _SHARD) as temporary:
+        Dataset.from_dict(columns, features=Features(features)).to_parquet(temporary)
+    distilled.save(folder)
+    write_text(folder / "README.md", _card(distilled))
+    write_text(folder / "croissant.json", json.dumps(_croissant(distilled, folder), indent=2) + "\n")
+
+
+def _described(distilled: DistilledSet) -> str:
+    return (
+        f"{len(distilled.images)} synthetic images, {distilled.ipc} for each of {distilled.classes} classes, distilled from "
+        f"{distilled.data} by {distilled.method}."
+    )
+
+
+def _card(distilled: DistilledSet) -> str:
+    """The data set card: metadata for the hub, and what a reader must know to use the set."""
+    rate = "of your choice" if distilled.alpha is None else f"{distilled.alpha:.6g}, learned with the images"
+    lines = [
+        "---",
+        "task_categories: [image-classification]",
+        "tags: [dataset-distillation, synthetic]",
+        f"size_categories: [{'n<1K' if len(distilled.images) < 1000 else '1K<n<10K'}]",
+        "configs: [{config_name: default, data_files: [{split: train, path: data/train-*.parquet}]}]",
+        "---",
+        "",
+        f"# {distilled.data}, distilled to {distilled.ipc} image(s) per class",
+        "",
+        f"{_described(distilled)} The Parquet file holds them as 8-bit pixels, clipped to what can be shown; `{FILE_NAME}` "
+        "holds them exactly, with preprocessing and labels.",
+        "",
+        f"- Preprocessing of synthetic and real images alike: {distilled.preprocess.kind}",
+        f"- Augmentation: {distilled.augmentation}",
+        f"- Network: {distilled.net.model_dump_json(exclude_none=True)}",
+        f"- Learning rate: {rate}",
+        f"- Labels: {'soft, as probabilities in `soft_label`' if distilled.labels.is_floating_point() else 'class ids'}",
+    ]
+    if distilled.accuracy:
+        score, protocol = distilled.accuracy, distilled.accuracy["protocol"]
+        lines.append(
+            f"- Accuracy of fresh networks on real test images: {100 * score['mean']:.1f} ± {100 * score['std']:.1f} % "
+            f"(n = {score['n']}, protocol {protocol['name']} v{protocol['version']})"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _croissant(distilled: DistilledSet, folder: Path) -> dict[str, Any]:
+    """Metadata in the Croissant vocabulary 1.0 (MLCommons)."""
+    content = (folder / _SHARD).read_bytes()
+    fields = [("image", "sc:ImageObject"), ("label", "sc:Integer")]
+    return {
+        "@context": {
+            "@vocab": "https://schema.org/",
+            "sc": "https://schema.org/",
+            "cr": "http://mlcommons.org/croissant/",
+            "dct": "http://purl.org/dc/terms/",
+            "recordSet": "cr:recordSet",
+            "field": "cr:field",
+            "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+            "source": "cr:source",
+            "fileObject": "cr:fileObject",
+            "extract": "cr:extract",
+            "column": "cr:column",
+            "conformsTo": "dct:conformsTo",
+        },
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "name": safe_name(f"{distilled.data}-{distilled.method}-ipc{distilled.ipc}"),
+        "description": _described(distilled),
+        "distribution": [
+            {
+                "@type": "cr:FileObject",
+                "@id": "train",
+                "name": "train",
+                "contentUrl": _SHARD,
+                "encodingFormat": "application/x-parquet",
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        ],
+        "recordSet": [
+            {
+                "@type": "cr:RecordSet",
+                "@id": "images",
+                "name": "images",
+                "field": [
+                    {
+                        "@type": "cr:Field",
+                        "@id": f"images/{name}",
+                        "name": name,
+                        "dataType": kind,
+                        "source": {"fileObject": {"@id": "train"}, "extract": {"column": name}},
+                    }
+                    for name, kind in fields
+                ],
+            }
+        ],
+    }
+
+
+KINDS: dict[str, Callable[[DistilledSet, Path], None]] = {
+    "hf": _export_hf,
+    "png": _export_png,
+    "npz": _export_npz,
+    "pt": _export_pt,
+}

@@ -1,0 +1,119 @@
+"""Commands on files and names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from dstill.cli.app import app
+from dstill.options import Choice, Common, Data
+
+_DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
+
+
+@app.command
+def export(
+    distilled: Path, kind: Literal["hf", "png", "npz", "pt"], *, out: Annotated[Path, Parameter(name=["--out", "-o"])]
+) -> None:
+    """Write a set for programs that do not know dstill.
+
+    Args:
+        distilled: distilled.safetensors or its folder.
+        kind: hf: a Hugging Face data set folder; png: a file an image; npz: NumPy arrays; pt: the field's images_best.pt,
+            labels_best.pt and lr_best.pt.
+        out: folder.
+    """
+    from dstill.artifacts.distilled import DistilledSet
+    from dstill.artifacts.exporting import export
+
+    print(export(DistilledSet.load(distilled), kind, out))
+
+
+@app.command(name="import")
+def import_(
+    path: Path,
+    source: str,
+    *,
+    preprocess: Literal["published", "standardise", "zca"] = "published",
+    method: str = "imported",
+    net: str = "convnet",
+    augmentation: str = "colour_crop_cutout_flip_scale_rotate",
+    alpha: float | None = None,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    data: Data = _DATA,
+    common: Common = _COMMON,
+) -> None:
+    """Read a distilled set that another program published, for `evaluate`, `judge`, `show` or `distill --init`.
+
+    Args:
+        path: images_best.pt beside labels_best.pt (MTT, FTD, TESLA, DATM), res_*.pt (DC, DSA, DM), or an export of dstill.
+        source: the real data that it was distilled from; see `dstill run`.
+        preprocess: what its images went through: published: the constants of the field's scripts; standardise or zca: fitted
+            on the real data.
+        method: name for tables.
+        net: network that it was distilled with.
+        augmentation: DSA operations joined by _ to train with, or none.
+        alpha: learning rate, where no lr_best.pt tells it.
+        out: folder for distilled.safetensors.
+        data: how the real data are read.
+        common: where and how the command runs.
+    """
+    from dstill import showing
+    from dstill.artifacts import importing
+
+    common.start()
+    real = data.load(source, common.seed)
+    fitted = importing.published_preprocess(preprocess, real)
+    options = {"method": method, "net": net, "augmentation": augmentation, "alpha": alpha}
+    importing.import_set(path, real, preprocess=fitted, **options).save(out)  # type: ignore[arg-type]
+    print(showing.describe(out))
+
+
+@app.command
+def import_experts(*buffers: Path, out: Annotated[Path, Parameter(name=["--out", "-o"])]) -> None:
+    """Read expert buffers of MTT as a folder for `distill --experts`.
+
+    Args:
+        buffers: replay_buffer_*.pt.
+        out: folder of trajectories.
+    """
+    from dstill import showing
+    from dstill.artifacts import importing
+
+    print(showing.describe(importing.import_experts(buffers, out)))
+
+
+@app.command
+def show(path: Path, *, png: Path | None = None) -> None:
+    """Say what a file or folder of dstill is.
+
+    Args:
+        path: a distilled set, a run folder, a folder of experts, or a result.json.
+        png: write the distilled images as a picture.
+    """
+    from dstill import showing
+
+    print(showing.describe(path))
+    if png is not None:
+        showing.write_picture(path, png)
+        print(f"pictures: {png}")
+
+
+@app.command
+def ls(
+    kind: Literal["methods", "networks", "datasets", "recipes", "protocols", "reproductions"],
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """List what dstill knows by name.
+
+    Args:
+        kind: what to list.
+        as_json: print a JSON list of objects.
+    """
+    from dstill import listing
+
+    print(json.dumps(listing.rows(kind), indent=2) if as_json else "\n".join(listing.table(kind)))

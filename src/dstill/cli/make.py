@@ -1,0 +1,130 @@
+"""Commands that make sets: experts, distillation, and both with an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from dstill.cli.app import app
+from dstill.options import Choice, Common, Data, names, numbers
+
+_DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
+
+
+@app.command
+def run(
+    source: str,
+    *,
+    choice: Choice = _CHOICE,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    sets: int = 1,
+    nets: str | None = None,
+    networks: int | None = None,
+    whole: bool = False,
+    validate_every: int = 0,
+    checkpoint_every: int = 25,
+    data: Data = _DATA,
+    common: Common = _COMMON,
+) -> None:
+    """Experts, distillation, evaluation and a summary. Interrupted, the same command continues.
+
+    Args:
+        source: digits, cifar10, another name of `dstill ls datasets`, a hub id, a folder of images, or Parquet files.
+        out: run folder (default runs/DATA-METHOD-ipcK-seedS).
+        sets: synthetic sets to distil and evaluate.
+        nets: evaluation networks, joined by commas.
+        networks: fresh networks a set (default: the protocol's).
+        whole: also train on the whole training set.
+        validate_every: measure on the validation part every so many iterations; 0 for never.
+        checkpoint_every: store the state every so many iterations.
+        choice: which settings it takes.
+        data: how the real data are read.
+        common: where and how the command runs.
+    """
+    from dstill import commands, summary
+
+    reporter = common.start()
+    result = commands.run(
+        data.load(source, common.seed),
+        out=out,
+        sets=sets,
+        nets=names(nets),
+        networks=networks,
+        whole=whole,
+        validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
+        **choice.arguments(),
+        **common.arguments(reporter),
+    )
+    summary.print_result(result)
+
+
+@app.command
+def train_experts(
+    source: str,
+    *,
+    choice: Choice = _CHOICE,
+    only: str | None = None,
+    data: Data = _DATA,
+    common: Common = _COMMON,
+) -> None:
+    """Train the expert trajectories that a recipe needs and the cache lacks.
+
+    Args:
+        source: see `dstill run`.
+        only: numbers of the experts to train, joined by commas, for a share of the work elsewhere.
+        choice: which settings it takes.
+        data: how the real data are read.
+        common: where and how the command runs.
+    """
+    from dstill import commands
+
+    reporter = common.start()
+    chosen = numbers(only, "--only") or None
+    real = data.load(source, common.seed)
+    trajectories = commands.train_experts(real, only=chosen, **choice.arguments(), **common.arguments(reporter))
+    print(trajectories.summary())
+
+
+@app.command
+def distill(
+    source: str,
+    *,
+    choice: Choice = _CHOICE,
+    experts: Path | None = None,
+    init: Path | None = None,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("distilled"),
+    validate_every: int = 0,
+    checkpoint_every: int = 25,
+    data: Data = _DATA,
+    common: Common = _COMMON,
+) -> None:
+    """Distil one set, without evaluating it.
+
+    Args:
+        source: see `dstill run`.
+        experts: folder of trajectories (default: the recipe's, trained if the cache lacks them).
+        init: a distilled set to start from, instead of the recipe's initialisation.
+        out: folder for the set, its picture, its metrics and its checkpoints.
+        validate_every: measure on the validation part every so many iterations; 0 for never.
+        checkpoint_every: store the state every so many iterations.
+        choice: which settings it takes.
+        data: how the real data are read.
+        common: where and how the command runs.
+    """
+    from dstill import commands
+
+    reporter = common.start()
+    commands.distill(
+        data.load(source, common.seed),
+        experts=experts,
+        init=init,
+        out=out,
+        validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
+        **choice.arguments(),
+        **common.arguments(reporter),
+    )
+    print(out)

@@ -1,0 +1,27 @@
+"""Tables of text in the forms that people paste: the first line is the heading."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+Lines = Sequence[Sequence[str]]
+
+_LATEX = str.maketrans(
+    {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "~": r"\textasciitilde{}", "±": r"$\pm$", "–": "--"}
+)
+
+
+def markdown(lines: Lines, left: Collection[str] = ("",)) -> str:
+    """Markdown; the columns of these headings are set to the left, all others to the right."""
+    heading, *rows = lines
+    ruled = [heading, ["---" if name in left else "---:" for name in heading], *rows]
+    plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in ruled]
+    return "\n".join("| " + " | ".join(line) + " |" for line in plain) + "\n"
+
+
+def latex(lines: Lines, left: Collection[str] = ("",)) -> str:
+    """A LaTeX `tabular` with the rules of booktabs."""
+    columns = "".join("l" if name in left else "r" for name in lines[0])
+    heading, *rows = [" & ".join(" ".join(cell.split()).translate(_LATEX) for cell in line) + r" \\" for line in lines]
+    ruled = [r"\toprule", heading, r"\midrule", *rows, r"\bottomrule"]
+    return "\n".join([f"\\begin{{tabular}}{{{columns}}}", *ruled, r"\end{tabular}"]) + "\n"
