@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dstill.judging import judge
     from dstill.planning import Plan, plan
     from dstill.recipes import load_recipe
+    from dstill.reporting.page import report
     from dstill.reproducing import reproduce
     from dstill.tuning import tune
     from dstill.unroll import Step, Student, Unrolled
@@ -52,6 +53,7 @@ __all__ = [
     "load_real",
     "load_recipe",
     "plan",
+    "report",
     "reproduce",
     "run",
     "train_experts",
@@ -79,6 +81,7 @@ _HOME = {
     "load_real": "data.real",
     "load_recipe": "recipes",
     "plan": "planning",
+    "report": "reporting.page",
     "reproduce": "reproducing",
     "run": "commands",
     "train_experts": "commands",

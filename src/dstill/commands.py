@@ -39,6 +39,7 @@ from dstill.preparation import (
     resolve_recipe,
     trained_on_all,
 )
+from dstill.reporting.page import REPORT_NAME, report
 from dstill.runs import RunFolder
 from dstill.workers import Workers
 
@@ -330,4 +331,5 @@ def run(
     }
     for k, one in enumerate(distilled):
         one.with_accuracy(claim).save(folder / f"set-{k}")
+    reporter.note(f"report: {report([folder], folder / REPORT_NAME)}")
     return result

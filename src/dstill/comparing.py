@@ -22,6 +22,7 @@ from dstill.evaluation.protocols import load_protocol
 from dstill.methods import method_info
 from dstill.methods import methods as known_methods
 from dstill.preparation import resolve_recipe
+from dstill.reporting.page import REPORT_NAME, report
 from dstill.running import refuse_import, run_apart
 from dstill.tables import latex, markdown
 from dstill.workers import Workers
@@ -200,6 +201,9 @@ def compare(
             row = _row(real, name, images, resolve, folder / f"{name}-ipc{images}", options, elsewhere, reporter)
             table = table.model_copy(update={"rows": (*table.rows, row)})
             table.save(folder)
+    finished = [folder / f"{row.method}-ipc{row.ipc}" for row in table.rows if row.result]
+    if finished:
+        reporter.note(f"report: {report(finished, folder / REPORT_NAME)}")
     return table
 
 

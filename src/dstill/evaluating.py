@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dstill.artifacts import header as files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.result import ProtocolId, Result, Score
@@ -95,7 +97,10 @@ def evaluate(
         def watch(trial: Trial, score: float, done: Iterator[int] = done, total: int = len(trials)) -> None:
             reporter.progress(f"evaluating {trial.net.name}", next(done), total, f"{trial.net.name} {score:.1%}")
 
-        values = measure(trials, test, chosen, workers=workers, progress=watch)
+        measured = measure(trials, test, chosen, workers=workers, progress=watch)
+        values = [one.accuracy for one in measured]
+        if config is configs[0]:
+            confusion = torch.tensor([one.confusion for one in measured]).sum(0)
         rates = {one.alpha if one.alpha and chosen.optimiser == "sgd" else chosen.lr for one in sets}
         by_set = [values[i * count : (i + 1) * count] for i in range(len(sets))]
         scores[config.name] = Score.of(by_set, lr=rates.pop() if len(rates) == 1 else None)
@@ -127,9 +132,11 @@ def evaluate(
         random=beside,
         whole=full,
         nets=scores,
+        confusion=confusion.tolist(),
         alpha=first.alpha,
         labels="soft" if first.labels.is_floating_point() else "hard",
         stored_bytes=first.images.numel() + first.labels.numel() * (4 if first.labels.is_floating_point() else 1),
+        whole_bytes=real.train.images.numel() + len(real.train),
         seconds=sum(stages.values()),
         stages=stages,
         dstill=__version__,

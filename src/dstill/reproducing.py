@@ -274,7 +274,7 @@ def _draw(
     reproduction: Reproduction, case: Case, rows: Sequence[Row], entries: Mapping[tuple[str, str], Entry], folder: Path
 ) -> list[str]:
     """Draws the figure of one case; the names of the files."""
-    from dstill.report import figures
+    from dstill.reporting import figures
 
     there = [(row.title, entries[row.name, case.name]) for row in rows if (row.name, case.name) in entries]
     records = {title: entry.record for title, entry in there}

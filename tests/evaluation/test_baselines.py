@@ -69,7 +69,7 @@ def test_training_is_sgd_with_momentum_decay_and_one_step_of_the_rate(factor: fl
         UNNORMED, images, labels, (test, expected), classes=3, protocol=protocol, lr=protocol.lr, augmentation="none",
         generator=seeding.generator(0, "by hand"),
     )  # fmt: skip
-    assert agreement >= 0.9995
+    assert agreement.accuracy >= 0.9995
     for change in (
         {"lr_factor": 1.0},
         {"momentum": 0.0},

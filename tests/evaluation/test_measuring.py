@@ -91,7 +91,7 @@ def test_training_equals_a_hand_written_loop(tiny_real: RealSet, short: str) -> 
     fitted = preprocess.fit("standardise", tiny_real.train.images)
     images, labels = prepared(tiny_real.train, fitted, torch.device("cpu"))
     test = prepared(tiny_real.test, fitted, torch.device("cpu"))
-    score = train_and_measure(
+    measured = train_and_measure(
         NET, images[:5], labels[:5], test, classes=3, protocol=protocol, lr=0.05, augmentation="none",
         generator=seeding.generator(0, "x"),
     )  # fmt: skip
@@ -106,7 +106,10 @@ def test_training_equals_a_hand_written_loop(tiny_real: RealSet, short: str) -> 
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(net(images[rows]), labels[rows]).backward()
             optimiser.step()
-    assert score == float((net(test[0]).argmax(1) == test[1]).double().mean())
+    predicted = net(test[0]).argmax(1)
+    assert measured.accuracy == float((predicted == test[1]).double().mean())
+    pairs = list(zip(test[1].tolist(), predicted.tolist(), strict=True))
+    assert measured.confusion == [[pairs.count((i, j)) for j in range(3)] for i in range(3)]
 
 
 def test_the_learned_rate_is_used_and_the_protocols_rate_without_one(syn: DistilledSet, tiny_real: RealSet, short: str) -> None:

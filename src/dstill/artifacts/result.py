@@ -96,6 +96,8 @@ class Result(BaseModel):
     """The whole training set under the protocol `whole`."""
     nets: dict[str, Score]
     """Accuracy by evaluation network; `accuracy` is that of the first."""
+    confusion: tuple[tuple[int, ...], ...] = ()
+    """How many test images of class i (row) the first network's trainings take for class j (column), all together."""
     alpha: float | None
     labels: Literal["hard", "soft"] = "hard"
     """Class ids, or soft labels that networks are trained on."""
@@ -103,6 +105,8 @@ class Result(BaseModel):
     """What distilling took, of the first set; None for a set that was not distilled here."""
     stored_bytes: int
     """Bytes of the distilled images as 8-bit pixels, and of the labels."""
+    whole_bytes: int | None = None
+    """The same of the real training images."""
     seconds: float
     """Wall time of this launch; what an earlier, interrupted one did is not in it."""
     stages: dict[str, float]

@@ -117,3 +117,16 @@ def ls(
     from dstill import listing
 
     print(json.dumps(listing.rows(kind), indent=2) if as_json else "\n".join(listing.table(kind)))
+
+
+@app.command
+def report(*runs: Path, out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("report.html")) -> None:
+    """Write a page about one run, or about several side by side, that opens in any browser.
+
+    Args:
+        runs: run folders, or folders of single sets.
+        out: the HTML file.
+    """
+    from dstill.reporting.page import report
+
+    print(report(runs, out))

@@ -58,7 +58,7 @@ def random_baseline(
         draw = random_set(like, real.train, seeding.generator(seed, "random-draw", k))
         trials += trials_of(draw, count, net=net, lr=best, seed=seed, stream=("random", k))
     tick(f"random images: {RANDOM_DRAWS} draws, {count} network(s) each")
-    scores = measure(trials, test, protocol, workers=workers)
+    scores = [one.accuracy for one in measure(trials, test, protocol, workers=workers)]
     return Score.of([scores[k * count : (k + 1) * count] for k in range(RANDOM_DRAWS)], lr=best)
 
 
@@ -79,7 +79,7 @@ def _best_rate(
     draw = random_set(like, held.train, seeding.generator(seed, "random-rate"))
     tick(f"random images: trying learning rates {', '.join(f'{rate:.3g}' for rate in rates)}")
     trials = [trial for rate in rates for trial in trials_of(draw, 1, net=net, lr=rate, seed=seed, stream=("random-rate",))]
-    scores = measure(trials, validation, protocol, workers=workers)
+    scores = [one.accuracy for one in measure(trials, validation, protocol, workers=workers)]
     return max(zip(scores, rates, strict=True), key=lambda pair: pair[0])[1]
 
 
@@ -98,7 +98,7 @@ def whole_set(net: NetConfig, like: DistilledSet, real: RealSet, test: tuple[Ten
             lr=protocol.lr,
             augmentation=like.augmentation,
             generator=seeding.generator(seed, "whole", k),
-        )
+        ).accuracy
         for k in range(protocol.networks)
     ]
     return Score.of([values], lr=protocol.lr)

@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +16,25 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.config import NetConfig, Protocol
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import Split
-from dstill.training import accuracy, fit, squared_objective, step_at, warm_cosine
+from dstill.training import fit, predictions, squared_objective, step_at, warm_cosine
 from dstill.workers import Workers, choose_workers, spread
 
 
 def prepared(split: Split, preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
     """Preprocessed float32 images and labels of a split, on the device."""
     return preprocess.forward(split.images.to(device, torch.float32) / 255), split.labels.to(device)
+
+
+class Measured(NamedTuple):
+    """What one network does with the test images.
+
+    Attributes:
+        accuracy: in [0, 1].
+        confusion: how many images of class i (row) it takes for class j (column).
+    """
+
+    accuracy: float
+    confusion: list[list[int]]
 
 
 def train_and_measure(
@@ -35,8 +48,8 @@ def train_and_measure(
     lr: float,
     augmentation: str,
     generator: torch.Generator,
-) -> float:
-    """Accuracy in [0, 1] of one fresh network: trained for the protocol's passes, measured once at the end.
+) -> Measured:
+    """One fresh network: trained for the protocol's passes, measured once at the end.
 
     Args:
         net: which network.
@@ -72,7 +85,9 @@ def train_and_measure(
         if step
         else warm_cosine(lr, protocol.warmup, protocol.passes),
     )
-    return accuracy(network, *test)
+    predicted, true = predictions(network, test[0]), test[1]
+    counts = torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
+    return Measured(float((predicted == true).cpu().double().mean()), counts.tolist())
 
 
 @dataclass(frozen=True)
@@ -101,8 +116,8 @@ def measure(
     *,
     workers: Workers = 1,
     progress: Callable[[Trial, float], None] | None = None,
-) -> list[float]:
-    """The accuracy of every trial's network on `test`, in order.
+) -> list[Measured]:
+    """What every trial's network does with `test`, in order.
 
     Args:
         trials: which networks, on which sets; the sets' own preprocessing must have been applied to `test`.
@@ -120,9 +135,9 @@ def measure(
     return first + spread(work, rest, choose_workers(workers, len(rest), test[0].device, seconds), tell)
 
 
-def _measured(test: tuple[Tensor, Tensor], protocol: Protocol, trial: Trial, report: Callable[[float], None]) -> float:
+def _measured(test: tuple[Tensor, Tensor], protocol: Protocol, trial: Trial, report: Callable[[float], None]) -> Measured:
     distilled, device = trial.distilled, test[0].device
-    score = train_and_measure(
+    measured = train_and_measure(
         trial.net,
         distilled.images.to(device),
         distilled.labels.to(device),
@@ -133,8 +148,8 @@ def _measured(test: tuple[Tensor, Tensor], protocol: Protocol, trial: Trial, rep
         augmentation=distilled.augmentation,
         generator=seeding.generator(trial.seed, "evaluate", trial.net.name, *trial.stream),
     )
-    report(score)
-    return score
+    report(measured.accuracy)
+    return measured
 
 
 def trials_of(
@@ -161,4 +176,5 @@ def evaluate_set(
     stream: tuple[str | int, ...] = (),
 ) -> list[float]:
     """Accuracies of `networks` fresh networks (the protocol's number if left out) trained on a set; see `measure`."""
-    return measure(trials_of(distilled, networks or protocol.networks, lr=lr, seed=seed, stream=stream), test, protocol)
+    trials = trials_of(distilled, networks or protocol.networks, lr=lr, seed=seed, stream=stream)
+    return [measured.accuracy for measured in measure(trials, test, protocol)]

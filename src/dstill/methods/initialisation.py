@@ -92,7 +92,7 @@ def _representatives(problem: Problem, features: np.ndarray, generator: torch.Ge
 
 
 @torch.no_grad()
-def initialisation_map(problem: Problem, classes: int = 3, points: int = 400) -> list[dict[str, Any]]:
+def initialisation_map(problem: Problem, classes: int = 3, points: int = 200) -> list[dict[str, Any]]:
     """The first classes' features on their first two principal components, and which images were chosen (Fig. 10).
 
     Args:

@@ -95,7 +95,7 @@ class Reproduction(Settings):
     """What it shows."""
     paper: str
     """Where in the paper."""
-    measures: Annotated[list[Measure], Field(min_length=1)]
+    measures: list[Measure]
     """Columns of the table."""
     figure: FigureName | None = None
     """What is drawn, if anything."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
 from dstill.artifacts.header import atomic
@@ -16,7 +17,7 @@ from dstill.artifacts.run import RunRecord
 Records = Mapping[str, RunRecord]
 
 LABELS = {
-    "loss": "matching loss",
+    "loss": "objective",
     "alpha": "student learning rate α",
     "validation_accuracy": "validation accuracy",
     "inner_loss_first": "student's first loss",
@@ -39,7 +40,9 @@ def curves(records: Records, key: str, against: Literal["iterations", "seconds"]
                 x = [_at(one.seconds.iterations, one.seconds.values, iteration) for iteration in curve.iterations]
             marker = "o" if len(x) <= 20 else None
             width = 1.8 if k == 0 else 0.8
-            axes.plot(x, curve.values, color=colour, linewidth=width, marker=marker, markersize=3, label=None if k else name)
+            axes.plot(
+                x, curve.values, color=colour, linewidth=width, marker=marker, markersize=3, label=None if k else _plain(name)
+            )
     axes.set_xlabel("iteration" if against == "iterations" else "seconds of distilling")
     axes.set_ylabel(LABELS.get(key, key))
     _legend(axes, len(records))
@@ -60,9 +63,10 @@ def expert_curves(records: Records) -> Figure:
         if record.experts is None:
             continue
         for axes, values in zip(panels, (record.experts.step_lengths, record.experts.accuracy), strict=True):
-            axes.plot(range(1, len(values) + 1), values, color=colour, label=name)
+            axes.plot(range(1, len(values) + 1), values, color=colour, label=_plain(name))
     for axes, label in zip(panels, ("squared step |θ$_t$ - θ$_{t+1}$|²", "expert accuracy"), strict=True):
         axes.set_xlabel("expert epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(label)
     panels[0].set_yscale("log")
     _legend(panels[1], len(records))
@@ -75,7 +79,8 @@ def inner_loss(records: Records) -> Figure:
     for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
         if record.sets and record.sets[0].inner_loss:
             points = record.sets[0].inner_loss
-            axes.plot(list(points), list(points.values()), color=colour, marker="o", markersize=3, label=name)
+            axes.plot(list(points), list(points.values()), color=colour, marker="o", markersize=3, label=_plain(name))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("start epoch of the segment")
     axes.set_ylabel("inner loss, as weighted")
     _legend(axes, len(records))
@@ -89,7 +94,7 @@ def initialisation(record: RunRecord) -> Figure:
         for key, style in (("points", {"s": 5, "alpha": 0.4}), ("chosen", {"s": 60, "marker": "*"})):
             x, y = zip(*one[key], strict=True)
             axes.scatter(x, y, color=COLOURS[0 if key == "points" else 1], label=key, **style)
-        axes.set_title(one["name"])
+        axes.set_title(_plain(one["name"]))
         axes.set_xlabel("first component")
     panels[0].set_ylabel("second component")
     return figure
@@ -99,7 +104,7 @@ def bars(values: Mapping[str, tuple[float, float]], label: str) -> Figure:
     """Means with their standard deviations, a bar a name (Fig. 11)."""
     figure, (axes,) = _figure(1, height=0.9 + 0.32 * max(len(values), 1))
     means, spreads = [mean for mean, _ in values.values()], [spread for _, spread in values.values()]
-    axes.barh(list(values), means, xerr=spreads, color=COLOURS[0], height=0.6, capsize=3)
+    axes.barh([_plain(name) for name in values], means, xerr=spreads, color=COLOURS[0], height=0.6, capsize=3)
     axes.invert_yaxis()
     low = min((mean - spread for mean, spread in values.values()), default=0.0)
     axes.set_xlim(left=max(0.0, low - 0.15 * max(means, default=1.0)))
@@ -125,6 +130,11 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG, atomically."""
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def _plain(text: str) -> str:
+    """A name that matplotlib does not take for a formula, or for one to leave out of the legend."""
+    return text.replace("$", r"\$").lstrip("_")
 
 
 def _figure(panels: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
