@@ -39,7 +39,7 @@ def _split(per_class: int, seed: int) -> Split:
     return Split((clean[labels] + noise).clamp(0, 255).to(torch.uint8), labels)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_real() -> RealSet:
     """Three classes of 8x8 colour images, 20 training and 10 test images each."""
     return RealSet("tiny", _split(20, 0), _split(10, 1), CLASSES)

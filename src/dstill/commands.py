@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dstill import native, recipes
-from dstill.artifacts import header as files
-from dstill.artifacts import pictures
-from dstill.artifacts.distilled import FILE_NAME, DistilledSet
+from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.result import Cost, Result
-from dstill.artifacts.run import EXPERTS_NAME, MAP_NAME, RESULT_NAME, SETTINGS_NAME
-from dstill.config import Recipe, canonical
+from dstill.artifacts.run import RESULT_NAME
+from dstill.config import Recipe
 from dstill.console import Reporter, Silent
 from dstill.data.real import check_ipc, load_real
-from dstill.devices import resolve_device, watching_memory
+from dstill.devices import resolve_device
 from dstill.distillation import Cadence, run_method
-from dstill.engine import supports
+from dstill.distilling import Watcher, distill_into
 from dstill.errors import DstillError
 from dstill.evaluating import evaluate
 from dstill.experts.trajectory import Trajectories
 from dstill.methods import method_info
 from dstill.methods.base import Problem
-from dstill.methods.initialisation import initialisation_map
-from dstill.methods.settings import MatchingConfig
 from dstill.preparation import (
     at_least_one,
     cache_folder,
@@ -40,7 +32,6 @@ from dstill.preparation import (
     trained_on_all,
 )
 from dstill.reporting.page import REPORT_NAME, report
-from dstill.runs import RunFolder
 from dstill.workers import Workers
 
 
@@ -103,6 +94,8 @@ def distill(
     cache: str | Path | None = None,
     validate_every: int = 0,
     checkpoint_every: int = 25,
+    picture_every: int = 0,
+    logs: Sequence[str] = (),
     workers: Workers = 1,
     reporter: Reporter | None = None,
 ) -> DistilledSet:
@@ -124,6 +117,8 @@ def distill(
         cache: folder that keeps experts for every run that can use them.
         validate_every: measure the set on the validation part every so many iterations; 0 for never.
         checkpoint_every: store the state every so many iterations; 0 for never.
+        picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
+        logs: where the metrics go besides, `tensorboard` and `wandb`.
         workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
         reporter: receives progress.
 
@@ -147,86 +142,10 @@ def distill(
     trained = trained_on_all(real, resolved, trained_with, where, store, reporter)
     initial = DistilledSet.load(init) if isinstance(init, str | Path) else init
     problem = Problem(real, preprocess, resolved, trajectories, where, seed, describing, trained, initial)
-    cadence = Cadence(checkpoint=checkpoint_every, validate=validate_every)
+    cadence = Cadence(checkpoint=checkpoint_every, validate=validate_every, picture=picture_every if out else 0)
     if out is None:
-        return run_method(problem, cadence=cadence, observer=_watch(reporter))
-    return _distill_into(Path(out), problem, cadence, reporter)
-
-
-def _distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Reporter) -> DistilledSet:
-    experts = problem.trajectories.folder.name if problem.trajectories else None
-    identity = {
-        "recipe": canonical(problem.recipe, exclude={"note"}),
-        "data": problem.real.fingerprint,
-        "seed": problem.seed,
-        "experts": experts,
-    }
-    if problem.initial is not None:
-        identity["initial"] = files.checksum({"images": problem.initial.images})
-    folder = RunFolder(out, identity)
-    finished = out / FILE_NAME
-    if finished.exists():
-        reporter.note(f"{finished} is finished: nothing to do")
-        distilled = DistilledSet.load(finished)
-    else:
-        reporter.note(_how(problem))
-        _write_beginnings(out, problem)
-        with watching_memory(problem.device) as peak_bytes:
-            started = time.perf_counter()
-            distilled = run_method(problem, folder, cadence=cadence, observer=_watch(reporter))
-            # A selection takes no steps; steps know their own time, also those before an interruption.
-            seconds = sum(row["seconds"] for row in folder.metrics()) or time.perf_counter() - started
-            Cost(seconds=seconds, peak_bytes=peak_bytes()).save(out)
-        distilled.save(out)
-    settings = out / SETTINGS_NAME
-    if settings.exists():
-        return distilled
-    pictures.save_grid(distilled, out / "distilled.png")
-    rows = folder.metrics()
-    if rows:
-        pictures.save_curves(
-            rows, out / "curves.png", f"{problem.recipe.method}, {problem.real.name}, IPC {problem.recipe.ipc}"
-        )
-    files.write_text(settings, recipes.dump(problem.recipe))  # last: it says that everything beside the set is there
-    folder.finish()
-    return distilled
-
-
-def _write_beginnings(out: Path, problem: Problem) -> None:
-    """What a report shows of where the run came from: its experts, and how its initial images were chosen."""
-    if problem.trajectories is None or (out / EXPERTS_NAME).exists():
-        return
-    settings = problem.recipe.distill
-    chosen = isinstance(settings, MatchingConfig) and settings.initialisation.startswith("representative")
-    if chosen and problem.initial is None:
-        files.write_text(out / MAP_NAME, json.dumps(initialisation_map(problem)) + "\n")
-    files.write_text(out / EXPERTS_NAME, json.dumps(problem.trajectories.curves()) + "\n")
-
-
-def _how(problem: Problem) -> str:
-    """What the numbers are worked out by, in a line."""
-    settings = problem.recipe.distill
-    if not isinstance(settings, MatchingConfig) or problem.device.type != "cpu":
-        return f"distilling on {problem.device}"
-    engine = native.describe() if supports(problem.network()) else "library double backward"
-    exact = settings.gradient != "tesla" and settings.precision == "float32"
-    kind = f"{settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
-    return f"distilling on {torch.get_num_threads()} CPU thread(s), {engine}, {kind}"
-
-
-def _watch(reporter: Reporter) -> Callable[[int, int, dict[str, float]], None]:
-    def observe(iteration: int, total: int, row: dict[str, float]) -> None:
-        parts = [f"{sign} {row[key]:.4g}" for key, sign in (("loss", "loss"), ("alpha", "α")) if key in row]
-        if "gradient_cosine" in row:
-            cosine = f"{row['gradient_cosine']:.7f}"
-            reporter.note(f"inexact precision: at the start, cosine {cosine} to the exact gradient of the images")
-        if row.get("skipped"):
-            parts.append(f"{row['skipped']:.0f} skipped")
-        if "validation_accuracy" in row:
-            parts.append(f"validation {row['validation_accuracy']:.1%}")
-        reporter.progress("distilling", iteration + 1, total, "  ".join(parts))
-
-    return observe
+        return run_method(problem, cadence=cadence, observer=Watcher(problem, reporter))
+    return distill_into(Path(out), problem, cadence, reporter, logs)
 
 
 def run(
@@ -244,6 +163,8 @@ def run(
     whole: bool = False,
     validate_every: int = 0,
     checkpoint_every: int = 25,
+    picture_every: int = 0,
+    logs: Sequence[str] = (),
     seed: int = 0,
     device: str = "auto",
     cache: str | Path | None = None,
@@ -267,6 +188,8 @@ def run(
         whole: also measure the whole training set.
         validate_every: measure on the validation part every so many iterations; 0 for never.
         checkpoint_every: store the state every so many iterations; 0 for never.
+        picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
+        logs: where the metrics go besides, `tensorboard` and `wandb`.
         seed: decides everything random.
         device: auto, cpu, cuda or mps.
         cache: folder that keeps experts for every run that can use them.
@@ -302,6 +225,8 @@ def run(
             cache=cache,
             validate_every=validate_every,
             checkpoint_every=checkpoint_every,
+            picture_every=picture_every,
+            logs=logs,
             workers=workers,
             reporter=reporter,
         )

@@ -100,6 +100,18 @@ def watching_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
     yield lambda: max(0, _resident_peak() - before)
 
 
+def resident_memory() -> int | None:
+    """Bytes of memory that this process holds; None where the system does not say."""
+    try:
+        return _status("VmRSS:")
+    except (OSError, StopIteration):
+        return None
+
+
 def _resident_peak() -> int:
+    return _status("VmHWM:")
+
+
+def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))

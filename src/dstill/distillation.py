@@ -33,11 +33,13 @@ class Cadence:
             (half a second and more) not so often that it takes more than a twentieth of the time.
         validate: train networks on the set so far and measure them on the validation part.
         networks: how many, under the protocol `quick`.
+        picture: hand the set so far to the painter, also after the last one.
     """
 
     checkpoint: int = 25
     validate: int = 0
     networks: int = 1
+    picture: int = 0
 
 
 class _Due:
@@ -69,6 +71,7 @@ def run_method(
     *,
     cadence: Cadence = Cadence(),
     observer: Callable[[int, int, Metrics], None] | None = None,
+    painter: Callable[[int, DistilledSet], None] | None = None,
 ) -> DistilledSet:
     """Runs a method to its end and returns the distilled set, continuing from the folder's checkpoint if it has one.
 
@@ -80,6 +83,7 @@ def run_method(
         folder: where metrics and checkpoints go; nothing is written without it.
         cadence: how often to checkpoint and to validate.
         observer: called after each iteration with its number, the total, and the metrics.
+        painter: called with the number of iterations done and the set so far.
     """
     method = make_method(problem)
     restored = folder.restore() if folder else None
@@ -106,6 +110,8 @@ def run_method(
                 due.stored(time.perf_counter() - stored)
         if observer is not None:
             observer(iteration, total, row)
+        if painter is not None and cadence.picture and (done % cadence.picture == 0 or done == total):
+            painter(done, method.result(state))
     return method.result(state)
 
 

@@ -73,6 +73,16 @@ def save_grid(distilled: DistilledSet, path: Path) -> Path:
     return path
 
 
+def save_animation(frames: Sequence[Path], path: Path, milliseconds: int = 200) -> None:
+    """The pictures one after another as a looping WebP, the last one held longer; nothing for fewer than two."""
+    if len(frames) < 2:
+        return
+    images = [Image.open(frame).convert("RGB") for frame in frames]
+    times = [milliseconds] * (len(images) - 1) + [8 * milliseconds]
+    with atomic(path) as temporary:
+        images[0].save(temporary, format="WEBP", save_all=True, append_images=images[1:], duration=times, loop=0, lossless=True)
+
+
 def save_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> Path:
     """Matching loss, α and, where it was measured, validation accuracy over iterations, as PNG."""
     from matplotlib.figure import Figure

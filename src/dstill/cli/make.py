@@ -25,6 +25,8 @@ def run(
     whole: bool = False,
     validate_every: int = 0,
     checkpoint_every: int = 25,
+    picture_every: int = 0,
+    log: str | None = None,
     data: Data = _DATA,
     common: Common = _COMMON,
 ) -> None:
@@ -39,6 +41,8 @@ def run(
         whole: also train on the whole training set.
         validate_every: measure on the validation part every so many iterations; 0 for never.
         checkpoint_every: store the state every so many iterations.
+        picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
+        log: where metrics go besides, joined by commas: tensorboard, wandb.
         choice: which settings it takes.
         data: how the real data are read.
         common: where and how the command runs.
@@ -55,6 +59,8 @@ def run(
         whole=whole,
         validate_every=validate_every,
         checkpoint_every=checkpoint_every,
+        picture_every=picture_every,
+        logs=names(log),
         **choice.arguments(),
         **common.arguments(reporter),
     )
@@ -98,6 +104,8 @@ def distill(
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("distilled"),
     validate_every: int = 0,
     checkpoint_every: int = 25,
+    picture_every: int = 0,
+    log: str | None = None,
     data: Data = _DATA,
     common: Common = _COMMON,
 ) -> None:
@@ -110,6 +118,8 @@ def distill(
         out: folder for the set, its picture, its metrics and its checkpoints.
         validate_every: measure on the validation part every so many iterations; 0 for never.
         checkpoint_every: store the state every so many iterations.
+        picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
+        log: where metrics go besides, joined by commas: tensorboard, wandb.
         choice: which settings it takes.
         data: how the real data are read.
         common: where and how the command runs.
@@ -124,6 +134,8 @@ def distill(
         out=out,
         validate_every=validate_every,
         checkpoint_every=checkpoint_every,
+        picture_every=picture_every,
+        logs=names(log),
         **choice.arguments(),
         **common.arguments(reporter),
     )
