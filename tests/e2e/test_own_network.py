@@ -14,7 +14,7 @@ FAST = ["--recipe", "smoke", "--threads", "1"]
 
 def dstill(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "DSTILL_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
-    command = [sys.executable, "-m", "dstill.cli", *arguments]
+    command = [sys.executable, "-m", "dstill", *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     return done

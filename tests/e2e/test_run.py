@@ -84,9 +84,11 @@ def test_every_method_goes_from_images_to_a_result(method: str, launch: Callable
     assert result.random is not None
     files = {path.name for path in (tmp_path / "set-0").iterdir()}
     expected = {"distilled.safetensors", "distilled.png", "recipe.yaml", "settings.json", "cost.json"}
-    assert files == expected | {"cost.json"} | (
-        set() if METHODS[method].family == "selection" else {"metrics.jsonl", "curves.png"}
-    )
+    expected |= set() if METHODS[method].family == "selection" else {"metrics.jsonl", "curves.png", "initial.safetensors"}
+    expected |= {"experts.json"} if METHODS[method].needs_experts else set()
+    expected |= {"initialisation.json"} if method == "ast" else set()
+    assert files == expected
+    assert (tmp_path / "report.html").exists()
     one = DistilledSet.load(tmp_path / "set-0")
     assert one.images.shape == (6, 3, 8, 8)
     assert one.class_ids.shape == (6,)
