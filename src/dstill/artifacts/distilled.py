@@ -103,6 +103,10 @@ class DistilledSet:
         siamese.parse(strategy)
         return replace(self, augmentation=strategy, accuracy=None)
 
+    def with_net(self, net: NetConfig) -> DistilledSet:
+        """The same set, to be evaluated with another network."""
+        return replace(self, net=net, accuracy=None)
+
     def save(self, path: str | Path) -> Path:
         """Writes `distilled.safetensors` into a folder, or a file whose name ends in .safetensors.
 

@@ -1,0 +1,55 @@
+"""The examples run as they are documented, at smoke size."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import dstill
+
+FOLDER = Path(__file__).parents[2] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_run_here() -> None:
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == ["architecture_search", "continual_learning"]
+
+
+def test_networks_are_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "cache"))
+    whole = "{name: whole, version: 1, passes: 1, batch_size: 64, momentum: 0.9, weight_decay: 0.0, lr: 0.05, networks: 1}"
+    (tmp_path / "whole.yaml").write_text(whole)
+    monkeypatch.setattr("dstill.evaluation.baselines.load_protocol", lambda _: dstill_protocol(tmp_path / "whole.yaml"))
+    dstill.distill(dstill.load_real("digits"), method="dm", recipe="smoke", out=tmp_path / "set")
+    correlation = example("architecture_search").main(
+        "digits", str(tmp_path / "set"), widths=[4, 8], depths=[1], networks=1, protocol="quick"
+    )
+    assert -1 <= correlation <= 1 or math.isnan(correlation)
+    assert "rank correlation with the whole set" in capsys.readouterr().out
+
+
+def dstill_protocol(path: Path) -> object:
+    from dstill.evaluation.protocols import load_protocol
+
+    return load_protocol(str(path))
+
+
+def test_memories_grow_class_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "cache"))
+    found = example("continual_learning").main(
+        "digits", method="dm", ipc=2, steps=2, networks=1, protocol="quick", recipe="smoke"
+    )
+    assert set(found) == {"dm", "random"}
+    for accuracies in found.values():
+        assert len(accuracies) == 2 and all(0.2 < accuracy <= 1 for accuracy in accuracies)
