@@ -33,9 +33,7 @@ def main(source: str, folder: str, widths: list[int], depths: list[int], network
         print(f"width {width:3} depth {depth} norm {norm:8}  whole {rows[-1][0]:.1%}  distilled {rows[-1][1]:.1%}")
     whole, by_set, by_random = zip(*rows, strict=True)
     correlation, beside = (float(spearmanr(whole, other).statistic) for other in (by_set, by_random))
-    print(
-        f"rank correlation with the whole set: distilled {correlation:.2f}, random {spearmanr(whole, by_random).statistic:.2f}"
-    )
+    print(f"rank correlation with the whole set: distilled {correlation:.2f}, random {beside:.2f}")
     return correlation
 
 
