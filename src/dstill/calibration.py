@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from dstill.experts.train import expert_objective
 from dstill.training import Batch, cross_entropy_objective, fit, predictions
 from dstill.unroll import Student
 
-_PROBE_IMAGES = 32  # beyond this a batch's time grows as its size
+_PROBE_IMAGES, _PROBE_MOST = 32, 256  # beyond these a batch's time is taken to grow as its size
 _PROBE_SECONDS = 0.2
 _PROBE_EPOCHS = 8
 
@@ -36,34 +37,48 @@ class Clock:
 
     def passes(self, net: NetConfig, passes: Passes, precision: Any = "float32") -> float:
         """Seconds of all of them, on all threads."""
-        probe = min(passes.images, _PROBE_IMAGES)
-        key = (passes.kind, probe, net.model_dump_json(), precision)
 
-        def make() -> Callable[[], Any]:
-            network = self._network(net)
-            images, labels = self._batch(probe)
-            match passes.kind:
-                case "forward":
-                    return lambda: predictions(network, images)
-                case "gradient":
-                    work = cross_entropy_objective(derivatives_of(network))
-                    return lambda: work(network, Batch(images, images, labels, torch.arange(probe), 0))
-            student = Student(network, precision=precision)
-            theta = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
-            keep = student.written
-            return lambda: student.tangents(theta, theta, images, labels, student.gradient(theta, images, labels, keep=keep)[2])
+        def seconds(images: int) -> float:
+            key = (passes.kind, images, net.model_dump_json(), precision)
+            return self._time(key, lambda: self._work(net, passes.kind, images, precision))
 
-        seconds = self._time(key, make)
+        found = self._scaled(passes.images, seconds)
         if passes.kind == "tangent":  # the first order is counted by itself
-            seconds = max(0.0, seconds - self.passes(net, Passes("gradient", 1, probe)))
-        return seconds * passes.times * passes.images / probe
+            found = max(0.0, found - self.passes(net, Passes("gradient", 1, passes.images)))
+        return found * passes.times
+
+    def _work(self, net: NetConfig, kind: str, count: int, precision: Any) -> Callable[[], Any]:
+        network = self._network(net)
+        images, labels = self._batch(count)
+        batch = Batch(images, images, labels, torch.arange(count), 0)
+        match kind:
+            case "forward":
+                return lambda: predictions(network, images)
+            case "library-forward":
+                return torch.no_grad()(lambda: network(images))
+            case "gradient":
+                return lambda: cross_entropy_objective(derivatives_of(network))(network, batch)
+            case "library":
+                return lambda: cross_entropy_objective(None)(network, batch)
+        student = Student(network, precision=precision)
+        theta = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
+        keep = student.written
+        return lambda: student.tangents(theta, theta, images, labels, student.gradient(theta, images, labels, keep=keep)[2])
+
+    @staticmethod
+    def _scaled(images: int, seconds: Callable[[int], float]) -> float:
+        """Seconds of a batch of so many images, from a smaller one where that takes long enough to tell."""
+        small = min(images, _PROBE_IMAGES)
+        found = seconds(small)
+        if small < images and found < _PROBE_SECONDS / 4:
+            small = min(images, _PROBE_MOST)
+            found = seconds(small)
+        return found * images / small
 
     def training(self, net: NetConfig, images: int, augmentation: str, threads: int) -> float:
         """Seconds of one step on a batch of `images`: augmentation, gradient, and the SGD update."""
-        probe = min(images, _PROBE_IMAGES)
-        key = ("training", probe, net.model_dump_json(), augmentation, threads)
 
-        def make() -> Callable[[], Any]:
+        def make(probe: int) -> Callable[[], Any]:
             network = self._network(net)
             sgd = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
             batch, labels = self._batch(probe)
@@ -71,21 +86,27 @@ class Clock:
             options: dict[str, Any] = {"batch_size": probe, "optimiser": sgd, "generator": generator}
             return lambda: fit(network, batch, labels, epochs=_PROBE_EPOCHS, augmentation=augmentation, **options)
 
-        return self._time(key, make, threads) / _PROBE_EPOCHS * images / probe
+        def seconds(probe: int) -> float:
+            key = ("training", probe, net.model_dump_json(), augmentation, threads)
+            return self._time(key, lambda: make(probe), threads) / _PROBE_EPOCHS
+
+        return self._scaled(images, seconds)
 
     def expert(self, net: NetConfig, config: ExpertConfig, threads: int) -> float:
         """Seconds of one expert step on a batch of the experts' size, penalty included."""
-        probe = min(config.batch_size, _PROBE_IMAGES)
-        key = ("expert", probe, net.model_dump_json(), config.model_dump_json(), threads)
 
-        def make() -> Callable[[], Any]:
+        def make(probe: int) -> Callable[[], Any]:
             network = self._network(net)
             work = expert_objective(network, config)
             images, labels = self._batch(probe)
             batch = Batch(images, images, labels, torch.arange(probe), config.planned_epochs)
             return lambda: work(network, batch)
 
-        return self._time(key, make, threads) * config.batch_size / probe
+        def seconds(probe: int) -> float:
+            key = ("expert", probe, net.model_dump_json(), config.model_dump_json(), threads)
+            return self._time(key, lambda: make(probe), threads)
+
+        return self._scaled(config.batch_size, seconds)
 
     def _network(self, net: NetConfig) -> torch.nn.Module:
         shape, generator = self.shape, torch.Generator().manual_seed(0)
@@ -98,7 +119,7 @@ class Clock:
         return images.to(self.device), torch.randint(shape.classes, (count,), generator=generator).to(self.device)
 
     def _time(self, key: tuple[Any, ...], make: Callable[[], Callable[[], Any]], threads: int | None = None) -> float:
-        """The shortest of a few repetitions, after one that warms up."""
+        """The median of a few repetitions, after one that warms up."""
         if key in self._measured:
             return self._measured[key]
         before = torch.get_num_threads()
@@ -114,7 +135,7 @@ class Clock:
                 times.append(time.perf_counter() - started)
         finally:
             torch.set_num_threads(before)
-        self._measured[key] = min(times)
+        self._measured[key] = statistics.median(times)
         return self._measured[key]
 
     def _wait(self) -> None:

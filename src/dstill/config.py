@@ -96,9 +96,12 @@ class TrainingConfig(Settings):
 
 
 class Passes(NamedTuple):
-    """How often a batch goes through a network: forward alone, forward and backward, or in second order."""
+    """How often a batch goes through a network: forward alone, forward and backward, or in second order.
 
-    kind: Literal["forward", "gradient", "tangent"]
+    `library-forward` and `library` are the first two where a method cannot use the hand-written derivatives.
+    """
+
+    kind: Literal["forward", "gradient", "tangent", "library-forward", "library"]
     times: float
     images: int
 

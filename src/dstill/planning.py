@@ -31,6 +31,7 @@ from dstill.workers import Workers, cores
 
 _FLOATS = 4  # bytes
 _GIB = 2**30
+_BASE = 32 * 2**20  # what the libraries take for themselves as soon as they work
 
 
 class Stage(BaseModel):
@@ -281,7 +282,7 @@ def _distilling(recipe: Recipe, given: Given, clock: Clock, sets: int, validate_
         net, precision = getattr(distill, "net", recipe.net), getattr(distill, "precision", "float32")
         work = distill.work(ipc=recipe.ipc, classes=shape.classes)
         seconds = sets * distill.iterations * sum(clock.passes(net, passes, precision) for passes in work)
-        memory = _kept(recipe, given) if isinstance(distill, MatchingConfig) else _remembered(net, work, shape)
+        memory = _BASE + (_kept(recipe, given) if isinstance(distill, MatchingConfig) else _remembered(net, work, shape))
         note = f"{distill.iterations} iterations" + (f", {sets} sets" if sets > 1 else "")
         stages.append(Stage(name="distilling", seconds=seconds, peak_bytes=memory, disk_bytes=sets * 3 * images, note=note))
     if distill.iterations and validate_every:
@@ -313,7 +314,7 @@ def _kept(recipe: Recipe, given: Given) -> float:
 
 def _remembered(net: NetConfig, work: Sequence[Passes], shape: Shape) -> float:
     """About what the library keeps of the largest batch for its gradient: a few copies of every block's maps."""
-    images = max(passes.images for passes in work if passes.kind != "forward")
+    images = max(passes.images for passes in work if not passes.kind.endswith("forward"))
     maps = 4 * (net.width or 128) * shape.side**2 * (4 / 3)
     return _FLOATS * images * maps
 

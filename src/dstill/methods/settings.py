@@ -90,7 +90,7 @@ class DistributionMatchingConfig(ImageConfig):
     """Distribution matching (DM)."""
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        return [Passes("forward", classes, self.batch_real), Passes("gradient", classes, ipc)]
+        return [Passes("library-forward", classes, self.batch_real), Passes("library", classes, ipc)]
 
     iterations: Annotated[int, Field(ge=1)] = 20000
     """Updates, each with a network of its own."""
@@ -131,7 +131,7 @@ class CafeConfig(InnerConfig):
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
         """With loops that end halfway between their shortest and their longest."""
         outer, inner = ((self.window + most) / 2 for most in (self.max_outer, self.max_inner))
-        matching = [Passes("forward", outer * classes, self.batch_real), Passes("gradient", outer * classes, ipc)]
+        matching = [Passes("library-forward", outer * classes, self.batch_real), Passes("library", outer * classes, ipc)]
         training = self.training(ipc * classes)
         query = Passes("forward", outer * (inner + 1), self.batch_query * classes)
         return [*matching, training._replace(times=training.times * outer * inner), query]
@@ -174,9 +174,9 @@ class FrepoConfig(DistillConfig):
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
         images = ipc * classes * (2 if self.flip else 1)
-        learning = Passes("gradient", 1, images)
-        training = Passes("gradient", math.ceil(images / self.batch_train), min(images, self.batch_train))
-        return [Passes("forward", 1, self.batch_real), learning, training]
+        learning = Passes("library", 1, images)
+        training = Passes("library", math.ceil(images / self.batch_train), min(images, self.batch_train))
+        return [Passes("library-forward", 1, self.batch_real), learning, training]
 
     def smoke(self) -> Self:
         small = {"iterations": 10, "batch_real": 64, "pool": 2, "max_age": 5, "net": self.net.model_copy(update={"width": 8})}
