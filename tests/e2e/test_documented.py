@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,3 +96,15 @@ def test_the_commands_of_a_page_run_one_after_another(page: str, workplace: Path
             cli.main()
         except SystemExit as stop:
             assert not stop.code, f"{small(tokens)} of {page} ended with {stop.code}"
+
+
+def test_the_python_of_the_readme_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("DSTILL_CACHE", str(workplace / "cache"))
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    assert len(blocks) == 2
+    code = "\n".join(blocks).replace("ipc=1", 'recipe="smoke"').replace("range(1000)", "range(100)")
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert 0.3 < float(names["accuracy"]) <= 1
+    assert (workplace / "out" / "distilled.safetensors").exists()
