@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,14 +96,53 @@ def test_a_finished_run_keeps_its_metrics_and_no_checkpoint(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "settings.json"]
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    folder = folder_with_rows(tmp_path, 2)
-    folder.checkpoint(2, {"x": torch.zeros(200)})
-    content = bytearray(folder.checkpoint_path.read_bytes())
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
     content[-9] ^= 4
-    folder.checkpoint_path.write_bytes(content)
-    with pytest.raises(DstillError, match=r"checkpoint\.safetensors is damaged"):
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    notes: list[str] = []
+    folder_with_rows(tmp_path, 6)
+    folder = RunFolder(tmp_path, IDENTITY, notes.append)
+    for iteration in (2, 4, 5):
+        folder.checkpoint(iteration, {"x": torch.full((200,), float(iteration))})
+    flip(folder.checkpoint_path)
+    restored = folder.restore()
+    assert restored is not None and restored[0] == 4 and restored[1]["x"].eq(4).all()
+    assert len(folder.metrics()) == 4
+    assert len(notes) == 1 and "checkpoint.safetensors is damaged" in notes[0]
+
+
+def test_where_no_checkpoint_is_whole_the_files_are_named(tmp_path: Path) -> None:
+    folder = folder_with_rows(tmp_path, 2)
+    for iteration in (1, 2):
+        folder.checkpoint(iteration, {"x": torch.zeros(200)})
+    flip(folder.checkpoint_path)
+    folder.earlier_path.write_bytes(b"")
+    with pytest.raises(DstillError, match=r"checkpoint\.safetensors and checkpoint-before\.safetensors in .* are damaged"):
         folder.restore()
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, IDENTITY)
+    code = f"""
+import pathlib, time
+from dstill.runs import RunFolder
+with RunFolder(pathlib.Path({str(tmp_path)!r}), {IDENTITY!r}).locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(DstillError, match="another process works in"), folder.locked():
+        pass
+    other.kill()
+    other.wait()
+    with folder.locked():
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.json"]
 
 
 def test_other_settings_are_refused_and_the_difference_is_named(tmp_path: Path) -> None:

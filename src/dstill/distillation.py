@@ -16,6 +16,7 @@ from dstill.methods import method_info
 from dstill.methods.base import Method, Metrics, Problem
 from dstill.plugins import load_class
 from dstill.runs import RunFolder
+from dstill.stopping import between_steps
 
 INITIAL_NAME = "initial.safetensors"
 
@@ -76,7 +77,7 @@ def run_method(
     """Runs a method to its end and returns the distilled set, continuing from the folder's checkpoint if it has one.
 
     The generator of an iteration depends on the seed and the iteration alone, so a continued run equals an uninterrupted
-    one bit for bit on the CPU.
+    one bit for bit on the CPU. SIGINT and SIGTERM are answered after the step under way: its state is stored first.
 
     Args:
         problem: what to work on.
@@ -94,24 +95,32 @@ def run_method(
     else:
         begin, state = restored[0], {name: tensor.to(problem.device) for name, tensor in restored[1].items()}
     total = method.iterations()
-    validate, due = _validator(problem, cadence), _Due(cadence.checkpoint)
-    for iteration in range(begin, total):
-        started = time.perf_counter()
-        metrics = method.step(state, iteration, seeding.generator(problem.seed, "step", iteration))
-        row: Metrics = {"iteration": iteration, **metrics, "seconds": time.perf_counter() - started}
-        done = iteration + 1
-        if cadence.validate and (done % cadence.validate == 0 or done == total):
-            row["validation_accuracy"] = validate(method.result(state))
-        if folder:
-            folder.log(row)
-            if due(done):
-                stored = time.perf_counter()
-                folder.checkpoint(done, state)
-                due.stored(time.perf_counter() - stored)
-        if observer is not None:
-            observer(iteration, total, row)
-        if painter is not None and cadence.picture and (done % cadence.picture == 0 or done == total):
-            painter(done, method.result(state))
+    validate, due, stopped = _validator(problem, cadence), _Due(cadence.checkpoint), False
+    with between_steps() as asked_to_stop:
+        for iteration in range(begin, total):
+            started = time.perf_counter()
+            metrics = method.step(state, iteration, seeding.generator(problem.seed, "step", iteration))
+            row: Metrics = {"iteration": iteration, **metrics, "seconds": time.perf_counter() - started}
+            done = iteration + 1
+            if cadence.validate and (done % cadence.validate == 0 or done == total):
+                row["validation_accuracy"] = validate(method.result(state))
+            if folder:
+                folder.log(row)
+                if due(done):
+                    stored = time.perf_counter()
+                    folder.checkpoint(done, state)
+                    due.stored(time.perf_counter() - stored)
+            if observer is not None:
+                observer(iteration, total, row)
+            if painter is not None and cadence.picture and (done % cadence.picture == 0 or done == total):
+                painter(done, method.result(state))
+            stopped = asked_to_stop() and done < total
+            if stopped:
+                if folder:
+                    folder.checkpoint(done, state)
+                break
+    if stopped:
+        raise KeyboardInterrupt  # where the signal itself did not end the process
     return method.result(state)
 
 

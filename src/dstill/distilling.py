@@ -94,7 +94,13 @@ def distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Report
     }
     if problem.initial is not None:
         identity["initial"] = files.checksum({"images": problem.initial.images})
-    folder = RunFolder(out, identity)
+    folder = RunFolder(out, identity, reporter.note)
+    with folder.locked():
+        return _distill(folder, problem, cadence, reporter, logs)
+
+
+def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Reporter, logs: Sequence[str]) -> DistilledSet:
+    out = folder.path
     finished = out / FILE_NAME
     if finished.exists():
         reporter.note(f"{finished} is finished: nothing to do")

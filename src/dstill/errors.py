@@ -23,3 +23,7 @@ def suggest(value: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(value, names, n=2)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+
+
+class DamagedFileError(DstillError):
+    """A file is not what was written: cut off, changed, or empty."""

@@ -119,7 +119,7 @@ def ensure_experts(
         detail = f"expert {index}: {real.judged_on} accuracy {score:.1%}, {report.images_per_second:,.0f} images/s"
         reporter.progress("expert epochs", next(done), total, detail)
 
-    train_missing(task, folder, device, only=only, workers=workers, observer=observe)
+    train_missing(task, folder, device, only=only, workers=workers, observer=observe, note=reporter.note)
     reporter.note(f"experts: {folder}")
     return Trajectories(folder, config.count if only is None else None)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dstill.artifacts import header as files
 from dstill.artifacts.run import METRICS_NAME
-from dstill.errors import DstillError
+from dstill.errors import DamagedFileError, DstillError
 
 _CHECKPOINT = "checkpoint"
 
@@ -19,25 +21,27 @@ _CHECKPOINT = "checkpoint"
 class RunFolder:
     """Where one distilled set comes into being.
 
-    Holds `metrics.jsonl` (a line an iteration), `checkpoint.safetensors` while the run is under way, and what the caller
+    Holds `metrics.jsonl` (a line an iteration), the last two checkpoints while the run is under way, and what the caller
     writes beside them.
 
     Args:
         path: the folder; made if missing.
         identity: settings that determine the run. A folder with another identity is refused.
+        note: told what the user should know.
 
     Raises:
         DstillError: the folder belongs to a run with other settings, or cannot be made.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path, self.identity = path, json.loads(json.dumps(identity))
+    def __init__(self, path: Path, identity: Mapping[str, Any], note: Callable[[str], None] = lambda _: None) -> None:
+        self.path, self.identity, self.note = path, json.loads(json.dumps(identity)), note
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DstillError(f"the folder {path} cannot be made ({error.strerror}): pass another -o") from error
         self.metrics_path = path / METRICS_NAME
         self.checkpoint_path = path / "checkpoint.safetensors"
+        self.earlier_path = path / "checkpoint-before.safetensors"
         stamp = path / "settings.json"
         if stamp.exists():
             try:
@@ -62,24 +66,59 @@ class RunFolder:
         lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1] if line]
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out. The lock is the system's and ends with the process that holds it, however that ends.
+
+        Raises:
+            DstillError: another process works in the folder.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise DstillError(f"another process works in {self.path}: wait for it, or pass another -o") from error
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
     def checkpoint(self, iteration: int, state: Mapping[str, Tensor]) -> None:
-        """Stores the state before `iteration`, atomically over the last one."""
+        """Stores the state before `iteration`, atomically; the checkpoint before is kept until the next."""
+        if self.checkpoint_path.exists():
+            self.checkpoint_path.replace(self.earlier_path)
         files.save(self.checkpoint_path, _CHECKPOINT, state, {"iteration": iteration})
 
     def restore(self) -> tuple[int, dict[str, Tensor]] | None:
-        """The last checkpoint, or None. Metrics logged after it are dropped, since they will be logged again."""
-        if not self.checkpoint_path.exists():
+        """The last checkpoint that is whole, or None. Metrics logged after it are dropped, since they will be logged again.
+
+        Raises:
+            DstillError: there are checkpoints, and none is whole.
+        """
+        found = [path for path in (self.checkpoint_path, self.earlier_path) if path.exists()]
+        if not found:
             self.metrics_path.unlink(missing_ok=True)
             return None
-        header, state = files.load(self.checkpoint_path, _CHECKPOINT)
+        header, state = self._first_whole(found)
         iteration = int(header["iteration"])
         kept = [row for row in self.metrics() if row["iteration"] < iteration]
         files.write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
         return iteration, state
 
+    def _first_whole(self, paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        for path in paths:
+            try:
+                return files.load(path, _CHECKPOINT)
+            except DamagedFileError as error:
+                self.note(f"{error}; falling back to the checkpoint before")
+        names = " and ".join(path.name for path in paths)
+        raise DstillError(f"{names} in {self.path} are damaged: remove them to start this run anew")
+
     def finish(self) -> None:
-        """Removes the checkpoint of a run whose result has been written."""
+        """Removes the checkpoints of a run whose result has been written."""
         self.checkpoint_path.unlink(missing_ok=True)
+        self.earlier_path.unlink(missing_ok=True)
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dstill.errors import DstillError
+from dstill.errors import DamagedFileError, DstillError
 from dstill.version import __version__
 
 FORMAT = 1
@@ -34,11 +34,29 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        _sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    """What the user's new files may not have."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the renaming itself survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,7 +94,7 @@ def opened(path: Path, kind: str) -> Iterator[tuple[dict[str, Any], Any]]:
     try:
         handle = safetensors.safe_open(path, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
-        raise DstillError(f"{path} is damaged or not a safetensors file ({error})") from error
+        raise DamagedFileError(f"{path} is damaged or not a safetensors file ({error})") from error
     with handle as file:
         try:
             header = dict(json.loads((file.metadata() or {})[_KEY]))
@@ -89,6 +107,17 @@ def opened(path: Path, kind: str) -> Iterator[tuple[dict[str, Any], Any]]:
         yield header, file
 
 
+def kind_of(path: Path) -> str:
+    """The kind of a file of dstill; raises as `opened` does."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return str(json.loads((file.metadata() or {})[_KEY])["kind"])
+    except (safetensors.SafetensorError, OSError) as error:
+        raise DamagedFileError(f"{path} is damaged or not a safetensors file ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DstillError(f"{path} has no dstill header: it was written by another program") from error
+
+
 def _with_article(noun: object) -> str:
     return f"{'an' if str(noun)[:1] in 'aeiou' else 'a'} {noun}"
 
@@ -98,5 +127,5 @@ def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with opened(path, kind) as (header, file):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     if header.get("sha256") not in (None, checksum(tensors)):
-        raise DstillError(f"{path} is damaged: its tensors are not those that were written; restore it from a copy")
+        raise DamagedFileError(f"{path} is damaged: its tensors are not those that were written; restore it from a copy")
     return header, tensors

@@ -130,3 +130,19 @@ def report(*runs: Path, out: Annotated[Path, Parameter(name=["--out", "-o"])] = 
     from dstill.reporting.page import report
 
     print(report(runs, out))
+
+
+@app.command
+def check(*paths: Path) -> None:
+    """Read files whole and compare them with their checksums. The exit code is 1 if one is damaged.
+
+    Args:
+        paths: files, or folders with all that is below them.
+    """
+    from dstill import checking
+
+    found = checking.check(paths)
+    for path, problem in found:
+        print(f"{path}: {problem or 'whole'}")
+    if any(problem for _, problem in found):
+        raise SystemExit(1)

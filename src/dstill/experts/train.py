@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dstill import nets, seeding
+from dstill.artifacts import header as files
 from dstill.config import ExpertConfig, NetConfig, canonical, digest
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
-from dstill.errors import DstillError
+from dstill.errors import DamagedFileError, DstillError
 from dstill.experts.gsam import gsam_objective
 from dstill.experts.smooth import smooth_objective, step_lengths
-from dstill.experts.trajectory import expert_path, save_expert
+from dstill.experts.trajectory import KIND, expert_path, save_expert
 from dstill.training import Batch, EpochReport, Objective, Schedule, accuracy, fit, step_at
 from dstill.workers import Workers, choose_workers, spread
 
@@ -182,10 +183,12 @@ def train_missing(
     only: Sequence[int] | None = None,
     workers: Workers = 1,
     observer: Callable[[int, EpochReport, float], None] | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Trains the experts that `folder` lacks, each written atomically as soon as it is done.
 
-    An expert is the same whatever the number of workers.
+    An expert is the same whatever the number of workers. Files that are there are checked first; a damaged one is set aside
+    and its expert trained again.
 
     Args:
         task: what to train.
@@ -194,11 +197,15 @@ def train_missing(
         only: train just these indices, for a share of the work on another machine.
         workers: processes; `auto`: one a core where the work is worth it.
         observer: called after each epoch with the expert's index, the report and the accuracy.
+        note: told of files that were set aside.
 
     Returns:
         `folder`.
     """
-    missing = [i for i in (range(task.config.count) if only is None else only) if not expert_path(folder, i).exists()]
+    wanted = range(task.config.count) if only is None else only
+    for index in wanted:
+        set_aside_if_damaged(expert_path(folder, index), note)
+    missing = [index for index in wanted if not expert_path(folder, index).exists()]
     if not missing:
         return folder
     seconds = expected_seconds(task, device) * len(missing) if workers == "auto" and len(missing) > 1 else 0.0
@@ -210,6 +217,18 @@ def train_missing(
         watch,
     )
     return folder
+
+
+def set_aside_if_damaged(path: Path, note: Callable[[str], None]) -> None:
+    """Renames a damaged expert, so that it is neither used nor lost."""
+    if not path.exists():
+        return
+    try:
+        files.load(path, KIND)
+    except DamagedFileError as error:
+        aside = path.with_name(path.name + ".damaged")
+        path.replace(aside)
+        note(f"{error}; it is set aside as {aside.name}, and the expert is trained again")
 
 
 def _train_and_save(

@@ -1,0 +1,193 @@
+"""Whatever happens to a process, what was done is kept, and the same command ends in the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dstill
+from dstill import DistilledSet, DstillError, cli
+from dstill.cli import machine_fault
+from dstill.data.real import RealSet
+from dstill.methods import METHODS
+from dstill.stopping import between_steps
+
+CHANGES = ("net.width=4", "experts.count=2")
+# Kills are dear: a process starts in three seconds. The rest is for `-m slow`.
+QUICK = ("ast", "frepo")
+
+
+def command(method: str, out: Path, *extra: str) -> list[str]:
+    changes = [change for change in CHANGES if METHODS[method].needs_experts or not change.startswith("experts")]
+    long = [] if METHODS[method].family == "selection" else ["distill.iterations=40"]
+    options = ["--recipe", "smoke", "--networks", "1", "--threads", "1", "--workers", "1", "--checkpoint-every", "3", *extra]
+    return ["run", "digits", "--method", method, *options, "-o", str(out), "--set", *changes, *long]
+
+
+def start(arguments: list[str], cache: Path, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "DSTILL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-m", "dstill", *arguments], env=environment, text=True, **pipes, **options)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    a, b = (DistilledSet.load(folder / "set-0") for folder in (one, other))
+    assert a.images.equal(b.images) and a.labels.equal(b.labels) and a.alpha == b.alpha
+    first, second = (dstill.Result.load(folder / "result.json") for folder in (one, other))
+    assert first.accuracy == second.accuracy and first.random == second.random
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(METHODS)]
+)
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(method: str, tmp_path: Path) -> None:
+    """Five kills a method at random moments: while starting, training experts, distilling, writing, evaluating."""
+    begun = time.monotonic()
+    whole = start(command(method, tmp_path / "whole"), tmp_path / "cache-a")
+    assert whole.wait() == 0
+    length, moments = time.monotonic() - begun, random.Random(method)
+    for _ in range(5):
+        process = start(command(method, tmp_path / "out"), tmp_path / "cache-b")
+        try:
+            process.wait(moments.uniform(0.3, 1.0) * length)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+    last = start(command(method, tmp_path / "out"), tmp_path / "cache-b")
+    assert last.wait() == 0, last.communicate()[1]
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_sigterm_stores_the_state_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    assert start(command("mtt", tmp_path / "whole"), tmp_path / "cache").wait() == 0
+    process = start([word if word != "3" else "0" for word in command("mtt", tmp_path / "out")], tmp_path / "cache")
+    metrics = tmp_path / "out" / "set-0" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    code, (_, told) = process.wait(), process.communicate()
+    if code != 0:  # it may have been done by then
+        assert code == 143
+        assert "terminated; the same command continues" in told
+        assert (tmp_path / "out" / "set-0" / "checkpoint.safetensors").exists(), "stored although no checkpoint was due"
+    assert start(command("mtt", tmp_path / "out"), tmp_path / "cache").wait() == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_signal_between_steps_waits_and_a_second_one_does_not() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), between_steps() as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGINT)
+        done.append(asked())
+    assert done == [True]
+    with pytest.raises(KeyboardInterrupt), between_steps():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second one is answered at once")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with between_steps() as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert not asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_file_too_large_for_the_disk_is_said_and_the_run_continues_elsewhere(tmp_path: Path) -> None:
+    limit = 4_000  # bytes: too little for an expert
+    process = start(
+        command("mtt", tmp_path / "out"),
+        tmp_path / "cache",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert process.wait() == 3
+    assert "the same command continues" in process.communicate()[1]
+    assert not list((tmp_path / "cache").glob("experts/*/expert-*")), "nothing half-written has the name of an expert"
+    assert start(command("mtt", tmp_path / "out"), tmp_path / "cache").wait() == 0
+
+
+def test_a_read_only_folder_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system", "/data/out")
+
+    monkeypatch.setattr("dstill.commands.run", refuse)
+    monkeypatch.setattr(sys, "argv", ["dstill", "run", "digits", "-o", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 3
+    assert "the file system is read-only (/data/out)" in capsys.readouterr().err
+
+
+def test_faults_of_the_machine_are_told_from_mistakes_of_the_program() -> None:
+    assert machine_fault(OSError(28, "No space left on device")) == "the disk is full"
+    assert machine_fault(OSError(24, "x", "a.bin")) == "too many files are open (a.bin)"
+    assert str(machine_fault(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))).startswith(
+        "out of memory"
+    )
+    assert machine_fault(RuntimeError("shape mismatch")) is None
+    assert machine_fault(OSError(2, "No such file")) is None
+
+
+def test_a_damaged_expert_is_set_aside_and_trained_again(tiny_real: RealSet, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"recipe": "smoke", "method": "mtt", "changes": ["net.width=4"], "cache": tmp_path}
+    experts = dstill.train_experts(tiny_real, **settings)
+    path, content = experts.paths[1], experts.paths[1].read_bytes()
+    for damage in (content[:-5], b"", bytes([*content[:-9], content[-9] ^ 4, *content[-8:]])):
+        path.write_bytes(damage)
+        told: list[str] = []
+        again = dstill.train_experts(tiny_real, reporter=_Told(told), **settings)
+        assert path.read_bytes() == content, "the same expert to the bit"
+        assert any("set aside" in text for text in told)
+        assert path.with_name(path.name + ".damaged").read_bytes() == damage
+        assert len(again) == len(experts)
+
+
+class _Told:
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        pass
+
+
+def test_check_names_the_damaged_file(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dstill.distill(tiny_real, method="random", recipe="smoke", out=tmp_path / "a")
+    dstill.distill(tiny_real, method="random", recipe="smoke", out=tmp_path / "b")
+    monkeypatch.setattr(sys, "argv", ["dstill", "check", str(tmp_path)])
+    cli.main()
+    assert capsys.readouterr().out.count(": whole") == 2
+    path = tmp_path / "b" / "distilled.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1][:10] for line in said] == ["whole", "is damaged"]
+    with pytest.raises(DstillError, match="no file of dstill"):
+        from dstill.checking import check
+
+        (tmp_path / "empty").mkdir()
+        check([tmp_path / "empty"])
