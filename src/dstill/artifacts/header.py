@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,6 +43,12 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
 
 
+def _system_error(error: Exception, path: Path) -> Exception:
+    """What the system said, which safetensors hides in its text."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found.group(1)), os.strerror(int(found.group(1))), str(path)) if found else error
+
+
 def _umask() -> int:
     """What the user's new files may not have."""
     mask = os.umask(0o022)
@@ -70,7 +77,10 @@ def save(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[s
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     full = {"format": FORMAT, "kind": kind, "dstill": __version__, "sha256": checksum(contiguous), **header}
     with atomic(path) as temporary:
-        save_file(contiguous, temporary, metadata={_KEY: json.dumps(full, sort_keys=True)})
+        try:
+            save_file(contiguous, temporary, metadata={_KEY: json.dumps(full, sort_keys=True)})
+        except safetensors.SafetensorError as error:
+            raise _system_error(error, path) from error
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
