@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 import dstill
@@ -23,6 +24,13 @@ class Notes:
         pass
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own takes three seconds to start; `tests/test_comparing.py` sees to that part."""
+    monkeypatch.setattr("dstill.running.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_every_reproduction_runs_at_smoke_scale(tmp_path: Path) -> None:
     where = {"out": tmp_path / "results", "runs": tmp_path / "runs", "cache": tmp_path / "cache"}
     for what in reproduction_names():
