@@ -54,8 +54,18 @@ def test_twice_the_work_takes_twice_as_long(tiny_real: RealSet, tmp_path: Path) 
     net = NetConfig(width=4, depth=1)
     once, twice = (clock.passes(net, Passes("gradient", times, 8)) for times in (1, 2))
     assert twice == 2 * once, "a batch is timed once"
-    large, larger = (clock.passes(net, Passes("gradient", 1, images)) for images in (3200, 6400))
-    assert larger == pytest.approx(2 * large)
+
+
+def test_large_batches_lie_on_the_line_through_two_small_ones() -> None:
+    asked: list[int] = []
+
+    def seconds(images: int) -> float:
+        asked.append(images)
+        return 0.5 + 0.25 * images
+
+    assert Clock._scaled(1000, seconds) == pytest.approx(250.5)
+    assert asked == [4, 12], "nothing larger is timed"
+    assert Clock._scaled(4, seconds) == pytest.approx(1.5)
 
 
 def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from dstill.experts.train import expert_objective
 from dstill.training import Batch, cross_entropy_objective, fit, predictions
 from dstill.unroll import Student
 
-_PROBE_IMAGES, _PROBE_MOST = 32, 256  # beyond these a batch's time is taken to grow as its size
+_PROBES = (4, 32, 256)  # images; beyond, a batch's time is taken to grow as its size
 _PROBE_SECONDS = 0.2
 _PROBE_EPOCHS = 8
 
@@ -67,13 +67,18 @@ class Clock:
 
     @staticmethod
     def _scaled(images: int, seconds: Callable[[int], float]) -> float:
-        """Seconds of a batch of so many images, from a smaller one where that takes long enough to tell."""
-        small = min(images, _PROBE_IMAGES)
-        found = seconds(small)
-        if small < images and found < _PROBE_SECONDS / 4:
-            small = min(images, _PROBE_MOST)
+        """Seconds of a batch of so many images, along the line through two small ones that take long enough to tell."""
+        for probe in _PROBES:
+            small = min(images, probe)
             found = seconds(small)
-        return found * images / small
+            if small == images:
+                return found
+            if found > _PROBE_SECONDS / 4:
+                break
+        larger = min(images, 3 * small)
+        # What does not grow with the batch, such as the transforms of the filters, is in both.
+        slope = max(0.0, seconds(larger) - found) / (larger - small)
+        return found + slope * (images - small)
 
     def training(self, net: NetConfig, images: int, augmentation: str, threads: int) -> float:
         """Seconds of one step on a batch of `images`: augmentation, gradient, and the SGD update."""

@@ -45,7 +45,7 @@ class Watcher:
         title = f"{recipe.method}, {problem.real.name}, IPC {recipe.ipc}"
         self.sinks: list[Sink] = open_sinks(logs, out, title, canonical(recipe)) if out and logs else []
         work = recipe.distill.work(ipc=recipe.ipc, classes=problem.real.classes)
-        self.images = sum(passes.times * passes.images for passes in work if passes.kind in ("gradient", "library"))
+        self.images = sum(passes.times * passes.images for passes in work if passes.kind != "tangent")
         self.validation = ""
 
     def __call__(self, iteration: int, total: int, row: dict[str, float]) -> None:
