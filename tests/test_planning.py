@@ -74,6 +74,8 @@ def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, mon
     plan = dstill.plan("cifar10", method="mtt", ipc=1, device="cpu", cache=tmp_path)
     # 100 experts of 3 epochs and the start, 320,010 parameters each (SPEC of ConvNet-3 on ten classes).
     assert stage(plan, "experts").disk_bytes == 100 * 4 * 320_010 * 4
+    other = dstill.plan("cifar10", method="mtt", ipc=1, net="alexnet", device="cpu", cache=tmp_path)
+    assert stage(other, "experts").disk_bytes > stage(plan, "experts").disk_bytes, "the network is the one asked for"
 
 
 def test_the_shapes_of_known_data_are_those_that_are_loaded() -> None:

@@ -33,7 +33,7 @@ def _problem(path: Path) -> str:
         if path.suffix == ".json":
             Result.load(path)
         else:
-            files.load(path, files.kind_of(path))
+            files.load(path, None)
     except DstillError as error:
         return str(error).removeprefix(f"{path} ")
     return ""

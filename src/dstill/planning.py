@@ -12,20 +12,19 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from dstill import nets as networks_table
-from dstill import recipes
 from dstill.calibration import Clock
 from dstill.config import ExpertConfig, NetConfig, Passes, Recipe, TrainingConfig, digest
 from dstill.console import Reporter, Silent
 from dstill.data.catalog import DATASETS, Shape
 from dstill.data.real import RealSet, load_real
-from dstill.devices import available_memory, resolve_device, total_memory
+from dstill.devices import available_memory, resolve_device
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import expert_identity
 from dstill.experts.trajectory import expert_path
 from dstill.methods import method_info
 from dstill.methods.settings import MatchingConfig, SelectionConfig
-from dstill.preparation import cache_folder, resolve_recipe
+from dstill.preparation import cache_folder, resolve_for, shape_of
 from dstill.unroll import Student
 from dstill.workers import Workers, cores
 
@@ -138,12 +137,11 @@ def plan(
     shape = DATASETS[source].shape if isinstance(source, str) and source in DATASETS and DATASETS[source].hub else None
     real = None if shape else load_real(source)
     processes = (cores() if where.type == "cpu" else 1) if workers == "auto" else workers
-    if real is not None:
+    if shape is None:
+        assert real is not None
         shape = shape_of(real)
-        resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
-    else:
-        assert shape is not None
-        resolved = recipe_for(str(source), shape, recipe, method, ipc, changes, where)
+    name = real.name if real is not None else str(source)
+    resolved = resolve_for(name, shape, recipe, method, ipc, net, changes, where, reporter)
     given = Given(shape, real, where, cache_folder(cache), processes)
     options: dict[str, Any] = {
         "sets": sets,
@@ -167,27 +165,6 @@ def together(plans: Sequence[Plan], title: str) -> Plan:
         stages.append(Stage(name=one.title, seconds=seconds, peak_bytes=one.peak_bytes, disk_bytes=disk))
     warnings = dict.fromkeys(warning for one in plans for warning in one.warnings)
     return Plan(title=title, stages=tuple(stages), warnings=tuple(warnings))
-
-
-def shape_of(real: RealSet) -> Shape:
-    """What a plan must know of the data."""
-    return Shape(real.channels, min(real.size), real.classes, len(real.train), len(real.test))
-
-
-def recipe_for(
-    name: str,
-    shape: Shape,
-    recipe: str | Recipe | None,
-    method: str | None,
-    ipc: int | None,
-    changes: Sequence[str],
-    device: torch.device,
-) -> Recipe:
-    """The settings of a run on data that are not loaded."""
-    if isinstance(recipe, Recipe):
-        return recipes.changed(recipe, changes, "recipe")
-    described = recipes.DataShape(name, shape.channels, shape.side, shape.classes, total_memory(device))
-    return recipes.resolve(recipe, described, method=method, ipc=ipc, changes=changes)[0]
 
 
 def plan_run(
@@ -228,8 +205,8 @@ def _experts(recipe: Recipe, given: Given, clock: Clock, seed: int) -> list[Stag
 def _expert_stage(name: str, recipe: Recipe, config: ExpertConfig, given: Given, clock: Clock, seed: int) -> Stage:
     shape, epochs = given.shape, config.epochs or config.planned_epochs
     missing = config.count - _stored(recipe, config, given, seed)
-    together = max(1, min(given.processes, missing))
-    threads = max(1, cores() // together)
+    processes = max(1, min(given.processes, missing))
+    threads = max(1, cores() // processes)
     steps = math.ceil(shape.train / config.batch_size)
     augmented = clock.training(recipe.net, config.batch_size, recipe.augmentation, threads)
     plain = clock.training(recipe.net, config.batch_size, "none", threads)
@@ -238,8 +215,8 @@ def _expert_stage(name: str, recipe: Recipe, config: ExpertConfig, given: Given,
     disk = (epochs + 1) * _parameters(recipe.net, shape) * (4 if config.store == "float32" else 2)
     return Stage(
         name=name,
-        seconds=missing * epochs * (steps * step + judging) / together,
-        peak_bytes=together * (shape.train + shape.test) * _image_bytes(shape) if missing else 0,
+        seconds=missing * epochs * (steps * step + judging) / processes,
+        peak_bytes=processes * (shape.train + shape.test) * _image_bytes(shape) if missing else 0,
         disk_bytes=missing * disk,
         note=f"{missing} of {epochs} epochs" + (f", {config.count - missing} are cached" if missing < config.count else ""),
         makes=_named("experts", recipe, config.model_dump(exclude={"count"})),
@@ -333,11 +310,11 @@ def _evaluating(
     memory = shape.test * _image_bytes(shape)
 
     def trainings(net: NetConfig, number: int) -> float:
-        together = max(1, min(given.processes, number))
-        threads = max(1, cores() // together)
+        processes = max(1, min(given.processes, number))
+        threads = max(1, cores() // processes)
         step = clock.training(net, min(count, protocol.batch_size), recipe.augmentation, threads)
         one = protocol.passes * math.ceil(count / protocol.batch_size) * step
-        return number * (one + clock.passes(net, Passes("forward", 1, shape.test))) / together
+        return number * (one + clock.passes(net, Passes("forward", 1, shape.test))) / processes
 
     configs = [recipe.net if name == recipe.net.name else NetConfig(name=name) for name in nets] or [recipe.net]
     seconds = sum(trainings(config, sets * each) for config in configs)

@@ -15,6 +15,7 @@ from dstill.artifacts import header as files
 from dstill.config import Recipe, TrainingConfig
 from dstill.console import Reporter
 from dstill.data import preprocess as preprocessing
+from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
 from dstill.devices import total_memory
@@ -62,14 +63,34 @@ def resolve_recipe(
     reporter: Reporter,
 ) -> Recipe:
     """The settings of a run, said in the log."""
+    return resolve_for(real.name, shape_of(real), recipe, method, ipc, net, changes, device, reporter)
+
+
+def shape_of(real: RealSet) -> Shape:
+    """What settings and plans must know of the data."""
+    return Shape(real.channels, min(real.size), real.classes, len(real.train), len(real.test))
+
+
+def resolve_for(
+    name: str,
+    shape: Shape,
+    recipe: str | Recipe | None,
+    method: str | None,
+    ipc: int | None,
+    net: str | None,
+    changes: Sequence[str],
+    device: torch.device,
+    reporter: Reporter,
+) -> Recipe:
+    """`resolve_recipe` for data of which the name and the shape are known, loaded or not."""
     if net is not None:
         changes = [f"net={json.dumps({'name': net})}", *changes]
     if isinstance(recipe, Recipe):
         flags = [f"{key}={value}" for key, value in (("method", method), ("ipc", ipc)) if value is not None]
         return recipes.changed(recipe, [*flags, *changes], "recipe")
-    shape = recipes.DataShape(real.name, real.channels, min(real.size), real.classes, total_memory(device))
-    resolved, origin = recipes.resolve(recipe, shape, method=method, ipc=ipc, changes=changes)
-    reporter.note(f"{resolved.method}, {resolved.ipc} image(s) per class, {real.name}: {origin}")
+    described = recipes.DataShape(name, shape.channels, shape.side, shape.classes, total_memory(device))
+    resolved, origin = recipes.resolve(recipe, described, method=method, ipc=ipc, changes=changes)
+    reporter.note(f"{resolved.method}, {resolved.ipc} image(s) per class, {name}: {origin}")
     return resolved
 
 

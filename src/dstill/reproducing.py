@@ -25,8 +25,8 @@ from dstill.devices import processor, resolve_device
 from dstill.errors import DstillError, suggest
 from dstill.evaluation.following import accumulated_error
 from dstill.experts.trajectory import Trajectories
-from dstill.planning import Given, Plan, plan_run, recipe_for, shape_of, together
-from dstill.preparation import cache_folder, resolve_recipe
+from dstill.planning import Given, Plan, plan_run, together
+from dstill.preparation import cache_folder, resolve_for, resolve_recipe, shape_of
 from dstill.reproductions import Case, Reproduction, Row, Scale, ScaleName, load_reproduction
 from dstill.reproductions.table import Entry, page
 from dstill.running import refuse_import, request, run_apart
@@ -136,7 +136,7 @@ def plan_reproduction(
         given = Given(shape, None, where, cache_folder(cache), cores() if where.type == "cpu" else 1)
         clock = clocks.setdefault(shape, Clock(shape, where))
         for row in rows:
-            resolved = recipe_for(case.data, shape, settings.recipe, row.method, case.ipc, [], where)
+            resolved = resolve_for(case.data, shape, settings.recipe, row.method, case.ipc, None, [], where, Silent())
             recipe = _changed(resolved, settings, row)
             plans.append(_plan_job(_Job(row, case, recipe, _options(settings, recipe, 0)), given, clock))
     return together(plans, f"{what} at scale {scale}")

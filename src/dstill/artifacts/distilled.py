@@ -116,15 +116,19 @@ class DistilledSet:
         target = Path(path)
         if target.suffix != ".safetensors":
             target = target / FILE_NAME
-        tensors = {"images": self.images, "labels": self.labels}
-        if self.alpha is not None:
-            tensors["alpha"] = torch.tensor(self.alpha, dtype=torch.float64)
+        tensors = self.tensors()
         wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
         if wrong:
             raise DstillError(f"the distilled set has non-finite {', '.join(wrong)} and is not saved: the run has diverged")
-        tensors |= {_PREPROCESS + name: tensor for name, tensor in self.preprocess.tensors().items()}
         files.save(target, KIND, tensors, self.header())
         return target
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `header` leaves out, by the names that files have for it."""
+        tensors = {"images": self.images, "labels": self.labels}
+        if self.alpha is not None:
+            tensors["alpha"] = torch.tensor(self.alpha, dtype=torch.float64)
+        return tensors | {_PREPROCESS + name: tensor for name, tensor in self.preprocess.tensors().items()}
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors, as plain JSON values."""

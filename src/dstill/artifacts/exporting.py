@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
-from dstill.artifacts.header import atomic, write_text
-from dstill.artifacts.pictures import image_of
+from dstill.artifacts.header import atomic, write_bytes, write_text
+from dstill.artifacts.pictures import png_of
 from dstill.errors import DstillError, suggest
 
 _SHARD = "data/train-00000-of-00001.parquet"
@@ -47,24 +46,14 @@ def export(distilled: DistilledSet, kind: str, folder: str | Path) -> Path:
 
 
 def _png(distilled: DistilledSet) -> list[bytes]:
-    pictures = []
-    for pixels in (distilled.pixels() * 255).round().byte():
-        buffer = io.BytesIO()
-        image_of(pixels).save(buffer, format="PNG")
-        pictures.append(buffer.getvalue())
-    return pictures
-
-
-def _bytes(path: Path, content: bytes) -> None:
-    with atomic(path) as temporary:
-        temporary.write_bytes(content)
+    return [png_of(pixels) for pixels in (distilled.pixels() * 255).round().byte()]
 
 
 def _export_png(distilled: DistilledSet, folder: Path) -> None:
     counts: dict[int, int] = {}
     for content, label in zip(_png(distilled), distilled.class_ids.tolist(), strict=True):
         number = counts[label] = counts.get(label, -1) + 1
-        _bytes(folder / f"{label:03d}-{safe_name(distilled.class_names[label])}" / f"{number:03d}.png", content)
+        write_bytes(folder / f"{label:03d}-{safe_name(distilled.class_names[label])}" / f"{number:03d}.png", content)
     distilled.save(folder)
 
 
@@ -74,11 +63,7 @@ def safe_name(name: str) -> str:
 
 
 def _export_npz(distilled: DistilledSet, folder: Path) -> None:
-    tensors = {"images": distilled.images, "labels": distilled.labels}
-    tensors |= {f"preprocess.{name}": tensor for name, tensor in distilled.preprocess.tensors().items()}
-    if distilled.alpha is not None:
-        tensors["alpha"] = torch.tensor(distilled.alpha, dtype=torch.float64)
-    arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in distilled.tensors().items()}
     arrays["header"] = np.array(json.dumps(distilled.header()))
     with atomic(folder / "distilled.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)

@@ -68,8 +68,13 @@ def _sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes bytes atomically."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def save(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -93,8 +98,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: Path, kind: str) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Yields `(header, safetensors handle)`; tensors are memory-mapped until read.
+def opened(path: Path, kind: str | None) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yields `(header, safetensors handle)`; tensors are memory-mapped until read. Any kind will do where `kind` is None.
 
     Raises:
         DstillError: no such file, not a dstill file, another kind, or written by a newer format.
@@ -110,29 +115,18 @@ def opened(path: Path, kind: str) -> Iterator[tuple[dict[str, Any], Any]]:
             header = dict(json.loads((file.metadata() or {})[_KEY]))
         except (KeyError, TypeError, ValueError) as error:
             raise DstillError(f"{path} has no dstill header: it was written by another program") from error
-        if header.get("kind") != kind:
+        if kind is not None and header.get("kind") != kind:
             raise DstillError(f"{path} holds {_with_article(header.get('kind'))}, not {_with_article(kind)}")
         if header.get("format", 0) > FORMAT:
             raise DstillError(f"{path} has format {header['format']}, this dstill reads up to {FORMAT}: upgrade dstill")
         yield header, file
 
 
-def kind_of(path: Path) -> str:
-    """The kind of a file of dstill; raises as `opened` does."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return str(json.loads((file.metadata() or {})[_KEY])["kind"])
-    except (safetensors.SafetensorError, OSError) as error:
-        raise DamagedFileError(f"{path} is damaged or not a safetensors file ({error})") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise DstillError(f"{path} has no dstill header: it was written by another program") from error
-
-
 def _with_article(noun: object) -> str:
     return f"{'an' if str(noun)[:1] in 'aeiou' else 'a'} {noun}"
 
 
-def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load(path: Path, kind: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads the header and all tensors of a file of this kind; raises as `opened` does, and where a bit has flipped."""
     with opened(path, kind) as (header, file):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

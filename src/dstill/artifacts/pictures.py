@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def image_of(pixels: Tensor) -> Image.Image:
     """An image of uint8 pixels `[C, H, W]`: grey for one or two channels, the first three of more as colours."""
     array = pixels.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] < 3 else array[:, :, :3]).convert("RGB")
+
+
+def png_of(pixels: Tensor) -> bytes:
+    """A PNG file of uint8 pixels `[C, H, W]`."""
+    buffer = io.BytesIO()
+    image_of(pixels).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def save_grid(distilled: DistilledSet, path: Path) -> Path:

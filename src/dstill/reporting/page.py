@@ -18,7 +18,7 @@ from torch import Tensor
 from dstill import yamls
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.header import write_text
-from dstill.artifacts.pictures import image_of
+from dstill.artifacts.pictures import png_of
 from dstill.artifacts.run import RunRecord
 from dstill.console import duration, size
 from dstill.distillation import INITIAL_NAME
@@ -177,12 +177,8 @@ def _likeliest(distilled: DistilledSet, row: int, most: int = 3) -> tuple[tuple[
 
 
 def _uris(distilled: DistilledSet, rows: Tensor) -> list[str]:
-    found = []
-    for pixels in (distilled.pixels()[rows] * 255).round().byte():
-        buffer = io.BytesIO()
-        image_of(pixels).save(buffer, format="PNG", optimize=True)
-        found.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
-    return found
+    pixels = (distilled.pixels()[rows] * 255).round().byte()
+    return ["data:image/png;base64," + base64.b64encode(png_of(one)).decode() for one in pixels]
 
 
 def _figures(records: Mapping[str, RunRecord]) -> list[tuple[str, Markup]]:
