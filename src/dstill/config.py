@@ -14,13 +14,14 @@ from dstill.plugins import load_class
 
 Form = Literal["off", "paper", "released"]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+# More than anybody can wait for or store, and few enough for every integer type.
+Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, no unknown keys, no implicit conversion of strings to numbers."""
+    """Base of all settings: frozen, no unknown keys, finite numbers, no implicit conversion of strings to numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class NetConfig(Settings):
@@ -109,7 +110,7 @@ class Passes(NamedTuple):
 class DistillConfig(Settings):
     """Base of the settings of a method, the section `distill` of its recipes."""
 
-    iterations: Annotated[int, Field(ge=0)] = 0
+    iterations: Annotated[int, Field(ge=0, le=10**9)] = 0
     """Updates of the synthetic set; 0 for methods that select real images."""
 
     def adapted(self, *, ipc: int, depth: int, mirror: bool) -> Self:

@@ -50,7 +50,7 @@ class ConsoleReporter:
 
     def note(self, text: str) -> None:
         self._close_line()
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
 
     def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
         now = time.monotonic()
@@ -58,7 +58,7 @@ class ConsoleReporter:
             self._close_line()
             self._stage, self._begun, self._last, self._first = stage, now, -1e9, done
         left = self._left(done, total, now)
-        line = f"{stage} {done}/{total}{'  ' + detail if detail else ''}{left}"
+        line = printable(f"{stage} {done}/{total}{'  ' + detail if detail else ''}{left}")
         if self._live:
             self.console.file.write("\r\x1b[2K" + line[: max(20, self.console.width - 1)])
             self.console.file.flush()
@@ -79,6 +79,16 @@ class ConsoleReporter:
         if self._line_open:
             self.console.file.write("\n")
             self._line_open = False
+
+
+def printable(text: str) -> str:
+    """Text whose control characters are spelled out: a name that came from a file cannot steer the terminal.
+
+    Example:
+        >>> print(printable("grey\\x1b[2J"))
+        grey\\x1b[2J
+    """
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text)
 
 
 def duration(seconds: float) -> str:

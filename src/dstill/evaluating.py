@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -82,6 +84,8 @@ def evaluate(
     count = networks or chosen.networks
     configs = [first.net if name == first.net.name else NetConfig(name=name) for name in nets] or [first.net]
     for config in configs:
+        if not nets:
+            _check_imported(config.name)
         network_class(config.name)
 
     scores: dict[str, Score] = {}
@@ -147,6 +151,16 @@ def evaluate(
     return result
 
 
+def _check_imported(net: str) -> None:
+    """Refuses to import what a file names: the user says which code runs."""
+    module, separator, _ = net.partition(":")
+    if separator and module not in sys.modules:
+        raise DstillError(
+            f"the distilled set was made with the network {net}, which is not part of dstill, and a file does not decide what "
+            f"is imported: if you trust that module, pass --nets {net}, or import it first"
+        )
+
+
 def _check_fits(distilled: DistilledSet, real: RealSet) -> None:
     if distilled.class_names != real.class_names:
         raise DstillError(
@@ -166,7 +180,7 @@ def _shared_by(like: DistilledSet, net: NetConfig, real: RealSet, seed: int) -> 
 
 
 def _cached(path: Path, measure: Callable[[], Score]) -> Score:
-    if path.exists():
+    with contextlib.suppress(OSError, ValueError):  # missing or damaged: measured anew
         return Score.model_validate_json(path.read_text(encoding="utf-8"))
     score = measure()
     files.write_text(path, score.model_dump_json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dstill.artifacts import header as files
-from dstill.artifacts.run import METRICS_NAME
+from dstill.artifacts.run import METRICS_NAME, read_metrics
 from dstill.errors import DamagedFileError, DstillError
 
 _CHECKPOINT = "checkpoint"
@@ -55,16 +56,14 @@ class RunFolder:
             files.write_text(stamp, json.dumps(self.identity, indent=2) + "\n")
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Appends one line to the metrics."""
+        """Appends one line to the metrics; what is not finite becomes null, since JSON has no word for it."""
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All complete lines logged so far."""
-        if not self.metrics_path.exists():
-            return []
-        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        """All complete lines logged so far, see `read_metrics`."""
+        return read_metrics(self.metrics_path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dstill.artifacts.result import Result
 from dstill.comparing import LEFT, Comparison
-from dstill.console import duration, size
+from dstill.console import duration, printable, size
 from dstill.judging import Judgement
 from dstill.planning import Plan
 
@@ -30,36 +30,44 @@ def print_judgement(judgement: Judgement) -> None:
 
 def _print(lines: Sequence[Sequence[str]], left: Sequence[str], title: str) -> None:
     header, *rows = lines
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=_plain(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in header:
         table.add_column(column, justify="left" if column in left else "right", no_wrap=column != left[-1])
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*map(_plain, row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PIPED)
     console.print(table)
 
 
+def _plain(text: str) -> str:
+    """Text that means nothing to rich or to the terminal, whatever file it came from."""
+    return escape(printable(text))
+
+
 def print_plan(plan: Plan) -> None:
     """The stages of a plan, their sum, and what stands against it."""
-    table = Table(title=plan.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=_plain(plan.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("stage", "time", "memory", "disk", ""):
         table.add_column(column, justify="right" if column in ("time", "memory", "disk") else "left")
     for stage in plan.stages:
-        table.add_row(stage.name, duration(stage.seconds), size(stage.peak_bytes), size(stage.disk_bytes), stage.note)
+        texts = (stage.name, duration(stage.seconds), size(stage.peak_bytes), size(stage.disk_bytes), stage.note)
+        table.add_row(*map(_plain, texts))
     table.add_section()
     table.add_row("together", duration(plan.seconds), size(plan.peak_bytes), size(plan.disk_bytes), "")
     console = Console()
     console.print(table)
     for warning in plan.warnings:
-        console.print(f"warning: {warning}", markup=False)
+        console.print(printable(f"warning: {warning}"), markup=False)
 
 
 def print_result(result: Result) -> None:
     """The table at the end: the method beside random images and, where measured, the whole set."""
     table = Table(
-        title=f"{result.data}, {result.ipc} image(s) per class, protocol {result.protocol.name} v{result.protocol.version}"
+        title=_plain(
+            f"{result.data}, {result.ipc} image(s) per class, protocol {result.protocol.name} v{result.protocol.version}"
+        )
     )
     for column in ("", f"{result.measured_on} accuracy %", "± std", "n"):
         table.add_column(column, justify="left" if not column else "right")
@@ -69,12 +77,11 @@ def print_result(result: Result) -> None:
     rows += [("random real images", result.random)] if result.random else []
     rows += [("whole training set", result.whole)] if result.whole else []
     for name, score in rows:
-        table.add_row(name, f"{100 * score.mean:.1f}", f"{100 * score.std:.1f}", str(score.n))
+        table.add_row(_plain(name), f"{100 * score.mean:.1f}", f"{100 * score.std:.1f}", str(score.n))
     console = Console()
     console.print(table)
     if result.random:
         gain = 100 * (result.accuracy.mean - result.random.mean)
-        console.print(
-            f"{result.method} is {gain:+.1f} points from random images (which chose learning rate {result.random.lr:g})."
-        )
+        rate = f"(which chose learning rate {result.random.lr:g})"
+        console.print(f"{_plain(result.method)} is {gain:+.1f} points from random images {rate}.")
     console.print(f"{result.stored_bytes / 1024:.1f} KiB stored, {duration(result.seconds)}.")

@@ -143,6 +143,7 @@ def fit(
     augmentation: str = "none",
     schedule: Schedule | None = None,
     observer: Callable[[EpochReport], None] | None = None,
+    begin: int = 0,
 ) -> None:
     """Trains `net` in place.
 
@@ -158,10 +159,11 @@ def fit(
         augmentation: a strategy of `dstill.data.siamese`, drawn anew for every batch.
         schedule: called before each epoch.
         observer: called after each epoch.
+        begin: epochs that were done before (see `dstill.bookmark`).
     """
     net.train()
     objective = objective or cross_entropy_objective(derivatives_of(net))
-    for epoch in range(epochs):
+    for epoch in range(begin, epochs):
         if schedule is not None:
             schedule(optimiser, epoch)
         started, total = time.perf_counter(), torch.zeros((), dtype=torch.float64)

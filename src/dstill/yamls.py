@@ -19,7 +19,12 @@ _FLOAT = re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the booleans and floats of YAML 1.2."""
+    """SafeLoader with the booleans and floats of YAML 1.2, and without aliases: a few lines of them unfold to gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -38,12 +43,15 @@ def parse(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+    except Exception as error:  # also what constructors raise at a date such as 2024-13-45, and RecursionError
         raise DstillError(f"{where} is not valid YAML: {error}") from error
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that also quotes the words which `_Loader` would take for numbers, such as 1e5."""
+    """SafeDumper that writes no aliases, and quotes the words which `_Loader` would take for numbers, such as 1e5."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))

@@ -46,3 +46,14 @@ def test_running_statistics_are_refused_before_anything_is_trained(tmp_path: Pat
     done = dstill("run", "digits", *FAST, "--net", "mine:Normed", cwd=tmp_path, code=2)
     assert "running statistics" in done.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_file_does_not_decide_what_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN + "\nopen('imported', 'a').close()\n")
+    dstill("distill", "digits", *FAST, "--method", "random", "--net", "mine:Small", "-o", "out", cwd=tmp_path)
+    (tmp_path / "imported").unlink(missing_ok=True)
+    options = ["--networks", "1", "--no-random", "--threads", "1"]
+    done = dstill("evaluate", "out", "digits", *options, cwd=tmp_path, code=2)
+    assert "--nets mine:Small" in done.stderr
+    assert not (tmp_path / "imported").exists()
+    dstill("evaluate", "out", "digits", *options, "--nets", "mine:Small", cwd=tmp_path)

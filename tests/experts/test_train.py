@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from dstill import nets, seeding
+from dstill.bookmark import Bookmark
 from dstill.config import ExpertConfig, GsamConfig, NetConfig, Recipe
 from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
@@ -220,6 +222,71 @@ def test_an_interrupted_training_leaves_whole_files_only(make_task: MakeTask, tm
     with pytest.raises(KeyboardInterrupt):
         train_missing(make_task(count=3), tmp_path, CPU, observer=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["expert-000.safetensors"]
+
+
+class _Cut(Exception):
+    """The process ends here."""
+
+
+def _cut_after(epochs: int) -> Callable[[EpochReport, float], None]:
+    def observer(report: EpochReport, _accuracy: float) -> None:
+        if report.epochs_done == epochs:
+            raise _Cut
+
+    return observer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"momentum": 0.9, "weight_decay": 0.01, "lr_step": "paper", "planned_epochs": 4},
+        {"momentum": 0.9, "lr_step": "released", "planned_epochs": 2},
+        {"optimiser": "adam", "lr": 0.001},
+        {"clipped_loss": "paper", "gradient_penalty": "paper", "gsam": GsamConfig()},
+    ],
+)
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(
+    make_task: MakeTask, tmp_path: Path, settings: dict[str, Any], after: int
+) -> None:
+    task = make_task(augmentation=DSA, epochs=4, **settings)
+    whole, record = train_expert(task, 0, CPU)
+    path, epochs = tmp_path / "training.safetensors", []
+    with pytest.raises(_Cut):
+        train_expert(task, 0, CPU, _cut_after(after), Bookmark(path, seconds=0))
+    again, found = train_expert(task, 0, CPU, lambda report, _: epochs.append(report.epochs_done), Bookmark(path, seconds=0))
+    assert epochs == list(range(after + 1, 5)), "nothing is trained twice"
+    assert again.equal(whole)
+    assert found == record
+
+
+def test_a_damaged_bookmark_is_a_training_from_the_start(make_task: MakeTask, tmp_path: Path) -> None:
+    task, path, epochs = make_task(epochs=2), tmp_path / "training.safetensors", []
+    with pytest.raises(_Cut):
+        train_expert(task, 0, CPU, _cut_after(1), Bookmark(path, seconds=0))
+    path.write_bytes(path.read_bytes()[:-1])
+    again, _ = train_expert(task, 0, CPU, lambda report, _: epochs.append(report.epochs_done), Bookmark(path))
+    assert epochs == [1, 2]
+    assert again.equal(trained(task))
+
+
+def test_the_store_holds_bookmarks_of_what_is_under_way_only(
+    make_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dstill.experts.train.Bookmark", functools.partial(Bookmark, seconds=0))
+    task = make_task(count=2)
+
+    def interrupt(index: int, _report: EpochReport, _accuracy: float) -> None:
+        if index == 1:
+            raise _Cut
+
+    with pytest.raises(_Cut):
+        train_missing(task, tmp_path, CPU, observer=interrupt)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expert-000.safetensors", "training-001.safetensors"]
+    assert len(Trajectories(tmp_path)) == 1
+    train_missing(task, tmp_path, CPU)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expert-000.safetensors", "expert-001.safetensors"]
 
 
 def test_an_expert_that_diverges_is_refused_with_the_remedy(make_task: MakeTask, tmp_path: Path) -> None:

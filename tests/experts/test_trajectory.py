@@ -14,6 +14,7 @@ from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories, expert_path, save_expert
 
 EPOCHS, NUMEL = 5, 7
+RECORD = {"accuracy": [0.1, 0.625], "step_lengths": [3.0, 1.0]}
 
 
 def trajectory(seed: int, epochs: int = EPOCHS) -> Tensor:
@@ -24,8 +25,7 @@ def trajectory(seed: int, epochs: int = EPOCHS) -> Tensor:
 def folder(tmp_path: Path) -> Path:
     """Two experts of five epochs."""
     for index in range(2):
-        record = {"accuracy": [0.1, 0.625], "step_lengths": [3.0, 1.0]}
-        save_expert(tmp_path, index, trajectory(index), {"index": index, "record": record})
+        save_expert(tmp_path, index, trajectory(index), {"index": index, "record": RECORD})
     return tmp_path
 
 
@@ -43,14 +43,14 @@ def test_the_last_segment_reaches_the_last_record(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rows_are_float32_whatever_is_stored(tmp_path: Path, dtype: torch.dtype) -> None:
-    save_expert(tmp_path, 0, trajectory(0).to(dtype), {"index": 0})
+    save_expert(tmp_path, 0, trajectory(0).to(dtype), {"index": 0, "record": RECORD})
     rows = Trajectories(tmp_path).rows(0, 1, 3)
     assert rows.dtype == torch.float32
     assert torch.equal(rows, trajectory(0).to(dtype)[1:3].float())
 
 
 def test_the_shape_is_that_of_the_shortest_expert(folder: Path) -> None:
-    save_expert(folder, 2, trajectory(2, epochs=3), {"index": 2})
+    save_expert(folder, 2, trajectory(2, epochs=3), {"index": 2, "record": RECORD})
     experts = Trajectories(folder)
     assert (len(experts), experts.epochs, experts.numel) == (3, 3, NUMEL)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dstill.artifacts import header as files
+from dstill.artifacts.result import ProtocolId
 from dstill.config import NetConfig, Recipe, canonical
 from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
@@ -21,6 +22,35 @@ from dstill.errors import DstillError
 KIND = "distilled set"
 FILE_NAME = "distilled.safetensors"
 _PREPROCESS = "preprocess."
+
+
+class _Claim(BaseModel):
+    """What `DistilledSet.accuracy` holds."""
+
+    model_config = ConfigDict(extra="allow")
+
+    mean: float
+    std: float
+    n: int
+    protocol: ProtocolId
+
+
+class _Header(BaseModel):
+    """What a file must say of a set; what it says besides, such as the format, is another's business."""
+
+    model_config = ConfigDict(strict=True)
+
+    method: str
+    ipc: Annotated[int, Field(ge=1)]
+    class_names: Annotated[list[str], Field(min_length=1)]
+    preprocess: str
+    augmentation: str
+    net: NetConfig
+    data: str
+    data_fingerprint: str
+    recipe: Recipe | None
+    seed: int
+    accuracy: _Claim | None
 
 
 @dataclass(frozen=True)
@@ -58,6 +88,19 @@ class DistilledSet:
     recipe: Recipe | None
     seed: int
     accuracy: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.ndim != 4 or not images.is_floating_point():
+            raise DstillError(f"images of a set must be floats [S, C, H, W], got {images.dtype} {tuple(images.shape)}")
+        hard, soft = labels.dtype == torch.int64 and labels.ndim == 1, labels.is_floating_point() and labels.ndim == 2
+        if len(labels) != len(images) or not (hard or (soft and labels.shape[1] == self.classes)):
+            raise DstillError(
+                f"labels of {len(images)} images and {self.classes} classes must be class ids or logits for each, "
+                f"got {labels.dtype} {tuple(labels.shape)}"
+            )
+        if hard and not bool(((labels >= 0) & (labels < self.classes)).all()):
+            raise DstillError(f"class ids reach from {int(labels.min())} to {int(labels.max())} for {self.classes} classes")
 
     @property
     def classes(self) -> int:
@@ -116,12 +159,14 @@ class DistilledSet:
         target = Path(path)
         if target.suffix != ".safetensors":
             target = target / FILE_NAME
-        tensors = self.tensors()
-        wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        wrong = self._not_finite()
         if wrong:
             raise DstillError(f"the distilled set has non-finite {', '.join(wrong)} and is not saved: the run has diverged")
-        files.save(target, KIND, tensors, self.header())
+        files.save(target, KIND, self.tensors(), self.header())
         return target
+
+    def _not_finite(self) -> list[str]:
+        return [name for name, tensor in self.tensors().items() if not bool(torch.isfinite(tensor).all())]
 
     def tensors(self) -> dict[str, Tensor]:
         """What `header` leaves out, by the names that files have for it."""
@@ -168,24 +213,30 @@ class DistilledSet:
         """
         stored = {name.removeprefix(_PREPROCESS): tensor for name, tensor in tensors.items() if name.startswith(_PREPROCESS)}
         try:
-            return cls(
+            said = _Header.model_validate(header)
+            one = cls(
                 images=tensors["images"],
                 labels=tensors["labels"],
                 alpha=float(tensors["alpha"]) if "alpha" in tensors else None,
-                preprocess=preprocessing.from_tensors(header["preprocess"], stored),
-                method=header["method"],
-                ipc=header["ipc"],
-                class_names=tuple(header["class_names"]),
-                augmentation=header["augmentation"],
-                net=NetConfig.model_validate(header["net"]),
-                data=header["data"],
-                data_fingerprint=header["data_fingerprint"],
-                recipe=Recipe.model_validate(header["recipe"]) if header["recipe"] else None,
-                seed=header["seed"],
-                accuracy=header["accuracy"],
+                preprocess=preprocessing.from_tensors(said.preprocess, stored),
+                method=said.method,
+                ipc=said.ipc,
+                class_names=tuple(said.class_names),
+                augmentation=said.augmentation,
+                net=said.net,
+                data=said.data,
+                data_fingerprint=said.data_fingerprint,
+                recipe=said.recipe,
+                seed=said.seed,
+                accuracy=said.accuracy.model_dump() if said.accuracy else None,
             )
-        except (KeyError, ValidationError) as error:
+            siamese.parse(one.augmentation)
+            fits = one.preprocess.invert(one.images[:1]).shape == one.images[:1].shape
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise DstillError(f"{source} is damaged or from another version of dstill: {error}") from error
+        if not fits or one._not_finite():
+            raise DstillError(f"{source} is damaged: preprocessing does not fit the images, or a number is not finite")
+        return one
 
 
 class SyntheticDataset(Dataset[tuple[Tensor, Tensor]]):

@@ -22,6 +22,7 @@ from dstill.version import __version__
 
 FORMAT = 1
 _KEY = "dstill"
+_CHECK = "header_sha256"
 
 
 @contextlib.contextmanager
@@ -78,14 +79,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def save(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Writes tensors and a header; the header gains the format, the kind, the package version and a checksum of the tensors."""
+    """Writes tensors and a header, each with a checksum; the header gains the format, the kind and the package version."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     full = {"format": FORMAT, "kind": kind, "dstill": __version__, "sha256": checksum(contiguous), **header}
+    text = json.dumps({**full, _CHECK: _sha256(full)}, sort_keys=True)
     with atomic(path) as temporary:
         try:
-            save_file(contiguous, temporary, metadata={_KEY: json.dumps(full, sort_keys=True)})
+            save_file(contiguous, temporary, metadata={_KEY: text})
         except safetensors.SafetensorError as error:
             raise _system_error(error, path) from error
+
+
+def _sha256(header: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -113,12 +119,14 @@ def opened(path: Path, kind: str | None) -> Iterator[tuple[dict[str, Any], Any]]
     with handle as file:
         try:
             header = dict(json.loads((file.metadata() or {})[_KEY]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DstillError(f"{path} has no dstill header: it was written by another program") from error
+        if header.pop(_CHECK, None) not in (None, _sha256(header)):
+            raise DamagedFileError(f"{path} is damaged: its header is not the one that was written; restore it from a copy")
         if kind is not None and header.get("kind") != kind:
             raise DstillError(f"{path} holds {_with_article(header.get('kind'))}, not {_with_article(kind)}")
-        if header.get("format", 0) > FORMAT:
-            raise DstillError(f"{path} has format {header['format']}, this dstill reads up to {FORMAT}: upgrade dstill")
+        if header.get("format") not in range(1, FORMAT + 1):
+            raise DstillError(f"{path} has format {header.get('format')}, this dstill reads up to {FORMAT}: upgrade dstill")
         yield header, file
 
 
@@ -127,7 +135,7 @@ def _with_article(noun: object) -> str:
 
 
 def load(path: Path, kind: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads the header and all tensors of a file of this kind; raises as `opened` does, and where a bit has flipped."""
+    """Reads the header and all tensors of a file of this kind; raises as `opened` does, and where tensors differ."""
     with opened(path, kind) as (header, file):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     if header.get("sha256") not in (None, checksum(tensors)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def import_set(
     if source.is_dir():
         source = source / "images_best.pt"
     found = _read(source)
-    images = found.images.float()
+    images = _tensor(found.images, "images", source).float()
     expected = (real.channels, *real.size)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise DstillError(f"{source} holds images {tuple(images.shape)}, {real.name} has images {expected}: is it another set?")
@@ -138,17 +139,29 @@ def import_experts(paths: Sequence[str | Path], folder: str | Path) -> Path:
     """
     target, index = Path(folder), 0
     for path in map(Path, paths):
-        for trajectory in _trusted(path):
-            try:
-                rows = [torch.cat([parameter.reshape(-1).float() for parameter in record]) for record in trajectory]
-                stacked = torch.stack(rows)
-            except (TypeError, AttributeError, RuntimeError) as error:
-                raise DstillError(f"{path} is not a buffer of expert trajectories ({error})") from error
+        for stacked in _buffer(path):
             lengths = step_lengths(stacked).tolist()
             record = {"accuracy": [], "loss": [], "step_lengths": lengths}  # buffers do not tell
             save_expert(target, index, stacked, {"index": index, "record": record, "imported": path.name})
             index += 1
     return target
+
+
+def _buffer(path: Path) -> list[Tensor]:
+    """The trajectories of one file, each `[epochs + 1, P]`."""
+    try:
+        trajectories = [
+            torch.stack([torch.cat([parameter.reshape(-1).float() for parameter in record]) for record in trajectory])
+            for trajectory in _trusted(path)
+        ]
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+        if isinstance(error, DstillError):
+            raise
+        raise DstillError(f"{path} is not a buffer of expert trajectories ({error})") from error
+    short = next((len(one) for one in trajectories if len(one) < 2), None)
+    if short is not None:
+        raise DstillError(f"{path} has a trajectory of {short} record: two are needed for a segment to match")
+    return trajectories
 
 
 def _read(path: Path) -> _Found:
@@ -160,21 +173,32 @@ def _read(path: Path) -> _Found:
     beside = {kind: path.with_name(path.name.replace("images", kind)) for kind in ("labels", "lr")}
     if beside["labels"] == path or not beside["labels"].exists():
         raise DstillError(f"there are no labels beside {path}: a file named {path.name.replace('images', 'labels')} is wanted")
-    alpha = float(_trusted(beside["lr"])) if beside["lr"].exists() else None
-    return _Found(content.detach(), torch.as_tensor(_trusted(beside["labels"])).detach(), alpha)
+    alpha = float(_tensor(_trusted(beside["lr"]), "learning rate", beside["lr"])) if beside["lr"].exists() else None
+    return _Found(content.detach(), _tensor(_trusted(beside["labels"]), "labels", beside["labels"]), alpha)
+
+
+def _tensor(value: Any, what: str, path: Path) -> Tensor:
+    """A tensor, or numbers as one."""
+    try:
+        found = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DstillError(f"{path} holds no {what} but {type(value).__name__}") from error
+    if found.is_complex() or (what == "learning rate" and found.numel() != 1):
+        raise DstillError(f"{path} holds no {what} but {found.dtype} {tuple(found.shape)}")
+    return found
 
 
 def _from_dc(content: dict[str, Any], path: Path) -> _Found:
     try:
         images, labels = content["data"][-1][:2]
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise DstillError(f"{path} holds no `data` of images and labels, as results of DC, DSA and DM do") from error
-    return _Found(images.detach(), labels.detach(), None)
+    return _Found(_tensor(images, "images", path), _tensor(labels, "labels", path), None)
 
 
 def _labels(labels: Tensor, images: int, classes: int, path: Path) -> Tensor:
     """Class ids, or logits."""
-    if len(labels) != images or (labels.ndim == 2 and labels.shape[1] != classes) or labels.ndim > 2:
+    if labels.ndim not in (1, 2) or len(labels) != images or (labels.ndim == 2 and labels.shape[1] != classes):
         raise DstillError(f"{path}: {images} images have labels {tuple(labels.shape)} for {classes} classes")
     if labels.ndim == 1:
         ids = labels.long()
@@ -188,21 +212,31 @@ def _labels(labels: Tensor, images: int, classes: int, path: Path) -> Tensor:
 
 
 def _from_npz(path: Path) -> DistilledSet:
+    if not path.is_file():
+        raise DstillError(f"{path} does not exist")
     try:
+        with zipfile.ZipFile(path) as archive:
+            _check_size(path, sum(member.file_size for member in archive.infolist()))
         with np.load(path, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "header"}
-            header = json.loads(str(arrays["header"]))
-    except (OSError, ValueError, KeyError) as error:
+            header = dict(json.loads(str(arrays["header"])))
+    except DstillError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise many unrelated types at damaged files
         raise DstillError(f"{path} is damaged or not an export of dstill ({error})") from error
     return DistilledSet.from_parts(header, tensors, path)
+
+
+def _check_size(path: Path, count: int) -> None:
+    if count > LARGEST_BYTES:
+        raise DstillError(f"{path} holds {count / 2**30:.1f} GiB, more than a distilled set or a buffer has")
 
 
 def _trusted(path: Path) -> Any:
     """The content of a `.pt` file: tensors and plain containers, nothing that runs."""
     if not path.is_file():
         raise DstillError(f"{path} does not exist")
-    if path.stat().st_size > LARGEST_BYTES:
-        raise DstillError(f"{path} has {path.stat().st_size / 2**30:.1f} GiB, more than a distilled set or a buffer has")
+    _check_size(path, path.stat().st_size)
     # Accuracies beside the images are NumPy numbers: harmless, and named one by one.
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
     harmless = [scalar, np.dtype, np.float64, type(np.dtype(np.float64))]
@@ -210,7 +244,7 @@ def _trusted(path: Path) -> Any:
         with torch.serialization.safe_globals(harmless):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, by what is wrong with the file
-        reason = str(error).splitlines()[0][:200]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise DstillError(
             f"{path} cannot be read as tensors ({reason}): it is damaged, or holds code, which is refused"
         ) from error

@@ -91,7 +91,7 @@ def save_animation(frames: Sequence[Path], path: Path, milliseconds: int = 200) 
         images[0].save(temporary, format="WEBP", save_all=True, append_images=images[1:], duration=times, loop=0, lossless=True)
 
 
-def save_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> Path:
+def save_curves(rows: Sequence[Mapping[str, float | None]], path: Path, title: str) -> Path:
     """Matching loss, α and, where it was measured, validation accuracy over iterations, as PNG."""
     from matplotlib.figure import Figure
 
@@ -100,12 +100,12 @@ def save_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> 
         ("alpha", "student learning rate α"),
         ("validation_accuracy", "validation accuracy"),
     ]
-    panels = [(key, label) for key, label in panels if any(key in row for row in rows)]
+    panels = [(key, label) for key, label in panels if any(row.get(key) is not None for row in rows)]
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
     figure.suptitle(title)
     for position, (key, label) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), position)
-        points = np.array([(row["iteration"], row[key]) for row in rows if key in row])
+        points = np.array([(row["iteration"], row[key]) for row in rows if row.get(key) is not None])
         sparse = key == "validation_accuracy"
         axes.plot(points[:, 0], points[:, 1], marker="o" if sparse else None, linewidth=1.5 if sparse else 0.8)
         if key == "loss" and len(points) >= 20:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dstill import yamls
 from dstill.artifacts.result import Cost, Result
+from dstill.errors import DamagedFileError, DstillError
 
 RESULT_NAME = "result.json"
 SETTINGS_NAME = "recipe.yaml"
@@ -54,7 +55,7 @@ class Curve(_Record):
     @classmethod
     def of(cls, rows: Sequence[dict[str, Any]], key: str, most: int = _MOST_POINTS) -> Curve | None:
         """One column of the metrics; None if no row has it."""
-        points = [(row["iteration"] + 1, row[key]) for row in rows if key in row and math.isfinite(row[key])]
+        points = [(row["iteration"] + 1, row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
         if not points:
             return None
         size = -(-len(points) // most)
@@ -90,7 +91,7 @@ class SetRecord(_Record):
         for row in rows:
             passed += row["seconds"]
             timed.append({"iteration": row["iteration"], "seconds": passed})
-            if "start_epoch" in row:
+            if "start_epoch" in row and row["inner_loss_first"] is not None:
                 by_start.setdefault(int(row["start_epoch"]), []).append(row["inner_loss_first"])
         return cls(
             curves=curves,
@@ -129,10 +130,19 @@ class RunRecord(_Record):
         Raises:
             DstillError: a file is damaged.
         """
+        try:
+            return cls._read(folder, most, reason)
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            if isinstance(error, DstillError):
+                raise
+            raise DstillError(f"a file of the run {folder} is damaged: {error}") from error
+
+    @classmethod
+    def _read(cls, folder: Path, most: int | None, reason: str) -> RunRecord:
         sets = sorted(folder.glob("set-*"), key=lambda path: int(path.name.split("-")[1]))[:most] or [folder]
         first, finished = sets[0], folder / RESULT_NAME
         settings, experts, chosen = (first / name for name in (SETTINGS_NAME, EXPERTS_NAME, MAP_NAME))
-        metrics = [rows for one in sets if (rows := _rows(one / METRICS_NAME))]
+        metrics = [rows for one in sets if (rows := read_metrics(one / METRICS_NAME))]
         return cls(
             recipe=yamls.read_mapping(settings) if settings.exists() else {},
             result=Result.load(finished) if finished.exists() else None,
@@ -144,10 +154,19 @@ class RunRecord(_Record):
         )
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a `metrics.jsonl`; none where there is no such file.
+
+    Raises:
+        DamagedFileError: one of them is not what was written.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [dict(json.loads(line)) for line in lines[:-1] if line]
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error}): remove the line or the folder") from error
 
 
 def _means(columns: Sequence[Sequence[float]]) -> tuple[float, ...]:

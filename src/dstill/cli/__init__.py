@@ -8,6 +8,7 @@ import sys
 
 from dstill.cli import files, judge, make  # noqa: F401 - they register their commands
 from dstill.cli.app import app
+from dstill.console import printable
 from dstill.errors import DstillError
 from dstill.stopping import Terminated, raise_on_sigterm
 
@@ -42,7 +43,7 @@ def main() -> None:
     except DstillError as error:
         if debug:
             raise
-        print(f"dstill: {error}", file=sys.stderr)
+        print(f"dstill: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ndstill: interrupted; the same command continues from the last checkpoint", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from dstill.cli.app import app
+from dstill.console import printable
 from dstill.options import Choice, Common, Data
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
@@ -69,7 +70,7 @@ def import_(
     fitted = importing.published_preprocess(preprocess, real)
     options = {"method": method, "net": net, "augmentation": augmentation, "alpha": alpha}
     importing.import_set(path, real, preprocess=fitted, **options).save(out)  # type: ignore[arg-type]
-    print(showing.describe(out))
+    print(printable(showing.describe(out)))
 
 
 @app.command
@@ -83,7 +84,7 @@ def import_experts(*buffers: Path, out: Annotated[Path, Parameter(name=["--out",
     from dstill import showing
     from dstill.artifacts import importing
 
-    print(showing.describe(importing.import_experts(buffers, out)))
+    print(printable(showing.describe(importing.import_experts(buffers, out))))
 
 
 @app.command
@@ -96,7 +97,7 @@ def show(path: Path, *, png: Path | None = None) -> None:
     """
     from dstill import showing
 
-    print(showing.describe(path))
+    print(printable(showing.describe(path)))
     if png is not None:
         showing.write_picture(path, png)
         print(f"pictures: {png}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dstill.data.catalog import DATASETS, Entry
@@ -160,10 +161,20 @@ def _load_local(pattern: str) -> Any:
 def _load_image_folder(path: Path) -> Any:
     if not any(child.is_dir() for child in path.iterdir()):
         raise DstillError(f"{path} has neither Parquet files nor class folders: expected {path}/train/<class>/<image>")
+    _check_links(path)
     splits = _load_dataset("imagefolder", data_dir=str(path))
     if any("label" not in split.features for split in splits.values()):
         raise DstillError(f"{path} does not have two class folders or more at one depth: expected {path}/train/<class>/<image>")
     return splits
+
+
+def _check_links(root: Path) -> None:
+    """Refuses links that `datasets` would pass over without a word, and the images behind them with it."""
+    for folder, folders, names in os.walk(root):
+        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        lost = [name for name in names if not os.path.exists(os.path.join(folder, name))]
+        for name, reason in [*((name, "a link to a folder") for name in linked), *((name, "a broken link") for name in lost)]:
+            raise DstillError(f"{folder}/{name} is {reason}, whose images would be left out: copy them here, or remove it")
 
 
 def _check_shards(files: list[Path]) -> None:
@@ -193,13 +204,13 @@ def _siblings(file: Path) -> list[Path]:
 
 def _from_path(name: str, path: str, entry: Entry) -> Raw:
     try:
-        splits = _load_local(path)
-    except DstillError:
+        return _decode_splits(name, _load_local(path), entry)
+    except (DstillError, MemoryError):
         raise
     except Exception as error:  # pyarrow and datasets raise many unrelated types for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = error.__cause__ or error  # `datasets` wraps what happened in "an error occurred"
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise DstillError(f"{path} could not be read as Parquet files or an image folder: {reason}") from error
-    return _decode_splits(name, splits, entry)
 
 
 def _decode_splits(name: str, splits: Any, entry: Entry) -> Raw:
@@ -250,12 +261,13 @@ class _Decoder:
                     raise ValueError("the cell is empty")
                 content = Path(path).read_bytes()
             image = Image.open(io.BytesIO(content))
-            if not header_only:
-                image.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if image.mode in ("I", "F"):
+                raise ValueError("its 32-bit values have no known range")
+            return image if header_only else ImageOps.exif_transpose(image)  # as cameras that were turned say
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             where = path or "in a row without a path"
-            raise DstillError(f"image {where} of {self.name} cannot be read ({error}): repair or remove it") from error
-        return image
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            raise DstillError(f"image {where} of {self.name} cannot be read ({reason}): repair or remove it") from error
 
     def mode(self) -> str:
         """Grey only if every image is: stops at the first one with colour."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dstill import nets, seeding
 from dstill.artifacts import header as files
+from dstill.bookmark import Bookmark, Training
 from dstill.config import ExpertConfig, NetConfig, canonical, digest
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
@@ -92,6 +93,7 @@ def train_expert(
     index: int,
     device: torch.device,
     observer: Callable[[EpochReport, float], None] | None = None,
+    bookmark: Bookmark | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Trains one expert and records a copy of its weights at initialisation and after every epoch.
 
@@ -100,6 +102,7 @@ def train_expert(
         index: number of the expert; it alone, with the task's seed, decides every random draw.
         device: where to train.
         observer: called after each epoch with the report and the accuracy on `task.real.test`.
+        bookmark: where the state is stored on the way, and where one that was stored is found.
 
     Returns:
         The trajectory `[epochs + 1, P]` and a record: per-epoch loss, accuracy on `real.test` (a diagnostic that nothing
@@ -115,8 +118,16 @@ def train_expert(
     net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
     images, test = (task.preprocess.forward(split.images.to(device, torch.float32) / 255) for split in (real.train, real.test))
     labels, test_labels = real.train.labels.to(device), real.test.labels.to(device)
-    record: dict[str, Any] = {"loss": [], "accuracy": []}
-    snapshots = [_snapshot(net)]
+    training = Training(net, optimiser(net, config), generator)
+    snapshots, record = [_snapshot(net)], dict[str, list[float]](loss=[], accuracy=[])
+    begin, stored = bookmark.restore(training) if bookmark else (0, {})
+    if begin:
+        snapshots = list(stored.pop("trajectory"))
+        record = {name: values.tolist() for name, values in stored.items()}
+
+    def beside() -> dict[str, Tensor]:
+        curves = {name: torch.tensor(values, dtype=torch.float64) for name, values in record.items()}
+        return {"trajectory": torch.stack(snapshots), **curves}
 
     def observe(report: EpochReport) -> None:
         snapshot = _snapshot(net)
@@ -128,6 +139,8 @@ def train_expert(
         snapshots.append(snapshot)
         record["loss"].append(report.loss)
         record["accuracy"].append(accuracy(net, test, test_labels))
+        if bookmark is not None:
+            bookmark.store(report.epochs_done, training, beside)
         if observer is not None:
             observer(report, record["accuracy"][-1])
 
@@ -137,12 +150,13 @@ def train_expert(
         labels,
         epochs=config.epochs,
         batch_size=config.batch_size,
-        optimiser=optimiser(net, config),
+        optimiser=training.optimiser,
         generator=generator,
         objective=expert_objective(net, config),
         augmentation=task.augmentation,
         schedule=lr_schedule(config),
         observer=observe,
+        begin=begin,
     )
     trajectory = torch.stack(snapshots)
     record["step_lengths"] = step_lengths(trajectory).tolist()
@@ -234,5 +248,7 @@ def set_aside_if_damaged(path: Path, note: Callable[[str], None]) -> None:
 def _train_and_save(
     task: ExpertTask, folder: Path, device: torch.device, index: int, report: Callable[[tuple[EpochReport, float]], None]
 ) -> None:
-    trajectory, record = train_expert(task, index, device, lambda epoch, score: report((epoch, score)))
+    bookmark = Bookmark(folder / f"training-{index:03d}.safetensors")
+    trajectory, record = train_expert(task, index, device, lambda epoch, score: report((epoch, score)), bookmark)
     save_expert(folder, index, trajectory, {**task.identity(), "index": index, "record": record})
+    bookmark.remove()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dstill import nets, seeding
 from dstill.artifacts import header as files
+from dstill.bookmark import Bookmark, Training
 from dstill.config import NetConfig, TrainingConfig, canonical, digest
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
@@ -75,11 +76,15 @@ class _Events:
 
 
 def train_network(
-    task: NetworkTask, device: torch.device, observer: Callable[[EpochReport], None] | None = None
+    task: NetworkTask,
+    device: torch.device,
+    observer: Callable[[EpochReport], None] | None = None,
+    bookmark: Bookmark | None = None,
 ) -> TrainedNetwork:
     """Trains on the whole real training set without augmentation, and records forgetting events (Toneva et al. 2019).
 
-    An image is judged as it is presented, before the step that its batch takes.
+    An image is judged as it is presented, before the step that its batch takes. `bookmark` is where the state is stored on
+    the way, and where one that was stored is found.
 
     Raises:
         DstillError: the network has running statistics or dropout.
@@ -91,6 +96,16 @@ def train_network(
     images = task.preprocess.forward(real.train.images.to(device, torch.float32) / 255)
     events = _Events(len(real.train))
     sgd = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    training = Training(net, sgd, generator)
+    begin, stored = bookmark.restore(training) if bookmark else (0, {})
+    vars(events).update(stored)
+
+    def observe(report: EpochReport) -> None:
+        if bookmark is not None:
+            bookmark.store(report.epochs_done, training, lambda: vars(events))
+        if observer is not None:
+            observer(report)
+
     fit(
         net,
         images,
@@ -100,7 +115,8 @@ def train_network(
         optimiser=sgd,
         generator=generator,
         objective=cross_entropy_objective(derivatives_of(net), events),
-        observer=observer,
+        observer=observe,
+        begin=begin,
     )
     forgotten = torch.where(events.ever_right, events.forgotten, config.epochs)
     return TrainedNetwork(nn.utils.parameters_to_vector(net.parameters()).detach().cpu(), forgotten)
@@ -112,7 +128,9 @@ def trained_network(
     """The task's network from `folder`, trained and stored there first where it is missing."""
     path = folder / f"{task.fingerprint()}.safetensors"
     if not path.exists():
-        trained = train_network(task, device, observer)
+        bookmark = Bookmark(folder / f"{task.fingerprint()}-training.safetensors")
+        trained = train_network(task, device, observer, bookmark)
         files.save(path, _KIND, {"weights": trained.weights, "forgotten": trained.forgotten}, task.identity())
+        bookmark.remove()
     _, tensors = files.load(path, _KIND)
     return TrainedNetwork(tensors["weights"], tensors["forgotten"])

@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import safetensors
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dstill.artifacts import header as files
-from dstill.errors import DstillError
+from dstill.errors import DamagedFileError, DstillError
 
 KIND = "expert trajectory"
+
+
+class _Record(BaseModel):
+    """What is read of the record of a training; accuracies are missing where a foreign buffer does not tell them."""
+
+    accuracy: list[float]
+    step_lengths: Annotated[list[float], Field(min_length=1)]
 
 
 def expert_path(folder: Path, index: int) -> Path:
@@ -68,7 +77,13 @@ class Trajectories:
     @staticmethod
     def _header(path: Path) -> dict[str, Any]:
         with files.opened(path, KIND) as (header, file):
-            return {**header, "shape": file.get_slice("trajectory").get_shape()}
+            try:
+                _Record.model_validate(header.get("record"))
+                shape = file.get_slice("trajectory").get_shape()
+                _epochs, _numel = shape
+            except (ValueError, safetensors.SafetensorError) as error:
+                raise DamagedFileError(f"{path} is damaged or from another version of dstill: {error}") from error
+            return {**header, "shape": shape}
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -25,7 +25,7 @@ class SelectionConfig(DistillConfig):
 class ImageConfig(DistillConfig):
     """What every method has that improves images by SGD against batches of real ones."""
 
-    iterations: Annotated[int, Field(ge=1)] = 1000
+    iterations: Count = 1000
     """Updates, each with a network of its own."""
     batch_real: Count = 256
     """Real images of a class in a batch; all of them where a class has fewer."""
@@ -92,7 +92,7 @@ class DistributionMatchingConfig(ImageConfig):
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
         return [Passes("library-forward", classes, self.batch_real), Passes("library", classes, ipc)]
 
-    iterations: Annotated[int, Field(ge=1)] = 20000
+    iterations: Count = 20000
     """Updates, each with a network of its own."""
     lr_images: Positive = 1.0
     """Step size of the images, in preprocessed units squared per unit of the objective."""
@@ -101,7 +101,7 @@ class DistributionMatchingConfig(ImageConfig):
 class CafeConfig(InnerConfig):
     """Feature alignment (CAFE)."""
 
-    iterations: Annotated[int, Field(ge=1)] = 2000
+    iterations: Count = 2000
     """Networks, each with a loop of updates."""
     initialisation: Literal["random", "noise"] = "noise"
     """Real images drawn at random, or standard normal noise in preprocessed units."""
@@ -143,7 +143,7 @@ class CafeConfig(InnerConfig):
 class FrepoConfig(DistillConfig):
     """Neural feature regression with a pool (FRePo)."""
 
-    iterations: Annotated[int, Field(ge=1)] = 500_000
+    iterations: Count = 500_000
     """Updates of images and labels, one network of the pool each."""
     batch_real: Count = 1024
     """Real images a step, of all classes."""
@@ -186,7 +186,7 @@ class FrepoConfig(DistillConfig):
 class MatchingConfig(DistillConfig):
     """How a synthetic set is made to reproduce expert segments (paper IV-C, IV-D, Algorithm 2)."""
 
-    iterations: Annotated[int, Field(ge=1)] = 5000
+    iterations: Count = 5000
     """Segments matched, one update of the images each."""
     student_steps: Count = 30
     """N, steps of the student in a segment."""

@@ -1,0 +1,103 @@
+"""Where the training of a network stands, on disk, so that one that was cut off goes on after the last epoch stored."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dstill.artifacts import header as files
+from dstill.errors import DamagedFileError
+
+_KIND = "training under way"
+_NET, _OPTIMISER, _BESIDE = "net.", "optimiser.", "beside."
+SECONDS = 60.0
+
+
+@dataclass
+class Training:
+    """What decides how a training goes on: the network, its optimiser and the generator of every draw."""
+
+    net: nn.Module
+    optimiser: torch.optim.Optimizer
+    generator: torch.Generator
+
+
+class Bookmark:
+    """The state of one training in one file.
+
+    Args:
+        path: the file, removed when the training is done.
+        seconds: store no more often than this.
+    """
+
+    def __init__(self, path: Path, seconds: float = SECONDS) -> None:
+        self.path, self.seconds = path, seconds
+        self._last = time.monotonic()
+
+    def restore(self, training: Training) -> tuple[int, dict[str, Tensor]]:
+        """Puts the training where it was; returns the epochs done and what was stored beside: 0 and nothing at its start.
+
+        A damaged file is removed, and the training starts anew.
+        """
+        if not self.path.exists():
+            return 0, {}
+        try:
+            header, tensors = files.load(self.path, _KIND)
+        except DamagedFileError:
+            self.remove()
+            return 0, {}
+        training.net.load_state_dict(_below(tensors, _NET))
+        training.optimiser.load_state_dict(_with_tensors(header["optimiser"], _below(tensors, _OPTIMISER)))
+        training.generator.set_state(tensors["generator"])
+        return int(header["epochs"]), _below(tensors, _BESIDE)
+
+    def store(self, epochs: int, training: Training, beside: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Stores the state after so many epochs, if that is due; `beside` gives what the caller wants back."""
+        if time.monotonic() - self._last < self.seconds:
+            return
+        state = training.optimiser.state_dict()
+        tensors = {
+            "generator": training.generator.get_state(),
+            **{_NET + name: tensor for name, tensor in training.net.state_dict().items()},
+            **{_OPTIMISER + name: tensor for name, tensor in _tensors_of(state).items()},
+            **{_BESIDE + name: tensor for name, tensor in beside().items()},
+        }
+        # Optimisers share no memory between tensors, yet networks may tie weights: each is stored by itself.
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        files.save(self.path, _KIND, copies, {"epochs": epochs, "optimiser": state["param_groups"]})
+        self._last = time.monotonic()
+
+    def remove(self) -> None:
+        """Removes the file, if there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an optimiser's state, as `<parameter>.<name>`."""
+    return {
+        f"{index}.{name}": value
+        for index, values in state["state"].items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _with_tensors(groups: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of `_tensors_of`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    return {"state": state, "param_groups": groups}
