@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +125,40 @@ def test_where_no_checkpoint_is_whole_the_files_are_named(tmp_path: Path) -> Non
     folder.earlier_path.write_bytes(b"")
     with pytest.raises(DstillError, match=r"checkpoint\.safetensors and checkpoint-before\.safetensors in .* are damaged"):
         folder.restore()
+
+
+def _write_for_ever(path: Path) -> None:
+    folder = RunFolder(path, {})
+    with folder.locked():
+        found = folder.restore()
+        begin = found[0] if found else 0
+        for iteration in range(begin, 10**9):
+            folder.log({"iteration": iteration})
+            folder.checkpoint(iteration + 1, {"x": torch.full((50_000,), float(iteration + 1))})
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_state(tmp_path: Path) -> None:
+    """Twenty kills of a process that does nothing but log and write checkpoints."""
+    reached, moments = 0, random.Random(0)
+    for _ in range(20):
+        writer = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(tmp_path,))
+        writer.start()
+        writer.join(moments.uniform(0.05, 0.25))
+        writer.kill()
+        writer.join()
+        folder = RunFolder(tmp_path, {})
+        with folder.locked():
+            found = folder.restore()
+        if found is None:
+            assert reached == 0
+            continue
+        iteration, state = found
+        assert iteration >= reached
+        assert state["x"].equal(torch.full((50_000,), float(iteration)))
+        assert [row["iteration"] for row in folder.metrics()] == list(range(iteration))
+        assert not list(tmp_path.glob(".*.part"))
+        reached = iteration
+    assert reached > 20
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes out. The lock is the system's and ends with the process that holds it, however that ends.
+        """Keeps other processes out, and clears away what one that was killed left half-written.
+
+        The lock is the system's and ends with the process that holds it, however that ends.
 
         Raises:
             DstillError: another process works in the folder.
@@ -77,6 +79,7 @@ class RunFolder:
             lock.acquire()
         except Timeout as error:
             raise DstillError(f"another process works in {self.path}: wait for it, or pass another -o") from error
+        files.remove_leftovers(self.path)
         try:
             yield
         finally:

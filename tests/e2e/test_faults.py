@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import resource
@@ -27,11 +28,11 @@ CHANGES = ("net.width=4", "experts.count=2")
 QUICK = ("ast",)
 
 
-def command(method: str, out: Path, *extra: str) -> list[str]:
+def command(method: str, out: Path, *, workers: int = 1) -> list[str]:
     changes = [change for change in CHANGES if METHODS[method].needs_experts or not change.startswith("experts")]
     long = [] if METHODS[method].family == "selection" else ["distill.iterations=40"]
-    options = ["--recipe", "smoke", "--networks", "1", "--threads", "1", "--workers", "1", "--checkpoint-every", "3", *extra]
-    return ["run", "digits", "--method", method, *options, "-o", str(out), "--set", *changes, *long]
+    options = ["--recipe", "smoke", "--networks", "1", "--threads", "1", "--checkpoint-every", "3"]
+    return ["run", "digits", "--method", method, *options, "--workers", str(workers), "-o", str(out), "--set", *changes, *long]
 
 
 def start(arguments: list[str], cache: Path, **options: Any) -> subprocess.Popen[str]:
@@ -128,6 +129,36 @@ def test_a_file_too_large_for_the_disk_is_said_and_the_run_continues_elsewhere(t
     assert "the same command continues" in process.communicate()[1]
     assert not list((tmp_path / "cache").glob("experts/*/expert-*")), "nothing half-written has the name of an expert"
     assert start(command("mtt", tmp_path / "out"), tmp_path / "cache").wait() == 0
+
+
+def test_too_few_files_to_open_are_said_and_the_run_continues_with_more(tmp_path: Path) -> None:
+    few = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (10, 10))
+    process = start(command("mtt", tmp_path / "out", workers=2), tmp_path / "cache", preexec_fn=few)
+    assert process.wait() == 3
+    assert "too many files are open" in process.communicate()[1]
+    assert start(command("mtt", tmp_path / "out"), tmp_path / "cache").wait() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+def test_a_disk_that_is_full_at_any_point_is_said_and_the_run_continues_with_a_larger_one(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], check=True)
+    try:
+        codes = []
+        for size in (16, 32, 48, 64, 96, 128, 192, 256, 512, 8192):
+            subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
+            process = start(command("mtt", disk / "out"), disk / "cache")
+            _, told = process.communicate()
+            codes.append(process.returncode)
+            assert process.returncode in (0, 3), told
+            assert process.returncode == 0 or "the disk is full" in told
+        assert codes[0] == 3 and codes[-1] == 0
+        assert start(command("mtt", tmp_path / "whole"), tmp_path / "cache").wait() == 0
+        assert_same(disk / "out", tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_read_only_folder_is_said(

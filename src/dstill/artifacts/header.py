@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from dstill.version import __version__
 FORMAT = 1
 _KEY = "dstill"
 _CHECK = "header_sha256"
+_PART = ".part"
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -42,6 +44,14 @@ def atomic(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
+    """Removes what writers left behind that were killed, if it is so many seconds old."""
+    for path in folder.glob(f".*{_PART}"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
 
 
 def _system_error(error: Exception, path: Path) -> Exception:

@@ -59,7 +59,10 @@ class Standardise:
         mean = total / count
         std = (squares / count - mean**2).clamp_min(0).sqrt()
         if bool((std == 0).any()):
-            raise DstillError("a colour channel is constant over the training images: standardisation would divide by zero")
+            raise DstillError(
+                "a colour channel is constant over the training images, so standardisation would divide by zero: pass "
+                "--set preprocess=zca, or leave that channel out"
+            )
         return cls((mean / 255).float(), (std / 255).float())
 
     def forward(self, pixels: Tensor) -> Tensor:

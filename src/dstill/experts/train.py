@@ -25,6 +25,8 @@ from dstill.experts.trajectory import KIND, expert_path, save_expert
 from dstill.training import Batch, EpochReport, Objective, Schedule, accuracy, fit, step_at
 from dstill.workers import Workers, choose_workers, spread
 
+_WRITING_SECONDS = 3600.0  # longer than any file of an expert takes to write
+
 
 @dataclass(frozen=True)
 class ExpertTask:
@@ -217,6 +219,7 @@ def train_missing(
         `folder`.
     """
     wanted = range(task.config.count) if only is None else only
+    files.remove_leftovers(folder, older_than=_WRITING_SECONDS)  # others may be writing here
     for index in wanted:
         set_aside_if_damaged(expert_path(folder, index), note)
     missing = [index for index in wanted if not expert_path(folder, index).exists()]

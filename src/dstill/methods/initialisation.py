@@ -111,7 +111,8 @@ def initialisation_map(problem: Problem, classes: int = 3, points: int = 200) ->
     for name, rows in zip(real.class_names[:classes], real.train.by_class(real.classes), strict=False):
         features = _described(problem, net, rows, released=released)
         picks = _representatives(problem, features, generator, released=released)
-        flat = PCA(2, random_state=0).fit_transform(features).round(3)
+        axes = min(2, *features.shape)  # a class of one image has a single one
+        flat = np.pad(PCA(axes, random_state=0).fit_transform(features), ((0, 0), (0, 2 - axes))).round(3)
         found.append({"name": name, "points": flat[:points].tolist(), "chosen": flat[picks].tolist()})
     return found
 
