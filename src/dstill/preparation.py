@@ -45,6 +45,7 @@ def fitted_preprocess(kind: str, real: RealSet, cache: Path) -> Preprocess:
     if kind != "zca":
         return preprocessing.fit(kind, real.train.images)
     path = cache / "preprocess" / f"{kind}-{real.fingerprint}.safetensors"
+    files.set_aside_if_damaged(path, _PREPROCESS)
     if not path.exists():
         fitted = preprocessing.fit(kind, real.train.images)
         files.save(path, _PREPROCESS, fitted.tensors(), {"data": real.fingerprint})

@@ -15,6 +15,7 @@ from torch import Tensor
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.header import atomic, write_bytes, write_text
 from dstill.artifacts.pictures import png_of
+from dstill.data.sources import without_progress_bars
 from dstill.errors import DstillError, suggest
 
 _SHARD = "data/train-00000-of-00001.parquet"
@@ -91,7 +92,7 @@ def _export_hf(distilled: DistilledSet, folder: Path) -> None:
         features["soft_label"] = Sequence(Value("float32"))
         columns["soft_label"] = distilled.labels.softmax(1).tolist()
     (folder / "data").mkdir(exist_ok=True)
-    with atomic(folder / _SHARD) as temporary:
+    with atomic(folder / _SHARD) as temporary, without_progress_bars():
         Dataset.from_dict(columns, features=Features(features)).to_parquet(temporary)
     distilled.save(folder)
     write_text(folder / "README.md", _card(distilled))

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +151,15 @@ def load(path: Path, kind: str | None) -> tuple[dict[str, Any], dict[str, Tensor
     if header.get("sha256") not in (None, checksum(tensors)):
         raise DamagedFileError(f"{path} is damaged: its tensors are not those that were written; restore it from a copy")
     return header, tensors
+
+
+def set_aside_if_damaged(path: Path, kind: str, note: Callable[[str], None] = lambda _: None) -> None:
+    """Renames a file that is not what was written, so that it is neither used nor lost, and can be made again."""
+    if not path.exists():
+        return
+    try:
+        load(path, kind)
+    except DamagedFileError as error:
+        aside = path.with_name(path.name + ".damaged")
+        path.replace(aside)
+        note(f"{error}; it is set aside as {aside.name}, and made again")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,16 +108,25 @@ def _digits() -> Raw:
     return Raw("digits", train, test, ("train", "test"))
 
 
-def _load_dataset(*args: Any, **kwargs: Any) -> Any:
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keeps `datasets` from writing bars to the terminal."""
     import datasets
 
     quiet = not datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(*args, **kwargs)
+        yield
     finally:
         if not quiet:
             datasets.enable_progress_bars()
+
+
+def _load_dataset(*args: Any, **kwargs: Any) -> Any:
+    import datasets
+
+    with without_progress_bars():
+        return datasets.load_dataset(*args, **kwargs)
 
 
 def _from_hub(name: str, entry: Entry) -> Raw:

@@ -18,7 +18,7 @@ from dstill.bookmark import Bookmark, Training
 from dstill.config import ExpertConfig, NetConfig, canonical, digest
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
-from dstill.errors import DamagedFileError, DstillError
+from dstill.errors import DstillError
 from dstill.experts.gsam import gsam_objective
 from dstill.experts.smooth import smooth_objective, step_lengths
 from dstill.experts.trajectory import KIND, expert_path, save_expert
@@ -221,7 +221,7 @@ def train_missing(
     wanted = range(task.config.count) if only is None else only
     files.remove_leftovers(folder, older_than=_WRITING_SECONDS)  # others may be writing here
     for index in wanted:
-        set_aside_if_damaged(expert_path(folder, index), note)
+        files.set_aside_if_damaged(expert_path(folder, index), KIND, note)
     missing = [index for index in wanted if not expert_path(folder, index).exists()]
     if not missing:
         return folder
@@ -234,18 +234,6 @@ def train_missing(
         watch,
     )
     return folder
-
-
-def set_aside_if_damaged(path: Path, note: Callable[[str], None]) -> None:
-    """Renames a damaged expert, so that it is neither used nor lost."""
-    if not path.exists():
-        return
-    try:
-        files.load(path, KIND)
-    except DamagedFileError as error:
-        aside = path.with_name(path.name + ".damaged")
-        path.replace(aside)
-        note(f"{error}; it is set aside as {aside.name}, and the expert is trained again")
 
 
 def _train_and_save(

@@ -127,6 +127,7 @@ def trained_network(
 ) -> TrainedNetwork:
     """The task's network from `folder`, trained and stored there first where it is missing."""
     path = folder / f"{task.fingerprint()}.safetensors"
+    files.set_aside_if_damaged(path, _KIND)
     if not path.exists():
         bookmark = Bookmark(folder / f"{task.fingerprint()}-training.safetensors")
         trained = train_network(task, device, observer, bookmark)
