@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dstill.errors import DstillError
+from dstill.options import Common
 from dstill.workers import apart, choose_workers, cores, spread
 
 CPU = torch.device("cpu")
@@ -29,6 +30,20 @@ def dies_at_two(item: int, report: Callable[[int], None]) -> int:
     if item == 2:
         os._exit(1)
     return item
+
+
+def asks(item: int, report: Callable[[int], None]) -> bool:
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def test_determinism_is_asked_for_in_every_process() -> None:
+    assert not apart(asks, 0)
+    try:
+        Common(deterministic=True).start()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert apart(asks, 0)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_processes_return_what_one_returns_in_order_and_report() -> None:

@@ -32,6 +32,17 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def ask_for_determinism() -> None:
+    """Makes torch choose deterministic algorithms in this process, and warn of operations that have none.
+
+    For GPUs, and before the first of their kernels runs. Rotation and scaling (the gradient of `grid_sample`) have no
+    deterministic algorithm there.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses otherwise
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
+
+
 def total_memory(device: torch.device) -> float:
     """Bytes of memory of the device; infinite where it cannot be told.
 

@@ -62,6 +62,8 @@ class Common:
         cache: folder that keeps experts for every run ($DSTILL_CACHE, else ~/.cache/dstill).
         threads: CPU threads of distilling; the machine's cores if left out.
         workers: processes that train experts and networks at once: a number, or auto for one a core.
+        deterministic: ask torch for deterministic algorithms, and be warned of operations that have none; on a CPU the same
+            seed and threads give the same bits without it.
         quiet: print the result only.
         debug: show the traceback of an error.
     """
@@ -71,6 +73,7 @@ class Common:
     cache: Path | None = None
     threads: int | None = None
     workers: int | Literal["auto"] = "auto"
+    deterministic: Annotated[bool, Parameter(negative="")] = False
     quiet: bool = False
     debug: bool = False
 
@@ -79,6 +82,10 @@ class Common:
             import torch
 
             torch.set_num_threads(self.threads)
+        if self.deterministic:
+            from dstill.devices import ask_for_determinism
+
+            ask_for_determinism()
         return ConsoleReporter(sys.stderr, quiet=self.quiet)
 
     def arguments(self, reporter: ConsoleReporter) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from dstill.devices import ask_for_determinism
 from dstill.errors import DstillError
 
 _Item = TypeVar("_Item")
@@ -99,7 +100,9 @@ def _in_processes(
     try:
         for _ in range(workers):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, threads), daemon=daemon)
+            process = context.Process(
+                target=_serve, args=(there, threads, torch.are_deterministic_algorithms_enabled()), daemon=daemon
+            )
             process.start()
             processes.append(process)
             there.close()
@@ -139,9 +142,11 @@ def _received(connection: Connection) -> tuple[str, Any]:
     return message
 
 
-def _serve(connection: Connection, threads: int) -> None:
+def _serve(connection: Connection, threads: int, deterministic: bool) -> None:
     """What a worker process runs: the function first, then item after item."""
     torch.set_num_threads(threads)
+    if deterministic:
+        ask_for_determinism()
 
     def send(kind: str, content: Any) -> None:
         connection.send_bytes(pickle.dumps((kind, content)))
