@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ from torch import Tensor
 
 from dstill.data import preprocess
 from dstill.data.preprocess import ZCA, Preprocess, Standardise
+from dstill.data.real import RealSet
 from dstill.errors import DstillError
+from dstill.preparation import fitted_preprocess
 
 KINDS = ("standardise", "zca")
 
@@ -136,3 +140,13 @@ def test_an_unknown_kind_in_a_file_is_reported():
 def test_an_unknown_kind_asked_for_is_answered_with_a_close_one():
     with pytest.raises(DstillError, match="unknown preprocessing 'standardize'; did you mean standardise"):
         preprocess.fit("standardize", images(3))
+
+
+def test_a_damaged_whitening_in_the_cache_is_fitted_again(tiny_real: RealSet, tmp_path: Path) -> None:
+    right = fitted_preprocess("zca", tiny_real, tmp_path)
+    (path,) = (tmp_path / "preprocess").iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[:-3])
+    again = fitted_preprocess("zca", tiny_real, tmp_path)
+    assert path.read_bytes() == content
+    assert all(again.tensors()[name].equal(tensor) for name, tensor in right.tensors().items())

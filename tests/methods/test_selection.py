@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dstill.bookmark import Bookmark
 from dstill.config import NetConfig, TrainingConfig
 from dstill.data import preprocess as preprocessing
 from dstill.data.real import RealSet
@@ -91,3 +92,26 @@ def test_the_network_is_trained_once_and_classifies(tiny_real: RealSet, tmp_path
     assert torch.equal(found[0].weights, found[1].weights) and torch.equal(found[0].forgotten, found[1].forgotten)
     trained_network(task(tiny_real, 3), tmp_path, CPU, watch)
     assert len(epochs) == 9, "another training is another network"
+
+
+def test_a_network_that_was_cut_off_goes_on_to_the_same_bits(tiny_real: RealSet, tmp_path: Path) -> None:
+    def cut(report: EpochReport) -> None:
+        if report.epochs_done == 4:
+            raise KeyboardInterrupt
+
+    job, bookmark = task(tiny_real, 6, lr=5.0), Bookmark(tmp_path / "training.safetensors", seconds=0)
+    whole, epochs = train_network(job, CPU), []
+    with pytest.raises(KeyboardInterrupt):
+        train_network(job, CPU, cut, bookmark)
+    again = train_network(job, CPU, lambda report: epochs.append(report.epochs_done), bookmark)
+    assert epochs == [5, 6]
+    assert again.weights.equal(whole.weights)
+    assert again.forgotten.equal(whole.forgotten)
+
+
+def test_a_damaged_network_is_set_aside_and_trained_again(tiny_real: RealSet, tmp_path: Path) -> None:
+    right = trained_network(task(tiny_real, 2), tmp_path, CPU)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert trained_network(task(tiny_real, 2), tmp_path, CPU).weights.equal(right.weights)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, f"{path.name}.damaged"]
