@@ -15,7 +15,7 @@ from dstill.console import Reporter, Silent
 from dstill.data.real import check_ipc, load_real
 from dstill.devices import resolve_device
 from dstill.distillation import Cadence, run_method
-from dstill.distilling import Watcher, distill_into
+from dstill.distilling import Watcher, distill_into, known_identity
 from dstill.errors import DstillError
 from dstill.evaluating import evaluate
 from dstill.experts.trajectory import Trajectories
@@ -32,6 +32,7 @@ from dstill.preparation import (
     trained_on_all,
 )
 from dstill.reporting.page import REPORT_NAME, report
+from dstill.runs import refuse_other_run
 from dstill.workers import Workers
 
 
@@ -130,6 +131,8 @@ def distill(
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     check_ipc(real, resolved.ipc)
     check_early(real, resolved)
+    if out is not None:
+        refuse_other_run(Path(out), known_identity(real, resolved, seed))
     store = cache_folder(cache)
     trained_with = seed if expert_seed is None else expert_seed
     trajectories: Trajectories | None = None
@@ -206,6 +209,8 @@ def run(
     check_ipc(real, resolved.ipc)
     check_early(real, resolved, nets)
     folder = Path(out) if out else Path("runs") / f"{real.name}-{resolved.method}-ipc{resolved.ipc}-seed{seed}"
+    for k in range(sets):
+        refuse_other_run(folder / f"set-{k}", known_identity(real, resolved, seed + k))
     reporter.note(f"run folder: {folder}")
     trajectories: Trajectories | None = None
     if method_info(resolved.method).needs_experts:

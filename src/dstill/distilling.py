@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -16,8 +16,9 @@ from dstill.artifacts import pictures
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.result import Cost
 from dstill.artifacts.run import EXPERTS_NAME, MAP_NAME, SETTINGS_NAME
-from dstill.config import canonical
+from dstill.config import Recipe, canonical
 from dstill.console import Reporter, size
+from dstill.data.real import RealSet
 from dstill.devices import resident_memory, watching_memory
 from dstill.distillation import Cadence, run_method
 from dstill.engine import supports
@@ -79,6 +80,11 @@ class Watcher:
             sink.close()
 
 
+def known_identity(real: RealSet, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """What tells a run from others and is known before its experts are trained."""
+    return {"recipe": canonical(recipe, exclude={"note"}), "data": real.fingerprint, "seed": seed}
+
+
 def distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Reporter, logs: Sequence[str] = ()) -> DistilledSet:
     """Distils into a folder, from where an earlier call stopped, and writes what shows the result.
 
@@ -86,12 +92,7 @@ def distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Report
         DstillError: the folder belongs to another run.
     """
     experts = problem.trajectories.folder.name if problem.trajectories else None
-    identity = {
-        "recipe": canonical(problem.recipe, exclude={"note"}),
-        "data": problem.real.fingerprint,
-        "seed": problem.seed,
-        "experts": experts,
-    }
+    identity = {**known_identity(problem.real, problem.recipe, problem.seed), "experts": experts}
     if problem.initial is not None:
         identity["initial"] = files.checksum({"images": problem.initial.images})
     folder = RunFolder(out, identity, reporter.note)

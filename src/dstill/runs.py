@@ -17,6 +17,35 @@ from dstill.artifacts.run import METRICS_NAME, read_metrics
 from dstill.errors import DamagedFileError, DstillError
 
 _CHECKPOINT = "checkpoint"
+_STAMP = "settings.json"
+
+
+def refuse_other_run(path: Path, known: Mapping[str, Any]) -> None:
+    """Refuses early a folder that `RunFolder` will refuse, by the part of the identity that is known already.
+
+    Raises:
+        DstillError: the folder belongs to a run with other settings.
+    """
+    stored = _stored(path)
+    if stored is not None:
+        known = json.loads(json.dumps(known))
+        _refuse_other(path, {key: stored.get(key) for key in known}, known)
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    stamp = path / _STAMP
+    if not stamp.exists():
+        return None
+    try:
+        return dict(json.loads(stamp.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DstillError(f"{stamp} was not written by dstill ({error}): pass another -o") from error
+
+
+def _refuse_other(path: Path, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    if stored != identity:
+        changed = ", ".join(_differences(stored, identity)) or "settings"
+        raise DstillError(f"{path} holds a run with other settings ({changed}): pass another -o, or remove the folder")
 
 
 class RunFolder:
@@ -43,17 +72,11 @@ class RunFolder:
         self.metrics_path = path / METRICS_NAME
         self.checkpoint_path = path / "checkpoint.safetensors"
         self.earlier_path = path / "checkpoint-before.safetensors"
-        stamp = path / "settings.json"
-        if stamp.exists():
-            try:
-                stored = json.loads(stamp.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise DstillError(f"{stamp} was not written by dstill ({error}): pass another -o") from error
-            if stored != self.identity:
-                changed = ", ".join(_differences(stored, self.identity)) or "settings"
-                raise DstillError(f"{path} holds a run with other settings ({changed}): pass another -o, or remove the folder")
+        stored = _stored(path)
+        if stored is None:
+            files.write_text(path / _STAMP, json.dumps(self.identity, indent=2) + "\n")
         else:
-            files.write_text(stamp, json.dumps(self.identity, indent=2) + "\n")
+            _refuse_other(path, stored, self.identity)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Appends one line to the metrics; what is not finite becomes null, since JSON has no word for it."""

@@ -337,6 +337,13 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert (tmp_path / "set-0" / "distilled.safetensors").read_bytes() == before
 
 
+def test_other_settings_are_refused_before_experts_are_trained(launch: Callable[..., Result], tmp_path: Path) -> None:
+    launch(tmp_path / "out", "mtt", cache=tmp_path / "cache")
+    with pytest.raises(DstillError, match=r"experts\.lr"):
+        launch(tmp_path / "out", "mtt", "experts.lr=0.02", cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache" / "experts").iterdir())) == 1
+
+
 # Mistakes are told before the long work
 
 

@@ -64,7 +64,7 @@ class Trajectories:
 
     def __init__(self, folder: Path, count: int | None = None) -> None:
         self.folder = Path(folder)
-        found = sorted(self.folder.glob("expert-*.safetensors"))
+        found = sorted(self.folder.glob("expert-*.safetensors"), key=lambda path: (len(path.name), path.name))  # beyond 999
         if not found:
             raise DstillError(f"{self.folder} holds no experts: run dstill train-experts first, or check the path")
         if count is not None and len(found) < count:
