@@ -112,13 +112,15 @@ def judge(
     variants = {"soft": one, "hard": one.with_hard_labels()} if one.labels.is_floating_point() else {"hard": one}
     strategies = list(augmentations) or list(dict.fromkeys([one.augmentation, "none"]))
     rows = []
-    for net, (labels, variant), strategy in itertools.product(list(nets) or [one.net.name], variants.items(), strategies):
+    chosen = [[net] for net in nets] or [[]]  # nothing: the set's own, which `evaluate` takes with care
+    for named, (labels, variant), strategy in itertools.product(chosen, variants.items(), strategies):
+        net = named[0] if named else one.net.name
         reporter.note(f"{net}, {labels} labels, augmentation {strategy}")
         result = evaluate(
             variant.with_augmentation(strategy),
             real,
             protocol=protocol,
-            nets=[net],
+            nets=named,
             networks=networks,
             whole=whole,
             seed=seed,

@@ -98,7 +98,7 @@ def resolve_for(
 def check_early(real: RealSet, recipe: Recipe, nets: Sequence[str] = ()) -> None:
     """Refuses at once what would otherwise be refused after the experts are trained or the set is distilled."""
     load_protocol(recipe.protocol)
-    for name in nets:
+    for name in (recipe.net.name, *nets):
         network_class(name)
     if method_info(recipe.method).family in ("trajectory matching", "gradient matching"):
         Student(build(recipe.net, real.channels, real.classes, real.size, torch.Generator()))
