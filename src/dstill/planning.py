@@ -206,7 +206,7 @@ def _expert_stage(name: str, recipe: Recipe, config: ExpertConfig, given: Given,
     shape, epochs = given.shape, config.epochs or config.planned_epochs
     missing = config.count - _stored(recipe, config, given, seed)
     processes = max(1, min(given.processes, missing))
-    threads = max(1, cores() // processes)
+    threads = _threads(processes)
     steps = math.ceil(shape.train / config.batch_size)
     augmented = clock.training(recipe.net, config.batch_size, recipe.augmentation, threads)
     plain = clock.training(recipe.net, config.batch_size, "none", threads)
@@ -290,10 +290,12 @@ def _kept(recipe: Recipe, given: Given) -> float:
 
 
 def _remembered(net: NetConfig, work: Sequence[Passes], shape: Shape) -> float:
-    """About what the library keeps of the largest batch for its gradient: a few copies of every block's maps."""
-    images = max(passes.images for passes in work if not passes.kind.endswith("forward"))
-    maps = 4 * (net.width or 128) * shape.side**2 * (4 / 3)
-    return _FLOATS * images * maps
+    """About what the library holds of the largest batch: four copies of the first block's maps, by far the largest.
+
+    For a gradient it keeps those of every block, without one it needs room to work: the same within a factor of two.
+    """
+    images = max(passes.images for passes in work if passes.kind != "forward")
+    return _FLOATS * images * 4 * (net.width or 128) * shape.side**2
 
 
 def _evaluating(
@@ -311,7 +313,7 @@ def _evaluating(
 
     def trainings(net: NetConfig, number: int) -> float:
         processes = max(1, min(given.processes, number))
-        threads = max(1, cores() // processes)
+        threads = _threads(processes)
         step = clock.training(net, min(count, protocol.batch_size), recipe.augmentation, threads)
         one = protocol.passes * math.ceil(count / protocol.batch_size) * step
         return number * (one + clock.passes(net, Passes("forward", 1, shape.test))) / processes
@@ -332,6 +334,11 @@ def _evaluating(
         makes, note = _named("whole", recipe), "none if it is cached"
         stages.append(Stage(name="whole set", seconds=seconds, peak_bytes=held, disk_bytes=0, note=note, makes=makes))
     return stages
+
+
+def _threads(processes: int) -> int:
+    """Threads of each of so many processes: the cores are shared among several, and one has this process's."""
+    return torch.get_num_threads() if processes == 1 else max(1, cores() // processes)
 
 
 def _network(net: NetConfig, shape: Shape) -> torch.nn.Module:

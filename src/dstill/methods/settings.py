@@ -90,7 +90,7 @@ class DistributionMatchingConfig(ImageConfig):
     """Distribution matching (DM)."""
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        return [Passes("library-forward", classes, self.batch_real), Passes("library", classes, ipc)]
+        return [Passes("forward", classes, self.batch_real), Passes("library", classes, ipc)]
 
     iterations: Count = 20000
     """Updates, each with a network of its own."""
@@ -129,8 +129,8 @@ class CafeConfig(InnerConfig):
     """Shares of the iterations after which `lr_images` is halved."""
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        """With loops that end halfway between their shortest and their longest."""
-        outer, inner = ((self.window + most) / 2 for most in (self.max_outer, self.max_inner))
+        """With loops as long as they are on CIFAR-10 at IPC 1, of which the shortest is a window."""
+        outer, inner = min(1.6 * self.window, self.max_outer), min(2.0 * self.window, self.max_inner)
         matching = [Passes("library-forward", outer * classes, self.batch_real), Passes("library", outer * classes, ipc)]
         training = self.training(ipc * classes)
         query = Passes("forward", outer * (inner + 1), self.batch_query * classes)
