@@ -69,7 +69,7 @@ class Bookmark:
             **{_OPTIMISER + name: tensor for name, tensor in _tensors_of(state).items()},
             **{_BESIDE + name: tensor for name, tensor in beside().items()},
         }
-        # Optimisers share no memory between tensors, yet networks may tie weights: each is stored by itself.
+        # A network may tie weights, and safetensors stores no memory twice: each is a copy.
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         files.save(self.path, _KIND, copies, {"epochs": epochs, "optimiser": state["param_groups"]})
         self._last = time.monotonic()

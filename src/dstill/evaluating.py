@@ -64,7 +64,8 @@ def evaluate(
         reporter: receives progress.
 
     Raises:
-        DstillError: the set was made for other classes or another image size than `source` has.
+        DstillError: the set was made for other classes or another image size than `source` has, or with a network of somebody's
+            own, which is not imported because a file names it.
     """
     reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
     at_least_one(networks=networks)

@@ -175,6 +175,14 @@ def test_a_read_only_folder_is_said(
     assert "the file system is read-only (/data/out)" in capsys.readouterr().err
 
 
+def test_a_pipe_that_is_closed_ends_quietly(tmp_path: Path) -> None:
+    process = start(["ls", "recipes"], tmp_path)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait() == 141
+    assert process.stderr is not None and process.stderr.read() == ""
+
+
 def test_faults_of_the_machine_are_told_from_mistakes_of_the_program() -> None:
     assert machine_fault(OSError(28, "No space left on device")) == "the disk is full"
     assert machine_fault(OSError(24, "x", "a.bin")) == "too many files are open (a.bin)"

@@ -72,6 +72,9 @@ class DistilledSet:
         recipe: the resolved settings, or None for a foreign set.
         seed: master seed.
         accuracy: `{"mean", "std", "n", "protocol"}` once it has been evaluated.
+
+    Raises:
+        DstillError: images and labels have not these types and shapes, or a class id is out of range.
     """
 
     images: Tensor
