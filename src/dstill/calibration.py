@@ -20,7 +20,7 @@ from dstill.unroll import Student
 
 _PROBES = (4, 32, 256)  # images; beyond, a batch's time is taken to grow as its size
 _PROBE_SECONDS = 0.2
-_PROBE_EPOCHS = (8, 64, 512)
+_PROBE_EPOCHS = (4, 64)  # of slow steps and of quick ones, where what `fit` does once would count
 
 
 class Clock:
@@ -92,13 +92,10 @@ class Clock:
             return lambda: fit(network, batch, labels, epochs=epochs, augmentation=augmentation, **options)
 
         def seconds(probe: int) -> float:
-            found = 0.0
-            for epochs in _PROBE_EPOCHS:  # so many that what `fit` does once does not count
-                key = ("training", probe, epochs, net.model_dump_json(), augmentation, threads)
-                found = self._time(key, lambda epochs=epochs: make(probe, epochs), threads)  # type: ignore[misc]
-                if found > _PROBE_SECONDS / 4:
-                    break
-            return found / epochs
+            key = ("training", probe, net.model_dump_json(), augmentation, threads)
+            few, many = _PROBE_EPOCHS
+            epochs = many if self._time((*key, "glance"), lambda: make(probe, 1), threads, 1) < _PROBE_SECONDS / 8 else few
+            return self._time(key, lambda: make(probe, epochs), threads) / epochs
 
         return self._scaled(images, seconds)
 
@@ -128,7 +125,9 @@ class Clock:
         images = torch.randn(count, shape.channels, shape.side, shape.side, generator=generator)
         return images.to(self.device), torch.randint(shape.classes, (count,), generator=generator).to(self.device)
 
-    def _time(self, key: tuple[Any, ...], make: Callable[[], Callable[[], Any]], threads: int | None = None) -> float:
+    def _time(
+        self, key: tuple[Any, ...], make: Callable[[], Callable[[], Any]], threads: int | None = None, most: int = 20
+    ) -> float:
         """The median of a few repetitions, after one that warms up."""
         if key in self._measured:
             return self._measured[key]
@@ -138,7 +137,7 @@ class Clock:
             work, times = make(), list[float]()
             work()
             self._wait()
-            while sum(times) < _PROBE_SECONDS and len(times) < 20:
+            while sum(times) < _PROBE_SECONDS and len(times) < most:
                 started = time.perf_counter()
                 work()
                 self._wait()
