@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,18 @@ def test_tangents_from_what_the_gradient_kept_are_the_same_to_the_last_bit(case:
     assert torch.equal(kept_all.loss, recomputed.loss)
     assert torch.equal(kept_all.images, recomputed.images)
     assert all(torch.equal(a, b) for a, b in zip(kept_all.parameters, recomputed.parameters, strict=True))
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_for_other_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels() is None:
+        pytest.skip("no C++ compiler here: native kernels are not tested")
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DSTILL_NATIVE", raising=False)
+    assert kernels.__wrapped__() is not None
+    monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "other"))
+    assert kernels.__wrapped__() is not None
+    assert [path.suffix for path in (tmp_path / "other" / "native").iterdir()] == [".so"]
 
 
 def test_this_machine_runs_the_native_kernels():

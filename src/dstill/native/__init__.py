@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dstill.artifacts.header import atomic
+
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-Wno-psabi")
 _SUFFIXES = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -71,7 +73,7 @@ def kernels() -> Kernels | None:
     if compiler is None:
         return None
     try:
-        return Kernels(_built(compiler))
+        return _loaded(compiler)
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -90,21 +92,26 @@ def _compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def _built(compiler: str) -> Path:
+def _loaded(compiler: str) -> Kernels:
+    """The kernels from the cache, compiled first where it lacks them. A cache that cannot be written changes no number."""
     source = resources.files(__package__).joinpath("kernels.cpp").read_text(encoding="utf-8")
     digest = hashlib.sha256("\n".join([source, compiler, *_FLAGS, _processor()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("DSTILL_CACHE") or Path.home() / ".cache" / "dstill").expanduser() / "native"
     library = folder / f"kernels-{digest}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            code, built = Path(scratch) / "kernels.cpp", Path(scratch) / "kernels.so"
-            code.write_text(source, encoding="utf-8")
-            subprocess.run(  # noqa: S603 - the user's own compiler, without a shell
-                [compiler, *_FLAGS, "-o", str(built), str(code)], check=True, capture_output=True, timeout=300
-            )
-            built.replace(library)  # atomic: two processes may build at once
-    return library
+    if library.exists():
+        return Kernels(library)
+    with tempfile.TemporaryDirectory() as scratch:
+        code, built = Path(scratch) / "kernels.cpp", Path(scratch) / "kernels.so"
+        code.write_text(source, encoding="utf-8")
+        subprocess.run(  # noqa: S603 - the user's own compiler, without a shell
+            [compiler, *_FLAGS, "-o", str(built), str(code)], check=True, capture_output=True, timeout=300
+        )
+        try:
+            with atomic(library) as temporary:  # two processes may build at once
+                shutil.copyfile(built, temporary)
+        except OSError:  # a full disk, for instance
+            return Kernels(built)  # which stays open when its file is gone
+    return Kernels(library)
 
 
 def _processor() -> str:
