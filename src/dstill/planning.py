@@ -26,7 +26,7 @@ from dstill.methods import method_info
 from dstill.methods.settings import MatchingConfig, SelectionConfig
 from dstill.preparation import cache_folder, resolve_for, shape_of
 from dstill.unroll import Student
-from dstill.workers import Workers, cores
+from dstill.workers import Workers, cores, threads_each
 
 _FLOATS = 4  # bytes
 _GIB = 2**30
@@ -206,7 +206,7 @@ def _expert_stage(name: str, recipe: Recipe, config: ExpertConfig, given: Given,
     shape, epochs = given.shape, config.epochs or config.planned_epochs
     missing = config.count - _stored(recipe, config, given, seed)
     processes = max(1, min(given.processes, missing))
-    threads = _threads(processes)
+    threads = threads_each(processes)
     steps = math.ceil(shape.train / config.batch_size)
     augmented = clock.training(recipe.net, config.batch_size, recipe.augmentation, threads)
     plain = clock.training(recipe.net, config.batch_size, "none", threads)
@@ -313,7 +313,7 @@ def _evaluating(
 
     def trainings(net: NetConfig, number: int) -> float:
         processes = max(1, min(given.processes, number))
-        threads = _threads(processes)
+        threads = threads_each(processes)
         step = clock.training(net, min(count, protocol.batch_size), recipe.augmentation, threads)
         one = protocol.passes * math.ceil(count / protocol.batch_size) * step
         return number * (one + clock.passes(net, Passes("forward", 1, shape.test))) / processes
@@ -334,11 +334,6 @@ def _evaluating(
         makes, note = _named("whole", recipe), "none if it is cached"
         stages.append(Stage(name="whole set", seconds=seconds, peak_bytes=held, disk_bytes=0, note=note, makes=makes))
     return stages
-
-
-def _threads(processes: int) -> int:
-    """Threads of each of so many processes: the cores are shared among several, and one has this process's."""
-    return torch.get_num_threads() if processes == 1 else max(1, cores() // processes)
 
 
 def _network(net: NetConfig, shape: Shape) -> torch.nn.Module:

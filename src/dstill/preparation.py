@@ -45,12 +45,12 @@ def fitted_preprocess(kind: str, real: RealSet, cache: Path) -> Preprocess:
     if kind != "zca":
         return preprocessing.fit(kind, real.train.images)
     path = cache / "preprocess" / f"{kind}-{real.fingerprint}.safetensors"
-    files.set_aside_if_damaged(path, _PREPROCESS)
-    if not path.exists():
-        fitted = preprocessing.fit(kind, real.train.images)
-        files.save(path, _PREPROCESS, fitted.tensors(), {"data": real.fingerprint})
+
+    def make() -> None:
+        files.save(path, _PREPROCESS, preprocessing.fit(kind, real.train.images).tensors(), {"data": real.fingerprint})
+
     # Also what was fitted just now is read back: another memory layout would round a small batch in another way.
-    return preprocessing.from_tensors(kind, files.load(path, _PREPROCESS)[1])
+    return preprocessing.from_tensors(kind, files.load_or_make(path, _PREPROCESS, make)[1])
 
 
 def resolve_recipe(

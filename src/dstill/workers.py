@@ -67,7 +67,12 @@ def spread(
     tell = progress or (lambda item, report: None)
     if workers == 1:
         return [function(item, lambda report, item=item: tell(item, report)) for item in items]  # type: ignore[misc]
-    return _in_processes(function, items, workers, max(1, cores() // workers), tell, daemon=True)
+    return _in_processes(function, items, workers, threads_each(workers), tell, daemon=True)
+
+
+def threads_each(workers: int) -> int:
+    """Threads of each of so many processes: the cores are shared among several, and a single one is this process."""
+    return torch.get_num_threads() if workers == 1 else max(1, cores() // workers)
 
 
 def apart(function: Work[_Item, _Result], item: _Item, progress: Callable[[_Item, Any], None] | None = None) -> _Result:

@@ -153,13 +153,27 @@ def load(path: Path, kind: str | None) -> tuple[dict[str, Any], dict[str, Tensor
     return header, tensors
 
 
-def set_aside_if_damaged(path: Path, kind: str, note: Callable[[str], None] = lambda _: None) -> None:
+def set_aside_if_damaged(path: Path, kind: str, note: Callable[[str], None]) -> None:
     """Renames a file that is not what was written, so that it is neither used nor lost, and can be made again."""
     if not path.exists():
         return
     try:
         load(path, kind)
     except DamagedFileError as error:
-        aside = path.with_name(path.name + ".damaged")
-        path.replace(aside)
+        aside = _set_aside(path)
         note(f"{error}; it is set aside as {aside.name}, and made again")
+
+
+def load_or_make(path: Path, kind: str, make: Callable[[], None]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `load` gives; `make` writes the file first where it is missing or damaged. A damaged one is set aside."""
+    if path.exists():
+        try:
+            return load(path, kind)
+        except DamagedFileError:
+            _set_aside(path)
+    make()
+    return load(path, kind)
+
+
+def _set_aside(path: Path) -> Path:
+    return path.replace(path.with_name(path.name + ".damaged"))

@@ -154,9 +154,9 @@ def _buffer(path: Path) -> list[Tensor]:
             torch.stack([torch.cat([parameter.reshape(-1).float() for parameter in record]) for record in trajectory])
             for trajectory in _trusted(path)
         ]
+    except DstillError:
+        raise
     except (TypeError, AttributeError, RuntimeError, ValueError) as error:
-        if isinstance(error, DstillError):
-            raise
         raise DstillError(f"{path} is not a buffer of expert trajectories ({error})") from error
     short = next((len(one) for one in trajectories if len(one) < 2), None)
     if short is not None:

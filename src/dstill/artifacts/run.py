@@ -132,9 +132,9 @@ class RunRecord(_Record):
         """
         try:
             return cls._read(folder, most, reason)
+        except DstillError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            if isinstance(error, DstillError):
-                raise
             raise DstillError(f"a file of the run {folder} is damaged: {error}") from error
 
     @classmethod

@@ -127,11 +127,12 @@ def trained_network(
 ) -> TrainedNetwork:
     """The task's network from `folder`, trained and stored there first where it is missing."""
     path = folder / f"{task.fingerprint()}.safetensors"
-    files.set_aside_if_damaged(path, _KIND)
-    if not path.exists():
+
+    def make() -> None:
         bookmark = Bookmark(folder / f"{task.fingerprint()}-training.safetensors")
         trained = train_network(task, device, observer, bookmark)
         files.save(path, _KIND, {"weights": trained.weights, "forgotten": trained.forgotten}, task.identity())
         bookmark.remove()
-    _, tensors = files.load(path, _KIND)
+
+    _, tensors = files.load_or_make(path, _KIND, make)
     return TrainedNetwork(tensors["weights"], tensors["forgotten"])
