@@ -450,43 +450,56 @@ void product(const Matrices& x, const T* a, const T* b, T* c, bool add) {
   const Channels<T, true> all{width};
   long j = 0;
   for (; j + kVectors * width <= x.n; j += kVectors * width) column<T, kVectors>(x, a, b + j, c + j, add, all);
-  for (; j + width <= x.n; j += width) column<T, 1>(x, a, b + j, c + j, add, all);
+  for (; j + 2 * width <= x.n; j += 2 * width) column<T, 2>(x, a, b + j, c + j, add, all);
+  if (j + width <= x.n) column<T, 1>(x, a, b + j, c + j, add, all), j += width;
   if (j < x.n) column<T, 1>(x, a, b + j, c + j, add, Channels<T, false>{x.n - j});
+}
+
+// Long sums are taken in stretches whose operands stay in the cache while every tile of C reads them.
+constexpr long kStretch = 512;
+
+template <class T>
+void sum_of_products(const Matrices& x, const T* a, const T* b, T* c, bool add) {
+  for (long first = 0; first < x.k; first += kStretch) {
+    Matrices stretch = x;
+    stretch.k = std::min(kStretch, x.k - first);
+    product(stretch, a + first * x.a_column, b + first * x.b_row, c, add || first > 0);
+  }
 }
 
 template <class T>
 void products(const T* a, const T* b, const T* a2, const T* b2, T* c, const Matrices& x) {
   for (long p = 0; p < x.planes; ++p) {
-    product(x, a + p * x.a_plane, b + p * x.b_plane, c + p * x.c_plane, false);
-    if (a2) product(x, a2 + p * x.a_plane, b2 + p * x.b_plane, c + p * x.c_plane, true);
+    sum_of_products(x, a + p * x.a_plane, b + p * x.b_plane, c + p * x.c_plane, false);
+    if (a2) sum_of_products(x, a2 + p * x.a_plane, b2 + p * x.b_plane, c + p * x.c_plane, true);
   }
 }
 
-// Calls body(offset of a pixel's channels, offset of its place in a patch) for every pixel of every 3x3 patch in the image;
-// a patch is a row of `length` numbers, the last of which may be padding.
+// Calls body(offset in the image, offset in the patches, count) for every row of every 3x3 patch, clipped to the image:
+// a run of neighbouring numbers on both sides. A patch is a row of `length` numbers, the last of which may be padding.
 template <class Body>
 void for_patches(long images, Size s, long length, Body body) {
   for (long b = 0, row = 0; b < images; ++b)
     for (long i = 0; i < s.height; ++i)
       for (long j = 0; j < s.width; ++j, ++row)
-        for_window<3>(s, i - 1, j - 1, [&](int k, long pixel) {
-          body(b * s.pixels() * s.channels + pixel, row * length + k * s.channels);
-        });
+        for (long k = std::max(0L, 1 - i); k < std::min(3L, s.height + 1 - i); ++k) {
+          const long left = std::max(0L, 1 - j), right = std::min(3L, s.width + 1 - j);
+          body(((b * s.height + i + k - 1) * s.width + j + left - 1) * s.channels,
+               row * length + (3 * k + left) * s.channels, (right - left) * s.channels);
+        }
 }
 
 template <class T>
 void patches(const T* x, T* rows, long length, long images, Size s) {
   std::memset(rows, 0, images * s.pixels() * length * sizeof(T));
-  for_patches(images, s, length, [&](long pixel, long place) {
-    for (long c = 0; c < s.channels; ++c) rows[place + c] = x[pixel + c];
-  });
+  for_patches(images, s, length, [&](long from, long to, long count) { std::copy_n(x + from, count, rows + to); });
 }
 
 template <class T>
 void patches_adjoint(const T* rows, T* x, long length, long images, Size s) {
   std::memset(x, 0, images * s.pixels() * s.channels * sizeof(T));
-  for_patches(images, s, length, [&](long pixel, long place) {
-    for (long c = 0; c < s.channels; ++c) x[pixel + c] += rows[place + c];
+  for_patches(images, s, length, [&](long to, long from, long count) {
+    for (long c = 0; c < count; ++c) x[to + c] += rows[from + c];
   });
 }
 
