@@ -21,7 +21,7 @@ from dstill.devices import available_memory, resolve_device
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import expert_identity
-from dstill.experts.trajectory import expert_path
+from dstill.experts.trajectory import expert_path, recorded_epochs
 from dstill.methods import method_info
 from dstill.methods.settings import MatchingConfig, SelectionConfig
 from dstill.preparation import cache_folder, resolve_for, shape_of
@@ -229,7 +229,7 @@ def _stored(recipe: Recipe, config: ExpertConfig, given: Given, seed: int) -> in
         return 0
     identity = expert_identity(given.real.fingerprint, recipe.preprocess, recipe.net, config, recipe.augmentation, seed)
     folder = given.cache / "experts" / digest(identity)
-    return sum(expert_path(folder, index).exists() for index in range(config.count))
+    return sum(recorded_epochs(expert_path(folder, index)) >= (config.epochs or 1) for index in range(config.count))
 
 
 def _trained(recipe: Recipe, given: Given, clock: Clock) -> list[Stage]:

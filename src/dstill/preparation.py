@@ -23,7 +23,7 @@ from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trained import NetworkTask, TrainedNetwork, trained_network
-from dstill.experts.trajectory import Trajectories, expert_path
+from dstill.experts.trajectory import Trajectories, expert_path, recorded_epochs
 from dstill.methods import method_info
 from dstill.methods.settings import MatchingConfig, SelectionConfig
 from dstill.nets import build, network_class
@@ -135,7 +135,8 @@ def ensure_experts(
     if any(index < 0 for index in wanted):
         raise DstillError(f"experts are numbered from 0, got {min(wanted)}")
     total = len(wanted) * config.epochs
-    done = itertools.count(1 + config.epochs * sum(expert_path(folder, index).exists() for index in wanted))
+    there = sum(recorded_epochs(expert_path(folder, index)) >= config.epochs for index in wanted)
+    done = itertools.count(1 + config.epochs * there)
 
     def observe(index: int, report: EpochReport, score: float) -> None:
         detail = f"expert {index}: {real.judged_on} accuracy {score:.1%}, {report.images_per_second:,.0f} images/s"
@@ -143,7 +144,7 @@ def ensure_experts(
 
     train_missing(task, folder, device, only=only, workers=workers, observer=observe, note=reporter.note)
     reporter.note(f"experts: {folder}")
-    return Trajectories(folder, config.count if only is None else None)
+    return Trajectories(folder, config.count, config.epochs) if only is None else Trajectories(folder)
 
 
 def trained_on_all(

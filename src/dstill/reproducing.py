@@ -219,7 +219,8 @@ def _work(
     first, following = run / "set-0", list[float]()
     if not reason and "accumulated_error" in reproduction.measures:
         named = json.loads((first / "settings.json").read_text(encoding="utf-8"))["experts"]
-        trajectories = Trajectories(cache_folder(elsewhere["cache"]) / "experts" / named, job.recipe.expert_config.count)
+        config = job.recipe.expert_config
+        trajectories = Trajectories(cache_folder(elsewhere["cache"]) / "experts" / named, config.count, config.epochs)
         following = accumulated_error(DistilledSet.load(first), trajectories, 0, resolve_device(elsewhere["device"]))
     picture = f"{job.name}.png" if (first / "distilled.png").exists() else ""
     entry = Entry(

@@ -24,7 +24,7 @@ from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.smooth import avg_var
 from dstill.experts.train import ExpertTask, lr_schedule, optimiser, train_expert, train_missing
-from dstill.experts.trajectory import Trajectories
+from dstill.experts.trajectory import Trajectories, expert_path
 from dstill.methods.settings import MatchingConfig
 from dstill.recipes import load_recipe, recipe_names
 from dstill.training import EpochReport
@@ -214,6 +214,28 @@ def test_a_repeated_call_trains_only_the_missing_experts(make_task: MakeTask, tm
     assert [path.read_bytes() for path in files] == kept
 
 
+def test_longer_experts_serve_where_shorter_ones_are_asked_for(make_task: MakeTask, tmp_path: Path) -> None:
+    settings = {"augmentation": DSA, "momentum": 0.9, "lr_step": "paper", "planned_epochs": 4}
+    short, long = make_task(epochs=2, **settings), make_task(epochs=5, **settings)
+    train_missing(short, tmp_path, CPU)
+    before = Trajectories(tmp_path)
+    rows, curves = before.rows(0, 0, 3), before.curves()
+    train_missing(long, tmp_path, CPU)  # too short: trained again
+    kept = expert_path(tmp_path, 0).read_bytes()
+    assert Trajectories(tmp_path).epochs == 5
+    seen: list[int] = []
+    train_missing(short, tmp_path, CPU, observer=lambda index, *_: seen.append(index))
+    assert not seen
+    assert expert_path(tmp_path, 0).read_bytes() == kept
+    prefix = Trajectories(tmp_path, epochs=2)
+    assert (prefix.epochs, prefix.curves()) == (2, curves)
+    assert prefix.rows(0, 0, 3).equal(rows)
+    with pytest.raises(DstillError, match="needs 3 recorded epochs, the experts have 2"):
+        prefix.segment(0, 1, 2)
+    with pytest.raises(DstillError, match="has experts of 5 epochs, 6 are asked for"):
+        Trajectories(tmp_path, epochs=6)
+
+
 def test_an_interrupted_training_leaves_whole_files_only(make_task: MakeTask, tmp_path: Path) -> None:
     def stop(index: int, report: EpochReport, _: float) -> None:
         if (index, report.epochs_done) == (1, 2):
@@ -283,7 +305,8 @@ def test_the_store_holds_bookmarks_of_what_is_under_way_only(
 
     with pytest.raises(_Cut):
         train_missing(task, tmp_path, CPU, observer=interrupt)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["expert-000.safetensors", "training-001.safetensors"]
+    under_way = ["expert-000.safetensors", "training-001-of-2-epochs.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == under_way
     assert len(Trajectories(tmp_path)) == 1
     train_missing(task, tmp_path, CPU)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expert-000.safetensors", "expert-001.safetensors"]
@@ -319,7 +342,6 @@ def test_the_fingerprint_changes_with_what_the_weights_depend_on(make_task: Make
         *(
             make_task(**{key: value})
             for key, value in {
-                "epochs": 3,
                 "planned_epochs": 10,
                 "optimiser": "adam",
                 "lr": 0.06,
@@ -337,15 +359,16 @@ def test_the_fingerprint_changes_with_what_the_weights_depend_on(make_task: Make
     assert len(names) == len(changed) + 1
 
 
-def test_the_fingerprint_ignores_number_storage_and_compilation(make_task: MakeTask) -> None:
+def test_the_fingerprint_ignores_number_length_storage_and_compilation(make_task: MakeTask) -> None:
     name = make_task().fingerprint()
-    assert {make_task(**{k: v}).fingerprint() for k, v in {"count": 9, "store": "float16", "compile": True}.items()} == {name}
+    ignored = {"count": 9, "epochs": 3, "store": "float16", "compile": True}
+    assert {make_task(**{key: value}).fingerprint() for key, value in ignored.items()} == {name}
     assert make_task().fingerprint() == name
 
 
 def test_every_setting_of_an_expert_is_either_identity_or_named_as_ignored(make_task: MakeTask) -> None:
     identity = make_task(gsam=GsamConfig()).identity()["experts"]
-    assert set(ExpertConfig.model_fields) - set(identity) == {"count", "store", "compile"}
+    assert set(ExpertConfig.model_fields) - set(identity) == {"count", "epochs", "store", "compile"}
 
 
 def test_the_number_of_epochs_must_be_resolved_first(make_task: MakeTask) -> None:

@@ -21,7 +21,7 @@ from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.gsam import gsam_objective
 from dstill.experts.smooth import smooth_objective, step_lengths
-from dstill.experts.trajectory import KIND, expert_path, save_expert
+from dstill.experts.trajectory import KIND, expert_path, recorded_epochs, save_expert
 from dstill.training import Batch, EpochReport, Objective, Schedule, accuracy, fit, step_at
 from dstill.workers import Workers, choose_workers, spread
 
@@ -49,7 +49,7 @@ class ExpertTask:
     seed: int
 
     def identity(self) -> dict[str, Any]:
-        """What the weights depend on. The number of experts, storage type and compilation are not part of it."""
+        """What the weights depend on. The number of experts and epochs, storage type and compilation are not part of it."""
         return expert_identity(self.real.fingerprint, self.preprocess.kind, self.net, self.config, self.augmentation, self.seed)
 
     def fingerprint(self) -> str:
@@ -65,7 +65,7 @@ def expert_identity(
         "data": data,
         "preprocess": preprocess,
         "net": canonical(net, exclude_none=True),
-        "experts": canonical(config, exclude={"count", "store", "compile"}, exclude_none=True),
+        "experts": canonical(config, exclude={"count", "epochs", "store", "compile"}, exclude_none=True),
         "augmentation": augmentation,
         "seed": seed,
     }
@@ -204,7 +204,8 @@ def train_missing(
     """Trains the experts that `folder` lacks, each written atomically as soon as it is done.
 
     An expert is the same whatever the number of workers. Files that are there are checked first; a damaged one is set aside
-    and its expert trained again.
+    and its expert trained again. One of more epochs than asked for will do, one of fewer is trained again and replaced:
+    nothing but the number of epochs tells them apart.
 
     Args:
         task: what to train.
@@ -222,7 +223,7 @@ def train_missing(
     files.remove_leftovers(folder, older_than=_WRITING_SECONDS)  # others may be writing here
     for index in wanted:
         files.set_aside_if_damaged(expert_path(folder, index), KIND, note)
-    missing = [index for index in wanted if not expert_path(folder, index).exists()]
+    missing = [index for index in wanted if recorded_epochs(expert_path(folder, index)) < (task.config.epochs or 1)]
     if not missing:
         return folder
     seconds = expected_seconds(task, device) * len(missing) if workers == "auto" and len(missing) > 1 else 0.0
@@ -239,7 +240,9 @@ def train_missing(
 def _train_and_save(
     task: ExpertTask, folder: Path, device: torch.device, index: int, report: Callable[[tuple[EpochReport, float]], None]
 ) -> None:
-    bookmark = Bookmark(folder / f"training-{index:03d}.safetensors")
+    # Trainings of other lengths in this folder have bookmarks of their own.
+    bookmark = Bookmark(folder / f"training-{index:03d}-of-{task.config.epochs}-epochs.safetensors")
     trajectory, record = train_expert(task, index, device, lambda epoch, score: report((epoch, score)), bookmark)
-    save_expert(folder, index, trajectory, {**task.identity(), "index": index, "record": record})
+    if recorded_epochs(expert_path(folder, index)) < len(trajectory) - 1:  # another process may have saved a longer one
+        save_expert(folder, index, trajectory, {**task.identity(), "index": index, "record": record})
     bookmark.remove()

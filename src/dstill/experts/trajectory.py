@@ -34,6 +34,17 @@ def save_expert(folder: Path, index: int, trajectory: Tensor, header: Mapping[st
     files.save(expert_path(folder, index), KIND, {"trajectory": trajectory}, header)
 
 
+def recorded_epochs(path: Path) -> int:
+    """Epochs that an expert's file records; 0 where there is none that can be read."""
+    if not path.exists():
+        return 0
+    try:
+        with files.opened(path, KIND) as (_, file):
+            return file.get_slice("trajectory").get_shape()[0] - 1
+    except (DamagedFileError, safetensors.SafetensorError):
+        return 0
+
+
 @dataclass(frozen=True)
 class Segment:
     """Rows of one trajectory in float32: where the student starts, and what it must reach.
@@ -54,15 +65,19 @@ class Segment:
 class Trajectories:
     """A folder of experts, read row by row.
 
+    Attributes:
+        epochs: that can be read; record 0 is the initialisation.
+
     Args:
         folder: where `train_experts` wrote.
         count: use the first `count` experts only.
+        epochs: use the first `epochs` epochs only; all that every expert has if left out.
 
     Raises:
-        DstillError: the folder has no experts, or fewer than `count`, or a file is damaged.
+        DstillError: the folder has no experts, or fewer than `count`, or a file is damaged, or they are too short.
     """
 
-    def __init__(self, folder: Path, count: int | None = None) -> None:
+    def __init__(self, folder: Path, count: int | None = None, epochs: int | None = None) -> None:
         self.folder = Path(folder)
         found = sorted(self.folder.glob("expert-*.safetensors"), key=lambda path: (len(path.name), path.name))  # beyond 999
         if not found:
@@ -73,6 +88,10 @@ class Trajectories:
             )
         self.paths = found[:count]
         self.headers = [self._header(path) for path in self.paths]
+        recorded = min(header["shape"][0] for header in self.headers) - 1
+        if epochs is not None and epochs > recorded:
+            raise DstillError(f"{self.folder} has experts of {recorded} epochs, {epochs} are asked for: train longer ones")
+        self.epochs = recorded if epochs is None else epochs
 
     @staticmethod
     def _header(path: Path) -> dict[str, Any]:
@@ -89,11 +108,6 @@ class Trajectories:
         return len(self.paths)
 
     @property
-    def epochs(self) -> int:
-        """Recorded epochs of the shortest trajectory; record 0 is the initialisation."""
-        return min(header["shape"][0] for header in self.headers) - 1
-
-    @property
     def numel(self) -> int:
         """Number of parameters P."""
         return self.headers[0]["shape"][1]
@@ -106,16 +120,15 @@ class Trajectories:
     def curves(self) -> dict[str, list[list[float]]]:
         """By epoch, a list an expert: `accuracy`, a diagnostic, and `step_lengths`, |θ_t - θ_{t+1}|²."""
         records = [header["record"] for header in self.headers]
-        return {key: [record[key] for record in records] for key in ("accuracy", "step_lengths")}
+        return {key: [record[key][: self.epochs] for record in records] for key in ("accuracy", "step_lengths")}
 
     def summary(self) -> str:
         """One line an expert: accuracy and |θ_t - θ_{t+1}|² after its last epoch, and Avg_Var."""
         lines = [f"{self.folder}: {len(self)} expert(s), {self.epochs} epochs, {self.numel:,} parameters"]
-        for path, header in zip(self.paths, self.headers, strict=True):
-            record = header["record"]
-            lengths = record["step_lengths"]
+        curves = self.curves()
+        for path, accuracies, lengths in zip(self.paths, curves["accuracy"], curves["step_lengths"], strict=True):
             average = sum(lengths) / len(lengths)
-            accuracy = f"accuracy {record['accuracy'][-1]:.1%}, " if record["accuracy"] else ""
+            accuracy = f"accuracy {accuracies[-1]:.1%}, " if accuracies else ""
             lines.append(f"  {path.stem}: {accuracy}last step {lengths[-1]:.3g}, Avg_Var {average:.3g}")
         return "\n".join(lines)
 

@@ -62,8 +62,7 @@ def expert_network(problem: Problem) -> nn.Module:
     trajectories = problem.feature_expert or problem.trajectories
     if trajectories is None:
         raise DstillError("representative initialisation needs expert trajectories: take a method that has them")
-    records = trajectories.headers[0]["shape"][0]
-    theta = trajectories.rows(0, records - 1, records)[0]
+    theta = trajectories.rows(0, trajectories.epochs, trajectories.epochs + 1)[0]
     return problem.network(theta).eval()
 
 
