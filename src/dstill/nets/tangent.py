@@ -186,16 +186,26 @@ def _backward(
 
 
 def _tangent(
-    engine: Engine, point: Weights, direction: Weights | None, units: list[Unit], images: Tensor, dimages: Tensor | None
+    engine: Engine,
+    point: Weights,
+    direction: Weights | None,
+    units: list[Unit],
+    images: Tensor,
+    dimages: Tensor | None,
+    known: list[Operand] | None = None,
 ) -> tuple[list[Operand], list[Operand | None], Tensor, Tensor]:
-    """Runs `tangent` from the bottom up: inputs of every convolution, their tangents, the features and their tangent."""
+    """Runs `tangent` from the bottom up: inputs of every convolution, their tangents, the features and their tangent.
+
+    `known` are the inputs of the first order, where they are still there.
+    """
     inputs: list[Operand] = []
+    reused = known if engine.second is engine.first else None
     dinputs: list[Operand | None] = []
     y, dy = images, dimages
     for i, (unit, conv) in enumerate(zip(units, engine.second, strict=True)):
         if unit.z is None:
             unit.z = engine.first[i].forward((engine.first[i].input(y), point.first[i]))
-        inputs.append(conv.input(y))
+        inputs.append(conv.input(y) if reused is None else reused[i])
         dinputs.append(None if dy is None else conv.input(dy))
         pairs = [] if dinputs[i] is None else [(dinputs[i], point.second[i])]
         pairs += [] if direction is None else [(inputs[i], direction.second[i])]
@@ -284,7 +294,7 @@ def penalty_tangents(engine: Engine, point: Weights, images: Tensor, pixelwise: 
         target: K of the paper.
         count: what the sum over images is divided by.
     """
-    units, _, features = _forward(engine, point, images)
+    units, known, features = _forward(engine, point, images)
     weight = point.classifier[0]
     gy = weight.sum(0).expand(len(images), -1).contiguous().view_as(features)
     _, jacobian = _backward(engine, point, units, None, gy, by_images=True)
@@ -294,7 +304,7 @@ def penalty_tangents(engine: Engine, point: Weights, images: Tensor, pixelwise: 
     penalty = (norm - target).square().sum() / (count * share)
     direction = 2 * (norm - target) / norm.clamp_min(1e-12) * jacobian / (count * share)
 
-    inputs, dinputs, _, dy = _tangent(engine, point, None, units, images, direction)
+    inputs, dinputs, _, dy = _tangent(engine, point, None, units, images, direction, known)
     # The cotangent does not depend on x, so the tangent of every gradient above the top block is zero.
     filters, _ = _tangent_backward(engine, point, None, units, inputs, dinputs, torch.zeros_like(dy), by_images=False)
     by_weight = dy.flatten(1).sum(0).expand_as(weight).clone()
