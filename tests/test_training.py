@@ -19,6 +19,7 @@ from dstill.training import (
     fit,
     predictions,
     shuffled_batches,
+    student_batches,
     step_at,
 )
 
@@ -170,6 +171,16 @@ def test_shuffled_batches_cover_every_row_once(size: int) -> None:
     batches = list(shuffled_batches(11, size, seeding.generator(0, "batches")))
     assert sorted(torch.cat(batches).tolist()) == list(range(11))
     assert all(len(batch) == min(size, 11) for batch in batches[:-1])
+
+
+@pytest.mark.parametrize(("size", "steps"), [(None, 3), (4, 7), (4, 2), (50, 2)])
+def test_a_student_uses_every_image_once_before_any_twice(size: int | None, steps: int) -> None:
+    batches = list(student_batches(11, size, steps, seeding.generator(0, "batches")))
+    assert len(batches) == steps
+    rows = torch.cat(batches).tolist()
+    passes = [rows[start : start + 11] for start in range(0, len(rows), 11)]
+    assert all(len(set(one)) == len(one) for one in passes)
+    assert len(passes) < 2 or passes[0] != passes[1], "a fresh permutation each time"
 
 
 def scores(seed: int, count: int) -> Tensor:

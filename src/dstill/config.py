@@ -179,6 +179,13 @@ class Recipe(Settings):
             return experts
         return experts.model_copy(update={"epochs": getattr(self.distill, "epochs_needed", experts.planned_epochs)})
 
+    def describing_expert(self, epochs: int) -> ExpertConfig | None:
+        """The one longer expert that the initialisation asks for beside experts of `epochs` epochs; None if they will do."""
+        wanted: int | None = getattr(self.distill, "describing_epochs", None)
+        if wanted is None or epochs >= wanted:
+            return None
+        return self.expert_config.model_copy(update={"count": 1, "epochs": wanted})
+
 
 class Protocol(Settings):
     """An evaluation protocol: versioned data, a file of `evaluation/protocol_files`."""

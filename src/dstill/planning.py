@@ -193,12 +193,10 @@ def plan_run(
 def _experts(recipe: Recipe, given: Given, clock: Clock, seed: int) -> list[Stage]:
     if not method_info(recipe.method).needs_experts:
         return []
-    wanted = [("experts", recipe.expert_config)]
-    distill = recipe.distill
-    if isinstance(distill, MatchingConfig) and distill.initialisation.startswith("representative"):
-        longer, epochs = distill.feature_epochs, recipe.expert_config.epochs
-        if longer is not None and epochs is not None and epochs < longer:
-            wanted.append(("expert for the initialisation", wanted[0][1].model_copy(update={"count": 1, "epochs": longer})))
+    config = recipe.expert_config
+    assert config.epochs is not None
+    longer = recipe.describing_expert(config.epochs)
+    wanted = [("experts", config)] + ([] if longer is None else [("expert for the initialisation", longer)])
     return [_expert_stage(name, recipe, config, given, clock, seed) for name, config in wanted]
 
 

@@ -25,7 +25,7 @@ from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trained import NetworkTask, TrainedNetwork, trained_network
 from dstill.experts.trajectory import Trajectories, expert_path, recorded_epochs
 from dstill.methods import method_info
-from dstill.methods.settings import MatchingConfig, SelectionConfig
+from dstill.methods.settings import SelectionConfig
 from dstill.nets import build, network_class
 from dstill.training import EpochReport
 from dstill.unroll import Student
@@ -176,13 +176,8 @@ def feature_expert(
 
     None where the recipe asks for none, or where the experts at hand are long enough.
     """
-    distill = recipe.distill
-    if not isinstance(distill, MatchingConfig) or trajectories is None:
+    longer = None if trajectories is None else recipe.describing_expert(trajectories.epochs)
+    if longer is None:
         return None
-    if not distill.initialisation.startswith("representative"):
-        return None
-    if distill.feature_epochs is None or trajectories.epochs >= distill.feature_epochs:
-        return None
-    longer = recipe.expert_config.model_copy(update={"count": 1, "epochs": distill.feature_epochs})
-    reporter.note(f"one expert of {distill.feature_epochs} epochs, to describe images for the initialisation")
+    reporter.note(f"one expert of {longer.epochs} epochs, to describe images for the initialisation")
     return ensure_experts(real, recipe.model_copy(update={"experts": longer}), seed, device, cache, reporter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -94,6 +95,15 @@ def cross_entropy_objective(written: Derivatives | None, watch: Callable[[Batch,
 def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Row numbers of one pass in random order, in batches of `size`; the last one may be smaller."""
     yield from torch.randperm(count, generator=generator).split(size)
+
+
+def student_batches(count: int, size: int | None, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Row numbers of the N steps of a student: fresh permutations one after another, in batches of `size` (all if None).
+
+    Every image is used once before any is used twice.
+    """
+    passes = itertools.repeat((count, min(size or count, count), generator))
+    return itertools.islice(itertools.chain.from_iterable(itertools.starmap(shuffled_batches, passes)), steps)
 
 
 def step_at(epoch: int, factor: float, *, reset: bool = False) -> Schedule:

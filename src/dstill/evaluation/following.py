@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from dstill import nets, seeding
 from dstill.artifacts.distilled import DistilledSet
@@ -11,7 +10,7 @@ from dstill.data import siamese
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
 from dstill.methods.settings import MatchingConfig
-from dstill.training import shuffled_batches
+from dstill.training import student_batches
 from dstill.unroll import Student, sgd_step
 
 
@@ -40,21 +39,12 @@ def accumulated_error(distilled: DistilledSet, trajectories: Trajectories, exper
     origin = trajectories.rows(expert, 0, 1)[0].to(device)
     theta, buffer, errors = origin, torch.zeros_like(origin), list[float]()
     images, labels = distilled.images.to(device), distilled.labels.to(device)
-    batch = min(settings.batch_syn or len(images), len(images))
     last = min(settings.epochs_needed, trajectories.epochs)
     for epoch in range(settings.expert_epochs, last + 1, settings.expert_epochs):
-        for rows in _batches(len(images), batch, settings.student_steps, generator):
+        for rows in student_batches(len(images), settings.batch_syn, settings.student_steps, generator):
             some = siamese.apply(images[rows], siamese.sample(distilled.augmentation, len(rows), generator))
             gradient = student.gradient(theta, some, labels[rows])[1]
             theta, buffer = sgd_step(theta, buffer, gradient, distilled.alpha, settings.student_momentum)
         target = trajectories.rows(expert, epoch, epoch + 1)[0].to(device)
         errors.append(float((theta - target).norm() / (target - origin).norm()))
     return errors
-
-
-def _batches(count: int, size: int, steps: int, generator: torch.Generator) -> list[Tensor]:
-    """`steps` batches that walk fresh permutations, as in distilling."""
-    batches: list[Tensor] = []
-    while len(batches) < steps:
-        batches += shuffled_batches(count, size, generator)
-    return batches[:steps]

@@ -263,6 +263,11 @@ class MatchingConfig(DistillConfig):
         return self.model_copy(update={**small, "feature_epochs": None})
 
     @property
+    def describing_epochs(self) -> int | None:
+        """Epochs of the expert that the initialisation describes images with; None where any expert will do."""
+        return self.feature_epochs if self.initialisation.startswith("representative") else None
+
+    @property
     def epochs_needed(self) -> int:
         """Expert epochs that matching reads: T+ + M - 1."""
         return self.max_start_epoch + self.expert_epochs - 1

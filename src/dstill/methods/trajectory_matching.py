@@ -17,7 +17,7 @@ from dstill.methods.alignment import balanced_loss, intermediate_matching, pertu
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.initialisation import initial_images
 from dstill.methods.settings import MatchingConfig
-from dstill.training import shuffled_batches
+from dstill.training import student_batches
 from dstill.unroll import Step, Student, Unrolled, sgd_step, unroll
 
 _MIN_SKIPS = 10
@@ -138,16 +138,13 @@ class TrajectoryMatching:
         return start
 
     def _draw_steps(self, generator: torch.Generator) -> list[Step]:
-        """N mini-batches; a smaller batch walks fresh permutations: every image is used once before any is used twice."""
-        settings = self.settings
-        count = self.problem.real.classes * self.problem.recipe.ipc
-        batch = min(settings.batch_syn or count, count)
-        steps: list[Step] = []
-        while len(steps) < settings.student_steps:
-            for rows in shuffled_batches(count, batch, generator):
-                draw = siamese.sample(self.problem.recipe.augmentation, len(rows), generator)
-                steps.append(Step(rows.to(self.problem.device), draw))
-        return steps[: settings.student_steps]
+        """N mini-batches, each with its draw of the augmentation."""
+        recipe, settings = self.problem.recipe, self.settings
+        count = self.problem.real.classes * recipe.ipc
+        return [
+            Step(rows.to(self.problem.device), siamese.sample(recipe.augmentation, len(rows), generator))
+            for rows in student_batches(count, settings.batch_syn, settings.student_steps, generator)
+        ]
 
     @torch.no_grad()
     def _labels(self, state: State, segment: Segment) -> Tensor:
