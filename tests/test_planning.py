@@ -48,6 +48,13 @@ def test_every_method_has_a_plan(tiny_real: RealSet, tmp_path: Path, method: str
     assert all(stage.seconds > 0 for stage in plan.stages)
 
 
+def test_what_is_left_out_is_neither_planned_nor_run(tiny_real: RealSet, tmp_path: Path) -> None:
+    options = {"method": "random", "random": False, "cache": tmp_path, **SMALL}
+    assert [stage.name for stage in dstill.plan(tiny_real, **options).stages] == ["evaluation"]
+    result = dstill.run(tiny_real, out=tmp_path / "run", **options)
+    assert (result.random, result.whole) == (None, None)
+
+
 def test_twice_the_work_takes_twice_as_long(tiny_real: RealSet, tmp_path: Path) -> None:
     real, device = tiny_real, torch.device("cpu")
     clock = Clock(Shape(real.channels, 8, real.classes, len(real.train), len(real.test)), device)

@@ -19,8 +19,8 @@ from dstill.training import (
     fit,
     predictions,
     shuffled_batches,
-    student_batches,
     step_at,
+    student_batches,
 )
 
 DSA = "colour_crop_cutout_flip_scale_rotate"

@@ -163,6 +163,7 @@ def run(
     sets: int = 1,
     nets: Sequence[str] = (),
     networks: int | None = None,
+    random: bool = True,
     whole: bool = False,
     validate_every: int = 0,
     checkpoint_every: int = 25,
@@ -188,6 +189,7 @@ def run(
         sets: synthetic sets to distil, with seeds `seed`, `seed + 1` …, from the same experts.
         nets: evaluation networks; the recipe's own if left out.
         networks: fresh networks a set; the protocol's number if left out.
+        random: also measure random real images.
         whole: also measure the whole training set.
         validate_every: measure on the validation part every so many iterations; 0 for never.
         checkpoint_every: store the state every so many iterations; 0 for never.
@@ -243,6 +245,7 @@ def run(
         real,
         nets=nets,
         networks=networks,
+        random=random,
         whole=whole,
         seed=seed,
         device=device,

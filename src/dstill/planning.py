@@ -100,6 +100,7 @@ def plan(
     sets: int = 1,
     nets: Sequence[str] = (),
     networks: int | None = None,
+    random: bool = True,
     whole: bool = False,
     validate_every: int = 0,
     seed: int = 0,
@@ -122,6 +123,7 @@ def plan(
         sets: synthetic sets.
         nets: evaluation networks.
         networks: fresh networks a set.
+        random: also random real images.
         whole: also the whole training set.
         validate_every: iterations between two looks at the validation part.
         seed: of the experts that may be cached.
@@ -147,6 +149,7 @@ def plan(
         "sets": sets,
         "nets": nets,
         "networks": networks,
+        "random": random,
         "whole": whole,
         "validate_every": validate_every,
         "seed": seed,
@@ -175,6 +178,7 @@ def plan_run(
     sets: int = 1,
     nets: Sequence[str] = (),
     networks: int | None = None,
+    random: bool = True,
     whole: bool = False,
     validate_every: int = 0,
     seed: int = 0,
@@ -184,7 +188,7 @@ def plan_run(
         *_experts(recipe, given, clock, seed),
         *_trained(recipe, given, clock),
         *_distilling(recipe, given, clock, sets, validate_every),
-        *_evaluating(recipe, given, clock, sets, nets, networks, whole),
+        *_evaluating(recipe, given, clock, sets, nets, networks, random, whole),
     ]
     title = f"{recipe.method} on {recipe.data}, {recipe.ipc} image(s) per class"
     return Plan(title=title, stages=tuple(stages), warnings=tuple(_warnings(stages, given)))
@@ -303,6 +307,7 @@ def _evaluating(
     sets: int,
     nets: Sequence[str],
     networks: int | None,
+    random: bool,
     whole: bool,
 ) -> list[Stage]:
     shape, protocol = given.shape, load_protocol(recipe.protocol)
@@ -320,10 +325,11 @@ def _evaluating(
     seconds = sum(trainings(config, sets * each) for config in configs)
     note = f"{sets * each * len(configs)} networks"
     stages = [Stage(name="evaluation", seconds=seconds, peak_bytes=memory, disk_bytes=0, note=note)]
-    number = RANDOM_DRAWS * each + len(RANDOM_RATES)
-    seconds, note = trainings(configs[0], number), f"{number} networks, none if they are cached"
-    makes = _named("random", recipe, [recipe.ipc, recipe.protocol, each])
-    stages.append(Stage(name="random images", seconds=seconds, peak_bytes=memory, disk_bytes=0, note=note, makes=makes))
+    if random:
+        number = RANDOM_DRAWS * each + len(RANDOM_RATES)
+        seconds, note = trainings(configs[0], number), f"{number} networks, none if they are cached"
+        makes = _named("random", recipe, [recipe.ipc, recipe.protocol, each])
+        stages.append(Stage(name="random images", seconds=seconds, peak_bytes=memory, disk_bytes=0, note=note, makes=makes))
     if whole:
         full = load_protocol("whole")
         step = clock.training(configs[0], full.batch_size, recipe.augmentation, torch.get_num_threads())

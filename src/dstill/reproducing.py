@@ -33,6 +33,9 @@ from dstill.running import refuse_import, request, run_apart
 from dstill.version import __version__
 from dstill.workers import Workers, cores
 
+# What decides how sets are judged, and how many there are, but not how one is distilled.
+_JUDGING = ("sets", "networks", "nets", "random", "whole")
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -177,7 +180,8 @@ def _applies(change: str, recipe: Recipe) -> bool:
 def _options(settings: Scale, recipe: Recipe, seed: int) -> dict[str, Any]:
     every = max(1, recipe.distill.iterations // settings.looks) if settings.looks and recipe.distill.iterations else 0
     networks, sets = settings.networks, settings.sets
-    return {"sets": sets, "networks": networks, "nets": settings.nets, "whole": False, "seed": seed, "validate_every": every}
+    judging = {"sets": sets, "networks": networks, "nets": settings.nets, "random": False, "whole": False}
+    return {**judging, "seed": seed, "validate_every": every}
 
 
 def _planned(
@@ -208,8 +212,8 @@ def _work(
     reproduction: Reproduction,
 ) -> None:
     asked = request(real, job.recipe, job.options)
-    # What only decides how sets are judged, and how many there are, has no part in the name: sets are not distilled twice.
-    distilled = {key: value for key, value in asked.items() if key not in ("sets", "networks", "nets", "whole")}
+    # Sets are not distilled twice to be judged in another way.
+    distilled = {key: value for key, value in asked.items() if key not in _JUDGING}
     run, reason = runs / f"{job.case.name}-{job.recipe.method}-{digest(distilled)}", ""
     try:
         run_apart(real, job.recipe, run, job.options, elsewhere, reporter)

@@ -117,6 +117,7 @@ def plan(
     sets: int = 1,
     nets: str | None = None,
     networks: int | None = None,
+    random: bool = True,
     whole: bool = False,
     validate_every: int = 0,
     data: Data = _DATA,
@@ -129,6 +130,7 @@ def plan(
         sets: synthetic sets to distil and evaluate.
         nets: evaluation networks, joined by commas.
         networks: fresh networks a set (default: the protocol's).
+        random: also measure random real images.
         whole: also train on the whole training set.
         validate_every: measure on the validation part every so many iterations; 0 for never.
         choice: which settings it takes.
@@ -146,6 +148,7 @@ def plan(
             sets=sets,
             nets=names(nets),
             networks=networks,
+            random=random,
             whole=whole,
             validate_every=validate_every,
             **choice.arguments(),

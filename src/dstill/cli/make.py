@@ -22,6 +22,7 @@ def run(
     sets: int = 1,
     nets: str | None = None,
     networks: int | None = None,
+    random: bool = True,
     whole: bool = False,
     validate_every: int = 0,
     checkpoint_every: int = 25,
@@ -38,6 +39,7 @@ def run(
         sets: synthetic sets to distil and evaluate.
         nets: evaluation networks, joined by commas.
         networks: fresh networks a set (default: the protocol's).
+        random: also measure random real images.
         whole: also train on the whole training set.
         validate_every: measure on the validation part every so many iterations; 0 for never.
         checkpoint_every: store the state every so many iterations.
@@ -56,6 +58,7 @@ def run(
         sets=sets,
         nets=names(nets),
         networks=networks,
+        random=random,
         whole=whole,
         validate_every=validate_every,
         checkpoint_every=checkpoint_every,
