@@ -139,7 +139,9 @@ def distill(
     if experts is not None:
         trajectories = experts if isinstance(experts, Trajectories) else Trajectories(Path(experts))
     elif method_info(resolved.method).needs_experts:
-        trajectories = ensure_experts(real, resolved, trained_with, where, store, reporter, workers=workers)
+        trajectories = ensure_experts(
+            real, resolved, trained_with, where, store, reporter, workers=workers, describing=init is None
+        )
     preprocess = fitted_preprocess(resolved.preprocess, real, store)
     describing = None if init else feature_expert(real, resolved, trajectories, trained_with, where, store, reporter)
     trained = trained_on_all(real, resolved, trained_with, where, store, reporter)

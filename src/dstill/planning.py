@@ -200,13 +200,18 @@ def _experts(recipe: Recipe, given: Given, clock: Clock, seed: int) -> list[Stag
     config = recipe.expert_config
     assert config.epochs is not None
     longer = recipe.describing_expert(config.epochs)
-    wanted = [("experts", config)] + ([] if longer is None else [("expert for the initialisation", longer)])
-    return [_expert_stage(name, recipe, config, given, clock, seed) for name, config in wanted]
+    if longer is None:
+        return [_expert_stage("experts", recipe, config, range(config.count), given, clock, seed)]
+    others = _expert_stage("experts", recipe, config, range(1, config.count), given, clock, seed)
+    return [_expert_stage("expert that describes images", recipe, longer, range(1), given, clock, seed), others]
 
 
-def _expert_stage(name: str, recipe: Recipe, config: ExpertConfig, given: Given, clock: Clock, seed: int) -> Stage:
+def _expert_stage(
+    name: str, recipe: Recipe, config: ExpertConfig, wanted: range, given: Given, clock: Clock, seed: int
+) -> Stage:
     shape, epochs = given.shape, config.epochs or config.planned_epochs
-    missing = config.count - _stored(recipe, config, given, seed)
+    stored = _stored(recipe, config, wanted, given, seed)
+    missing = len(wanted) - stored
     processes = max(1, min(given.processes, missing))
     threads = threads_each(processes)
     steps = math.ceil(shape.train / config.batch_size)
@@ -220,18 +225,18 @@ def _expert_stage(name: str, recipe: Recipe, config: ExpertConfig, given: Given,
         seconds=missing * epochs * (steps * step + judging) / processes,
         peak_bytes=processes * (shape.train + shape.test) * _image_bytes(shape) if missing else 0,
         disk_bytes=missing * disk,
-        note=f"{missing} of {epochs} epochs" + (f", {config.count - missing} are cached" if missing < config.count else ""),
+        note=f"{missing} of {epochs} epochs" + (f", {stored} are cached" if stored else ""),
         makes=_named("experts", recipe, config.model_dump(exclude={"count"})),
     )
 
 
-def _stored(recipe: Recipe, config: ExpertConfig, given: Given, seed: int) -> int:
+def _stored(recipe: Recipe, config: ExpertConfig, wanted: range, given: Given, seed: int) -> int:
     """How many of these experts the cache holds."""
     if given.real is None:
         return 0
     identity = expert_identity(given.real.fingerprint, recipe.preprocess, recipe.net, config, recipe.augmentation, seed)
     folder = given.cache / "experts" / digest(identity)
-    return sum(recorded_epochs(expert_path(folder, index)) >= (config.epochs or 1) for index in range(config.count))
+    return sum(recorded_epochs(expert_path(folder, index)) >= (config.epochs or 1) for index in wanted)
 
 
 def _trained(recipe: Recipe, given: Given, clock: Clock) -> list[Stage]:

@@ -121,13 +121,19 @@ def ensure_experts(
     *,
     only: Sequence[int] | None = None,
     workers: Workers = 1,
+    describing: bool = True,
 ) -> Trajectories:
     """The recipe's experts, those that the cache lacks trained first.
 
-    With `only`, no others are trained, and whatever the cache then holds is returned.
+    With `only`, no others are trained, and whatever the cache then holds is returned. `describing`: the one that describes
+    images for the initialisation is longer at once, where the recipe asks for that, and not trained again afterwards.
     """
     config = recipe.expert_config
     assert config.epochs is not None
+    longer = recipe.describing_expert(config.epochs) if describing and (only is None or 0 in only) else None
+    if longer is not None:
+        reporter.note(f"expert 0 is trained for {longer.epochs} epochs, to describe images for the initialisation")
+        ensure_experts(real, recipe.model_copy(update={"experts": longer}), seed, device, cache, reporter)
     preprocess = fitted_preprocess(recipe.preprocess, real, cache)
     task = ExpertTask(real, preprocess, recipe.net, config, recipe.augmentation, seed)
     folder = cache / "experts" / task.fingerprint()
@@ -172,12 +178,11 @@ def feature_expert(
     cache: Path,
     reporter: Reporter,
 ) -> Trajectories | None:
-    """The longer expert that representative initialisation describes images with, trained if the cache lacks it.
+    """The longer expert that the initialisation describes images with, trained if the cache lacks it.
 
     None where the recipe asks for none, or where the experts at hand are long enough.
     """
     longer = None if trajectories is None else recipe.describing_expert(trajectories.epochs)
     if longer is None:
         return None
-    reporter.note(f"one expert of {longer.epochs} epochs, to describe images for the initialisation")
     return ensure_experts(real, recipe.model_copy(update={"experts": longer}), seed, device, cache, reporter)

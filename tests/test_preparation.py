@@ -1,0 +1,51 @@
+"""What must be there before a set is distilled is made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dstill
+from dstill.data.real import RealSet
+from dstill.experts.trajectory import Trajectories, recorded_epochs
+
+SETTINGS: dict[str, Any] = {
+    "method": "ast",
+    "recipe": "smoke",
+    "device": "cpu",
+    "changes": ["net.width=4", "experts.count=2", "distill.initialisation=representative", "distill.feature_epochs=5"],
+}
+
+
+class _Counting:
+    """Keeps the stages of the progress that is reported."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, stage: str, _done: int, _total: int, _detail: str = "") -> None:
+        self.stages.append(stage)
+
+
+def test_the_expert_that_describes_images_is_trained_once_and_to_its_full_length(tiny_real: RealSet, tmp_path: Path) -> None:
+    planned = dstill.plan(tiny_real, cache=tmp_path, **SETTINGS)
+    reporter = _Counting()
+    experts = dstill.train_experts(tiny_real, cache=tmp_path, reporter=reporter, **SETTINGS)
+    assert [recorded_epochs(path) for path in experts.paths] == [5, experts.epochs]
+    assert reporter.stages.count("expert epochs") == 5 + experts.epochs
+    notes = [stage.note for stage in planned.stages if "expert" in stage.name]
+    assert notes == ["1 of 5 epochs", f"1 of {experts.epochs} epochs"]
+
+    reporter = _Counting()
+    dstill.distill(tiny_real, cache=tmp_path, reporter=reporter, **SETTINGS)
+    assert "expert epochs" not in reporter.stages
+
+
+def test_a_set_that_starts_from_given_images_needs_no_expert_to_describe_any(tiny_real: RealSet, tmp_path: Path) -> None:
+    given = dstill.distill(tiny_real, method="random", recipe="smoke", device="cpu", changes=["net.width=4"])
+    dstill.distill(tiny_real, cache=tmp_path, init=given, **SETTINGS)
+    (folder,) = (tmp_path / "experts").iterdir()
+    assert Trajectories(folder).epochs == max(recorded_epochs(path) for path in Trajectories(folder).paths) < 5
