@@ -65,9 +65,6 @@ class Segment:
 class Trajectories:
     """A folder of experts, read row by row.
 
-    Attributes:
-        epochs: that can be read; record 0 is the initialisation.
-
     Args:
         folder: where `train_experts` wrote.
         count: use the first `count` experts only.
@@ -91,7 +88,7 @@ class Trajectories:
         recorded = min(header["shape"][0] for header in self.headers) - 1
         if epochs is not None and epochs > recorded:
             raise DstillError(f"{self.folder} has experts of {recorded} epochs, {epochs} are asked for: train longer ones")
-        self.epochs = recorded if epochs is None else epochs
+        self._epochs = recorded if epochs is None else epochs
 
     @staticmethod
     def _header(path: Path) -> dict[str, Any]:
@@ -106,6 +103,11 @@ class Trajectories:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that can be read of every expert; record 0 is the initialisation."""
+        return self._epochs
 
     @property
     def numel(self) -> int:
