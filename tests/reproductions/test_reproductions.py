@@ -67,6 +67,7 @@ def entry(
     iterations: int = 10,
     steps: int = 30,
     following: tuple[float, ...] = (),
+    looks: tuple[float, ...] = (),
 ) -> Entry:
     score = Score.of(by_set) if by_set else None
     result = score and Result(
@@ -88,12 +89,16 @@ def entry(
         dstill="0",
     )
     curve = Curve(iterations=(1, 2), values=(0.01, 0.02))
+    passed = Curve(iterations=(1, 9), values=(20.0, 180.0))
+    curves = {"alpha": curve}
+    if looks:
+        curves["validation_accuracy"] = Curve(iterations=tuple(range(3, 3 * len(looks) + 3, 3)), values=looks)
     record = RunRecord(
         recipe={"distill": {"student_steps": steps}},
         result=result,
         reason=reason,
         experts=ExpertCurves(count=3, accuracy=(0.2, 0.5), step_lengths=(3.0, 1.0)),
-        sets=(SetRecord(curves={"alpha": curve}, seconds=curve, inner_loss={0: 1.0}, iterations=iterations, skipped=0),),
+        sets=(SetRecord(curves=curves, seconds=passed, inner_loss={0: 1.0}, iterations=iterations, skipped=0),),
         cost=Cost(seconds=25.0, peak_bytes=3 * 2**20),
     )
     return Entry(row=row, case="cifar100-ipc10", request={}, record=record, following=following)
@@ -115,11 +120,20 @@ def test_cells_are_what_the_run_recorded() -> None:
     assert cell("collapsed", lost, one) == "after 7 iterations"
 
 
+def test_speed_is_when_the_first_rows_last_look_was_reached() -> None:
+    first, fast, slow = (entry("a", [[0.3]], looks=looks) for looks in ((0.2, 0.5, 0.4), (0.1, 0.45, 0.4), (0.1, 0.2, 0.3)))
+    assert cell("reached", first, first) == "6 iterations, 120 s"
+    assert cell("reached", fast, first) == "6 iterations, 120 s"
+    assert cell("reached", slow, first) == "never"
+    assert cell("reached", entry("b", [[0.3]]), first) == "–"
+
+
 def test_differences_are_paired_by_set() -> None:
     first, other = entry("a", [[0.30, 0.32], [0.50, 0.52]]), entry("b", [[0.34, 0.34], [0.53, 0.55]])
     # Gains of 3 and 3 points: the sets differ by 20 points, the gains by nothing.
     assert paired_difference(other, first) == "+3.0 ± 0.0 (n = 2)"
     assert paired_difference(entry("b", [[0.35, 0.35], [0.50, 0.52]]), first) == "+2.0 ± 2.0 (n = 2)"
+    assert paired_difference(entry("b", [[0.35, 0.35]]), first) == "+4.0 (n = 1)", "the others are not there yet"
 
 
 def test_fewer_steps_are_scaled_to_those_of_the_first_row() -> None:

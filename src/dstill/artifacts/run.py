@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from dstill import yamls
@@ -51,6 +52,10 @@ class Curve(_Record):
 
     iterations: tuple[float, ...]
     values: tuple[float, ...]
+
+    def at(self, iteration: float) -> float:
+        """The value there, by linear interpolation."""
+        return float(np.interp(iteration, self.iterations, self.values))
 
     @classmethod
     def of(cls, rows: Sequence[dict[str, Any]], key: str, most: int = _MOST_POINTS) -> Curve | None:

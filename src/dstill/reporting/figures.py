@@ -37,7 +37,7 @@ def curves(records: Records, key: str, against: Literal["iterations", "seconds"]
             x: Sequence[float] = curve.iterations
             if against == "seconds":
                 assert one.seconds is not None
-                x = [_at(one.seconds.iterations, one.seconds.values, iteration) for iteration in curve.iterations]
+                x = [one.seconds.at(iteration) for iteration in curve.iterations]
             marker = "o" if len(x) <= 20 else None
             width = 1.8 if k == 0 else 0.8
             axes.plot(
@@ -47,13 +47,6 @@ def curves(records: Records, key: str, against: Literal["iterations", "seconds"]
     axes.set_ylabel(LABELS.get(key, key))
     _legend(axes, len(records))
     return figure
-
-
-def _at(x: Sequence[float], y: Sequence[float], where: float) -> float:
-    """Linear interpolation."""
-    import numpy as np
-
-    return float(np.interp(where, x, y))
 
 
 def expert_curves(records: Records) -> Figure:

@@ -15,7 +15,16 @@ _FOLDER = Path(__file__).parent
 
 ScaleName = Literal["smoke", "cpu", "paper"]
 Measure = Literal[
-    "accuracy", "difference", "expert_accuracy", "avg_var", "accumulated_error", "alpha", "collapsed", "seconds", "peak"
+    "accuracy",
+    "difference",
+    "expert_accuracy",
+    "avg_var",
+    "accumulated_error",
+    "alpha",
+    "collapsed",
+    "reached",
+    "seconds",
+    "peak",
 ]
 FigureName = Literal[
     "loss",

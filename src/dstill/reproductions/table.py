@@ -23,6 +23,7 @@ HEADINGS: dict[Measure, str] = {
     "accumulated_error": "accumulated error",
     "alpha": "α, first to last",
     "collapsed": "collapsed",
+    "reached": "to the first row's last validation accuracy",
     "seconds": "seconds an iteration",
     "peak": "peak MiB",
 }
@@ -75,6 +76,8 @@ def cell(measure: Measure, entry: Entry, first: Entry | None) -> str:
             return f"{values[0]:.3g} → {values[-1]:.3g}"
         case "collapsed" if record.sets:
             return f"after {record.sets[0].iterations} iterations" if "collapsed" in record.reason else "no"
+        case "reached" if first is not None:
+            return reached(entry, first)
         case "seconds" if record.cost and record.sets:
             return f"{seconds(entry, first):.2f}"
         case "peak" if record.cost and record.cost.peak_bytes is not None:
@@ -90,6 +93,19 @@ def seconds(entry: Entry, first: Entry | None) -> float:
     return cost.seconds / entry.record.sets[0].iterations * (wanted / steps if wanted and steps else 1.0)
 
 
+def reached(entry: Entry, first: Entry) -> str:
+    """When the first set's validation accuracy was first as high as the first row's after its last iteration (Fig. 6)."""
+    if not entry.record.sets or not first.record.sets:
+        return "–"
+    one, other = entry.record.sets[0], first.record.sets[0]
+    ours, theirs = (each.curves.get("validation_accuracy") for each in (one, other))
+    if ours is None or theirs is None or one.seconds is None:
+        return "–"
+    goal = theirs.values[-1]
+    when = next((i for i, value in zip(ours.iterations, ours.values, strict=True) if value >= goal), None)
+    return "never" if when is None else f"{when:,.0f} iterations, {one.seconds.at(when):,.0f} s"
+
+
 def by_set(entry: Entry) -> list[float]:
     """Mean accuracy of each set."""
     result = entry.record.result
@@ -102,7 +118,7 @@ def paired_difference(entry: Entry, first: Entry) -> str:
     """Mean over sets of the same seed, in points, with its standard error."""
     if first.record.result is None:
         return "–"
-    gains = [100 * (a - b) for a, b in zip(by_set(entry), by_set(first), strict=True)]
+    gains = [100 * (a - b) for a, b in zip(by_set(entry), by_set(first), strict=False)]
     error = f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.1f}" if len(gains) > 1 else ""
     return f"{statistics.fmean(gains):+.1f}{error} (n = {len(gains)})"
 
