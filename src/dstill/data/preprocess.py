@@ -32,6 +32,11 @@ class Preprocess(Protocol):
         ...
 
 
+def from_bytes(preprocess: Preprocess, images: Tensor, device: torch.device) -> Tensor:
+    """What networks see of real images: uint8 `[N, C, H, W]` to preprocessed float32 on the device."""
+    return preprocess.forward(images.to(device, torch.float32) / 255)
+
+
 def _column(vector: Tensor, like: Tensor) -> Tensor:
     return vector.to(like.device, like.dtype).view(1, -1, 1, 1)
 

@@ -11,6 +11,7 @@ from dstill import seeding
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.result import Score
 from dstill.config import NetConfig, Protocol
+from dstill.data.preprocess import from_bytes
 from dstill.data.real import RealSet, Split
 from dstill.evaluation.networks import Trial, measure, prepared, train_and_measure, trials_of
 from dstill.evaluation.protocols import load_protocol
@@ -25,7 +26,7 @@ RANDOM_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 def random_set(like: DistilledSet, split: Split, generator: torch.Generator) -> DistilledSet:
     """Random real images in the preprocessing, augmentation and IPC of another set."""
     rows = random_rows(split, like.classes, like.ipc, generator)
-    images = like.preprocess.forward(split.images[rows].float() / 255)
+    images = from_bytes(like.preprocess, split.images[rows], like.images.device)
     fields = {**like.__dict__, "images": images, "labels": split.labels[rows], "alpha": None, "method": "random"}
     return DistilledSet(**fields)
 

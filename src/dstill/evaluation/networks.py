@@ -14,7 +14,7 @@ from torch import Tensor
 from dstill import nets, seeding
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config import NetConfig, Protocol
-from dstill.data.preprocess import Preprocess
+from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import Split
 from dstill.training import fit, predictions, squared_objective, step_at, warm_cosine
 from dstill.workers import Workers, choose_workers, spread
@@ -22,7 +22,7 @@ from dstill.workers import Workers, choose_workers, spread
 
 def prepared(split: Split, preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
     """Preprocessed float32 images and labels of a split, on the device."""
-    return preprocess.forward(split.images.to(device, torch.float32) / 255), split.labels.to(device)
+    return from_bytes(preprocess, split.images, device), split.labels.to(device)
 
 
 class Measured(NamedTuple):

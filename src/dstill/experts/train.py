@@ -16,7 +16,7 @@ from dstill import nets, seeding
 from dstill.artifacts import header as files
 from dstill.bookmark import Bookmark, Training
 from dstill.config import ExpertConfig, NetConfig, canonical, digest
-from dstill.data.preprocess import Preprocess
+from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.gsam import gsam_objective
@@ -118,7 +118,7 @@ def train_expert(
         raise ValueError("the number of expert epochs must be resolved first: see Recipe.expert_config")
     generator = seeding.generator(task.seed, "expert", index)
     net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
-    images, test = (task.preprocess.forward(split.images.to(device, torch.float32) / 255) for split in (real.train, real.test))
+    images, test = (from_bytes(task.preprocess, split.images, device) for split in (real.train, real.test))
     labels, test_labels = real.train.labels.to(device), real.test.labels.to(device)
     training = Training(net, optimiser(net, config), generator)
     snapshots, record = [_snapshot(net)], dict[str, list[float]](loss=[], accuracy=[])
@@ -183,7 +183,7 @@ def expected_seconds(task: ExpertTask, device: torch.device) -> float:
     real, config = task.real, task.config
     generator = torch.Generator().manual_seed(0)
     net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
-    images = task.preprocess.forward(real.train.images[: config.batch_size].to(device, torch.float32) / 255)
+    images = from_bytes(task.preprocess, real.train.images[: config.batch_size], device)
     labels = real.train.labels[: config.batch_size].to(device)
     batch = Batch(images, images, labels, torch.arange(len(images)), 0)
     started = time.perf_counter()

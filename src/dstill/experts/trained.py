@@ -14,7 +14,7 @@ from dstill import nets, seeding
 from dstill.artifacts import header as files
 from dstill.bookmark import Bookmark, Training
 from dstill.config import NetConfig, TrainingConfig, canonical, digest
-from dstill.data.preprocess import Preprocess
+from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import RealSet
 from dstill.engine import derivatives_of
 from dstill.training import Batch, EpochReport, cross_entropy_objective, fit
@@ -93,7 +93,7 @@ def train_network(
     generator = seeding.generator(task.seed, "trained-network")
     net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
     Student(net)  # refuses running statistics, which the stored weights would lack
-    images = task.preprocess.forward(real.train.images.to(device, torch.float32) / 255)
+    images = from_bytes(task.preprocess, real.train.images, device)
     events = _Events(len(real.train))
     sgd = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     training = Training(net, sgd, generator)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dstill import nets, seeding
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config import DistillConfig, NetConfig, Recipe
-from dstill.data.preprocess import Preprocess
+from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import RealSet
 from dstill.experts.trained import TrainedNetwork
 from dstill.experts.trajectory import Trajectories
@@ -56,7 +56,7 @@ class Problem:
 
     def prepared(self, rows: Tensor) -> Tensor:
         """Preprocessed real training images of these rows, float32 on the device."""
-        return self.preprocess.forward(self.real.train.images[rows].to(self.device, torch.float32) / 255)
+        return from_bytes(self.preprocess, self.real.train.images[rows], self.device)
 
     def network(self, weights: Tensor | None = None) -> nn.Module:
         """A network of the recipe's kind with these weights `[P]`; left out, they mean nothing yet."""
