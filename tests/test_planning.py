@@ -28,9 +28,10 @@ def stage(plan: Plan, name: str) -> Any:
 def test_cached_experts_cost_nothing_and_those_to_be_trained_have_the_size_of_their_files(
     tiny_real: RealSet, tmp_path: Path
 ) -> None:
-    before = dstill.plan(tiny_real, method="mtt", cache=tmp_path, **SMALL)
-    trajectories = dstill.train_experts(tiny_real, method="mtt", cache=tmp_path, **SMALL)
-    after = dstill.plan(tiny_real, method="mtt", cache=tmp_path, **SMALL)
+    settings = {**SMALL, "method": "mtt", "cache": tmp_path, "changes": ["net.width=32"]}
+    before = dstill.plan(tiny_real, **settings)
+    trajectories = dstill.train_experts(tiny_real, **settings)
+    after = dstill.plan(tiny_real, **settings)
     on_disk = sum(path.stat().st_size for path in trajectories.paths)
     assert stage(before, "experts").seconds > 0
     assert stage(before, "experts").disk_bytes == pytest.approx(on_disk, rel=0.2)
@@ -79,8 +80,8 @@ def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, mon
     monkeypatch.setattr("dstill.planning.load_real", lambda source: pytest.fail(f"{source} was loaded"))
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
     plan = dstill.plan("cifar10", method="mtt", ipc=1, device="cpu", cache=tmp_path)
-    # 100 experts of 3 epochs and the start, 320,010 parameters each (SPEC of ConvNet-3 on ten classes).
-    assert stage(plan, "experts").disk_bytes == 100 * 4 * 320_010 * 4
+    # 100 experts: the start, 3 epochs, and the network to go on from, 320,010 parameters each (ConvNet-3 on ten classes).
+    assert stage(plan, "experts").disk_bytes == 100 * 5 * 320_010 * 4
     other = dstill.plan("cifar10", method="mtt", ipc=1, net="alexnet", device="cpu", cache=tmp_path)
     assert stage(other, "experts").disk_bytes > stage(plan, "experts").disk_bytes, "the network is the one asked for"
 

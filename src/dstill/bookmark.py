@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from dstill.artifacts import header as files
-from dstill.errors import DamagedFileError
+from dstill.errors import DamagedFileError, DstillError
 
-_KIND = "training under way"
-_NET, _OPTIMISER, _BESIDE = "net.", "optimiser.", "beside."
+_NET, _OPTIMISER, _GENERATOR, _STATE = "net.", "optimiser.", "generator", "training"
 SECONDS = 60.0
+
+Beside = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+"""Tensors, and plain values for the header."""
 
 
 @dataclass
@@ -30,49 +32,65 @@ class Training:
 
 
 class Bookmark:
-    """The state of one training in one file.
+    """The state of one training in one file, beside whatever the training has made so far.
 
     Args:
-        path: the file, removed when the training is done.
+        path: the file.
+        kind: what its header calls it.
         seconds: store no more often than this.
     """
 
-    def __init__(self, path: Path, seconds: float = SECONDS) -> None:
-        self.path, self.seconds = path, seconds
+    def __init__(self, path: Path, kind: str = "training under way", seconds: float = SECONDS) -> None:
+        self.path, self.kind, self.seconds = path, kind, seconds
         self._last = time.monotonic()
 
-    def restore(self, training: Training) -> tuple[int, dict[str, Tensor]]:
+    def restore(self, training: Training) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
         """Puts the training where it was; returns the epochs done and what was stored beside: 0 and nothing at its start.
 
-        A damaged file is removed, and the training starts anew.
+        A damaged file is removed, and the training starts anew, as it does from a file without a training's state.
         """
         if not self.path.exists():
-            return 0, {}
+            return 0, {}, {}
         try:
-            header, tensors = files.load(self.path, _KIND)
+            header, tensors = files.load(self.path, self.kind)
         except DamagedFileError:
             self.remove()
-            return 0, {}
+            return 0, {}, {}
+        state = header.get(_STATE)
+        if state is None:
+            return 0, {}, {}
         training.net.load_state_dict(_below(tensors, _NET))
-        training.optimiser.load_state_dict(_with_tensors(header["optimiser"], _below(tensors, _OPTIMISER)))
-        training.generator.set_state(tensors["generator"])
-        return int(header["epochs"]), _below(tensors, _BESIDE)
+        training.optimiser.load_state_dict(_with_tensors(state["optimiser"], _below(tensors, _OPTIMISER)))
+        training.generator.set_state(tensors[_GENERATOR])
+        return int(state["epochs"]), {name: t for name, t in tensors.items() if not _is_state(name)}, header
 
-    def store(self, epochs: int, training: Training, beside: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Stores the state after so many epochs, if that is due; `beside` gives what the caller wants back."""
-        if time.monotonic() - self._last < self.seconds:
+    def store(self, epochs: int, training: Training, beside: Callable[[], Beside], *, last: bool = False) -> None:
+        """Stores the state after so many epochs, if that is due or the `last` time, and what `beside` gives.
+
+        Nothing is stored where another process has come further.
+        """
+        if not last and time.monotonic() - self._last < self.seconds:
             return
-        state = training.optimiser.state_dict()
+        if self._epochs_stored() > epochs:
+            return
+        state, (made, header) = training.optimiser.state_dict(), beside()
         tensors = {
-            "generator": training.generator.get_state(),
+            _GENERATOR: training.generator.get_state(),
             **{_NET + name: tensor for name, tensor in training.net.state_dict().items()},
             **{_OPTIMISER + name: tensor for name, tensor in _tensors_of(state).items()},
-            **{_BESIDE + name: tensor for name, tensor in beside().items()},
+            **made,
         }
         # A network may tie weights, and safetensors stores no memory twice: each is a copy.
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        files.save(self.path, _KIND, copies, {"epochs": epochs, "optimiser": state["param_groups"]})
+        files.save(self.path, self.kind, copies, {**header, _STATE: {"epochs": epochs, "optimiser": state["param_groups"]}})
         self._last = time.monotonic()
+
+    def _epochs_stored(self) -> int:
+        try:
+            with files.opened(self.path, self.kind) as (header, _):
+                return int(header.get(_STATE, {}).get("epochs", 0))
+        except DstillError:
+            return 0
 
     def remove(self) -> None:
         """Removes the file, if there is one."""
@@ -82,6 +100,10 @@ class Bookmark:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _is_state(name: str) -> bool:
+    return name == _GENERATOR or name.startswith((_NET, _OPTIMISER))
 
 
 def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -219,7 +219,9 @@ def _expert_stage(
     plain = clock.training(recipe.net, config.batch_size, "none", threads)
     step = clock.expert(recipe.net, config, threads) * (2 if config.gsam else 1) + max(0.0, augmented - plain)
     judging = clock.passes(recipe.net, Passes("forward", 1, shape.test))
-    disk = (epochs + 1) * _parameters(recipe.net, shape) * (4 if config.store == "float32" else 2)
+    # The records, and the network with its optimiser's buffers, from which a training goes on.
+    state = {"adam": 3, "sgd": 2 if config.momentum else 1}[config.optimiser]
+    disk = ((epochs + 1) * (4 if config.store == "float32" else 2) + 4 * state) * _parameters(recipe.net, shape)
     return Stage(
         name=name,
         seconds=missing * epochs * (steps * step + judging) / processes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
@@ -24,7 +23,7 @@ from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.smooth import avg_var
 from dstill.experts.train import ExpertTask, lr_schedule, optimiser, train_expert, train_missing
-from dstill.experts.trajectory import Trajectories, expert_path
+from dstill.experts.trajectory import KIND, Trajectories, expert_path, save_expert
 from dstill.methods.settings import MatchingConfig
 from dstill.recipes import load_recipe, recipe_names
 from dstill.training import EpochReport
@@ -214,15 +213,22 @@ def test_a_repeated_call_trains_only_the_missing_experts(make_task: MakeTask, tm
     assert [path.read_bytes() for path in files] == kept
 
 
-def test_longer_experts_serve_where_shorter_ones_are_asked_for(make_task: MakeTask, tmp_path: Path) -> None:
-    settings = {"augmentation": DSA, "momentum": 0.9, "lr_step": "paper", "planned_epochs": 4}
+@pytest.mark.parametrize("store", ["float32", "float16"])
+def test_longer_experts_serve_where_shorter_ones_are_asked_for_and_shorter_ones_grow(
+    make_task: MakeTask, tmp_path: Path, store: str
+) -> None:
+    settings = {"augmentation": DSA, "momentum": 0.9, "lr_step": "paper", "planned_epochs": 4, "store": store}
     short, long = make_task(epochs=2, **settings), make_task(epochs=5, **settings)
     train_missing(short, tmp_path, CPU)
     before = Trajectories(tmp_path)
     rows, curves = before.rows(0, 0, 3), before.curves()
-    train_missing(long, tmp_path, CPU)  # too short: trained again
+    epochs: list[int] = []
+    train_missing(long, tmp_path, CPU, observer=lambda _, report, __: epochs.append(report.epochs_done))
+    assert epochs == [3, 4, 5], "nothing is trained twice"
     kept = expert_path(tmp_path, 0).read_bytes()
-    assert Trajectories(tmp_path).epochs == 5
+    grown, (at_once, record) = Trajectories(tmp_path), train_expert(long, 0, CPU)
+    assert grown.rows(0, 0, 6).equal(at_once.float())
+    assert grown.curves() == {key: [record[key]] for key in ("accuracy", "step_lengths")}
     seen: list[int] = []
     train_missing(short, tmp_path, CPU, observer=lambda index, *_: seen.append(index))
     assert not seen
@@ -238,10 +244,10 @@ def test_longer_experts_serve_where_shorter_ones_are_asked_for(make_task: MakeTa
 
 def test_an_interrupted_training_leaves_whole_files_only(make_task: MakeTask, tmp_path: Path) -> None:
     def stop(index: int, report: EpochReport, _: float) -> None:
-        if (index, report.epochs_done) == (1, 2):
+        if (index, report.epochs_done) == (1, 1):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):  # before the file is due
         train_missing(make_task(count=3), tmp_path, CPU, observer=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["expert-000.safetensors"]
 
@@ -274,42 +280,38 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(
 ) -> None:
     task = make_task(augmentation=DSA, epochs=4, **settings)
     whole, record = train_expert(task, 0, CPU)
-    path, epochs = tmp_path / "training.safetensors", []
+    bookmark, epochs = Bookmark(expert_path(tmp_path, 0), KIND, seconds=0), []
     with pytest.raises(_Cut):
-        train_expert(task, 0, CPU, _cut_after(after), Bookmark(path, seconds=0))
-    again, found = train_expert(task, 0, CPU, lambda report, _: epochs.append(report.epochs_done), Bookmark(path, seconds=0))
+        train_expert(task, 0, CPU, _cut_after(after), bookmark)
+    assert Trajectories(tmp_path).rows(0, 0, after + 1).equal(whole[: after + 1])
+    again, found = train_expert(task, 0, CPU, lambda report, _: epochs.append(report.epochs_done), bookmark)
     assert epochs == list(range(after + 1, 5)), "nothing is trained twice"
     assert again.equal(whole)
     assert found == record
 
 
-def test_a_damaged_bookmark_is_a_training_from_the_start(make_task: MakeTask, tmp_path: Path) -> None:
-    task, path, epochs = make_task(epochs=2), tmp_path / "training.safetensors", []
+def test_a_damaged_or_foreign_expert_is_a_training_from_the_start(make_task: MakeTask, tmp_path: Path) -> None:
+    task, path, epochs = make_task(epochs=2), expert_path(tmp_path, 0), []
     with pytest.raises(_Cut):
-        train_expert(task, 0, CPU, _cut_after(1), Bookmark(path, seconds=0))
+        train_expert(task, 0, CPU, _cut_after(1), Bookmark(path, KIND, seconds=0))
     path.write_bytes(path.read_bytes()[:-1])
-    again, _ = train_expert(task, 0, CPU, lambda report, _: epochs.append(report.epochs_done), Bookmark(path))
-    assert epochs == [1, 2]
+    again, record = train_expert(task, 0, CPU, lambda report, _: epochs.append(report.epochs_done), Bookmark(path, KIND))
     assert again.equal(trained(task))
+    save_expert(tmp_path, 0, again[:2], {"record": record})  # of another program: nothing to go on from
+    train_missing(task, tmp_path, CPU, observer=lambda _, report, __: epochs.append(report.epochs_done))
+    assert epochs == [1, 2, 1, 2]
 
 
-def test_the_store_holds_bookmarks_of_what_is_under_way_only(
-    make_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dstill.experts.train.Bookmark", functools.partial(Bookmark, seconds=0))
-    task = make_task(count=2)
+def test_a_training_that_is_behind_replaces_nothing(make_task: MakeTask, tmp_path: Path) -> None:
+    path = expert_path(tmp_path, 0)
+    started = Bookmark(path, KIND)  # by two processes at once, of which this is the slower one
 
-    def interrupt(index: int, _report: EpochReport, _accuracy: float) -> None:
-        if index == 1:
-            raise _Cut
+    def overtaken(_report: EpochReport, _accuracy: float) -> None:
+        if not path.exists():
+            train_missing(make_task(epochs=4), tmp_path, CPU)
 
-    with pytest.raises(_Cut):
-        train_missing(task, tmp_path, CPU, observer=interrupt)
-    under_way = ["expert-000.safetensors", "training-001-of-2-epochs.safetensors"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == under_way
-    assert len(Trajectories(tmp_path)) == 1
-    train_missing(task, tmp_path, CPU)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["expert-000.safetensors", "expert-001.safetensors"]
+    train_expert(make_task(epochs=2), 0, CPU, overtaken, started)
+    assert Trajectories(tmp_path).epochs == 4
 
 
 def test_an_expert_that_diverges_is_refused_with_the_remedy(make_task: MakeTask, tmp_path: Path) -> None:

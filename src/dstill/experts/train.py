@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from dstill import nets, seeding
 from dstill.artifacts import header as files
-from dstill.bookmark import Bookmark, Training
+from dstill.bookmark import Beside, Bookmark, Training
 from dstill.config import ExpertConfig, NetConfig, canonical, digest
 from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.gsam import gsam_objective
 from dstill.experts.smooth import smooth_objective, step_lengths
-from dstill.experts.trajectory import KIND, expert_path, recorded_epochs, save_expert
+from dstill.experts.trajectory import KIND, expert_path, recorded_epochs
 from dstill.training import Batch, EpochReport, Objective, Schedule, accuracy, fit, step_at
 from dstill.workers import Workers, choose_workers, spread
 
@@ -104,7 +104,8 @@ def train_expert(
         index: number of the expert; it alone, with the task's seed, decides every random draw.
         device: where to train.
         observer: called after each epoch with the report and the accuracy on `task.real.test`.
-        bookmark: where the state is stored on the way, and where one that was stored is found.
+        bookmark: the expert's file, stored on the way and at the end. A training that was cut off there, or that had fewer
+            epochs, goes on.
 
     Returns:
         The trajectory `[epochs + 1, P]` and a record: per-epoch loss, accuracy on `real.test` (a diagnostic that nothing
@@ -121,15 +122,17 @@ def train_expert(
     images, test = (from_bytes(task.preprocess, split.images, device) for split in (real.train, real.test))
     labels, test_labels = real.train.labels.to(device), real.test.labels.to(device)
     training = Training(net, optimiser(net, config), generator)
-    snapshots, record = [_snapshot(net)], dict[str, list[float]](loss=[], accuracy=[])
-    begin, stored = bookmark.restore(training) if bookmark else (0, {})
-    if begin:
-        snapshots = list(stored.pop("trajectory"))
-        record = {name: values.tolist() for name, values in stored.items()}
+    begin, stored, header = bookmark.restore(training) if bookmark else (0, {}, {})
+    snapshots = [_snapshot(net)]
+    if begin:  # the last one from the network: the file may round
+        snapshots = [*stored["trajectory"][:-1].float(), *snapshots]
+    record: dict[str, list[float]] = header.get("record") or {"loss": [], "accuracy": [], "step_lengths": []}
 
-    def beside() -> dict[str, Tensor]:
-        curves = {name: torch.tensor(values, dtype=torch.float64) for name, values in record.items()}
-        return {"trajectory": torch.stack(snapshots), **curves}
+    def trajectory() -> Tensor:
+        return torch.stack(snapshots).to(getattr(torch, config.store))
+
+    def beside() -> Beside:
+        return {"trajectory": trajectory()}, {**task.identity(), "index": index, "record": record}
 
     def observe(report: EpochReport) -> None:
         snapshot = _snapshot(net)
@@ -141,8 +144,9 @@ def train_expert(
         snapshots.append(snapshot)
         record["loss"].append(report.loss)
         record["accuracy"].append(accuracy(net, test, test_labels))
+        record["step_lengths"] += step_lengths(torch.stack(snapshots[-2:])).tolist()
         if bookmark is not None:
-            bookmark.store(report.epochs_done, training, beside)
+            bookmark.store(report.epochs_done, training, beside, last=report.epochs_done == config.epochs)
         if observer is not None:
             observer(report, record["accuracy"][-1])
 
@@ -160,9 +164,7 @@ def train_expert(
         observer=observe,
         begin=begin,
     )
-    trajectory = torch.stack(snapshots)
-    record["step_lengths"] = step_lengths(trajectory).tolist()
-    return trajectory.to(getattr(torch, config.store)), record
+    return trajectory(), record
 
 
 def expert_objective(net: nn.Module, config: ExpertConfig) -> Objective:
@@ -204,8 +206,8 @@ def train_missing(
     """Trains the experts that `folder` lacks, each written atomically as soon as it is done.
 
     An expert is the same whatever the number of workers. Files that are there are checked first; a damaged one is set aside
-    and its expert trained again. One of more epochs than asked for will do, one of fewer is trained again and replaced:
-    nothing but the number of epochs tells them apart.
+    and its expert trained again. One of more epochs than asked for will do, and one of fewer is trained on: nothing but the
+    number of epochs tells them apart.
 
     Args:
         task: what to train.
@@ -240,9 +242,5 @@ def train_missing(
 def _train_and_save(
     task: ExpertTask, folder: Path, device: torch.device, index: int, report: Callable[[tuple[EpochReport, float]], None]
 ) -> None:
-    # Trainings of other lengths in this folder have bookmarks of their own.
-    bookmark = Bookmark(folder / f"training-{index:03d}-of-{task.config.epochs}-epochs.safetensors")
-    trajectory, record = train_expert(task, index, device, lambda epoch, score: report((epoch, score)), bookmark)
-    if recorded_epochs(expert_path(folder, index)) < len(trajectory) - 1:  # another process may have saved a longer one
-        save_expert(folder, index, trajectory, {**task.identity(), "index": index, "record": record})
-    bookmark.remove()
+    bookmark = Bookmark(expert_path(folder, index), KIND)
+    train_expert(task, index, device, lambda epoch, score: report((epoch, score)), bookmark)

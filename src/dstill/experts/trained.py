@@ -97,12 +97,12 @@ def train_network(
     events = _Events(len(real.train))
     sgd = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     training = Training(net, sgd, generator)
-    begin, stored = bookmark.restore(training) if bookmark else (0, {})
+    begin, stored, _ = bookmark.restore(training) if bookmark else (0, {}, {})
     vars(events).update(stored)
 
     def observe(report: EpochReport) -> None:
         if bookmark is not None:
-            bookmark.store(report.epochs_done, training, lambda: vars(events))
+            bookmark.store(report.epochs_done, training, lambda: (vars(events), {}))
         if observer is not None:
             observer(report)
 
