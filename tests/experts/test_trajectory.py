@@ -62,7 +62,7 @@ def test_count_takes_the_first_experts(folder: Path) -> None:
 def test_the_summary_names_accuracy_last_step_and_avg_var(folder: Path) -> None:
     first, *lines = Trajectories(folder).summary().splitlines()
     assert f"2 expert(s), {EPOCHS} epochs, {NUMEL} parameters" in first
-    assert lines[1].strip() == "expert-001: accuracy 62.5%, last step 1, Avg_Var 2"
+    assert lines[1].strip() == f"expert-001: {EPOCHS} epochs, accuracy 62.5%, last step 1, Avg_Var 2"
 
 
 def test_a_segment_beyond_the_last_record_is_refused_with_the_remedy(folder: Path) -> None:

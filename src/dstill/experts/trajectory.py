@@ -125,13 +125,14 @@ class Trajectories:
         return {key: [record[key][: self.epochs] for record in records] for key in ("accuracy", "step_lengths")}
 
     def summary(self) -> str:
-        """One line an expert: accuracy and |θ_t - θ_{t+1}|² after its last epoch, and Avg_Var."""
+        """One line an expert, whole: accuracy and |θ_t - θ_{t+1}|² after its last epoch, and Avg_Var."""
         lines = [f"{self.folder}: {len(self)} expert(s), {self.epochs} epochs, {self.numel:,} parameters"]
-        curves = self.curves()
-        for path, accuracies, lengths in zip(self.paths, curves["accuracy"], curves["step_lengths"], strict=True):
+        for path, header in zip(self.paths, self.headers, strict=True):
+            accuracies, lengths = header["record"]["accuracy"], header["record"]["step_lengths"]
             average = sum(lengths) / len(lengths)
             accuracy = f"accuracy {accuracies[-1]:.1%}, " if accuracies else ""
-            lines.append(f"  {path.stem}: {accuracy}last step {lengths[-1]:.3g}, Avg_Var {average:.3g}")
+            numbers = f"{accuracy}last step {lengths[-1]:.3g}, Avg_Var {average:.3g}"
+            lines.append(f"  {path.stem}: {header['shape'][0] - 1} epochs, {numbers}")
         return "\n".join(lines)
 
     def segment(self, expert: int, epoch: int, span: int) -> Segment:
