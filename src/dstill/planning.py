@@ -21,7 +21,7 @@ from dstill.devices import available_memory, resolve_device
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import expert_identity
-from dstill.experts.trajectory import expert_path, recorded_epochs
+from dstill.experts.trajectory import missing_experts
 from dstill.methods import method_info
 from dstill.methods.settings import MatchingConfig, SelectionConfig
 from dstill.preparation import cache_folder, resolve_for, shape_of
@@ -202,16 +202,18 @@ def _experts(recipe: Recipe, given: Given, clock: Clock, seed: int) -> list[Stag
     longer = recipe.describing_expert(config.epochs)
     if longer is None:
         return [_expert_stage("experts", recipe, config, range(config.count), given, clock, seed)]
-    others = _expert_stage("experts", recipe, config, range(1, config.count), given, clock, seed)
-    return [_expert_stage("expert that describes images", recipe, longer, range(1), given, clock, seed), others]
+    stages = [_expert_stage("expert that describes images", recipe, longer, range(1), given, clock, seed)]
+    if config.count > 1:
+        stages.append(_expert_stage("experts", recipe, config, range(1, config.count), given, clock, seed))
+    return stages
 
 
 def _expert_stage(
     name: str, recipe: Recipe, config: ExpertConfig, wanted: range, given: Given, clock: Clock, seed: int
 ) -> Stage:
     shape, epochs = given.shape, config.epochs or config.planned_epochs
-    stored = _stored(recipe, config, wanted, given, seed)
-    missing = len(wanted) - stored
+    missing = _missing(recipe, config, wanted, given, seed)
+    stored = len(wanted) - missing
     processes = max(1, min(given.processes, missing))
     threads = threads_each(processes)
     steps = math.ceil(shape.train / config.batch_size)
@@ -232,13 +234,13 @@ def _expert_stage(
     )
 
 
-def _stored(recipe: Recipe, config: ExpertConfig, wanted: range, given: Given, seed: int) -> int:
-    """How many of these experts the cache holds."""
+def _missing(recipe: Recipe, config: ExpertConfig, wanted: range, given: Given, seed: int) -> int:
+    """How many of these experts the cache lacks."""
     if given.real is None:
-        return 0
+        return len(wanted)
     identity = expert_identity(given.real.fingerprint, recipe.preprocess, recipe.net, config, recipe.augmentation, seed)
     folder = given.cache / "experts" / digest(identity)
-    return sum(recorded_epochs(expert_path(folder, index)) >= (config.epochs or 1) for index in wanted)
+    return len(missing_experts(folder, wanted, config.epochs or 1))
 
 
 def _trained(recipe: Recipe, given: Given, clock: Clock) -> list[Stage]:

@@ -23,7 +23,7 @@ from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trained import NetworkTask, TrainedNetwork, trained_network
-from dstill.experts.trajectory import Trajectories, expert_path, recorded_epochs
+from dstill.experts.trajectory import Trajectories, missing_experts
 from dstill.methods import method_info
 from dstill.methods.settings import SelectionConfig
 from dstill.nets import build, network_class
@@ -141,8 +141,8 @@ def ensure_experts(
     if any(index < 0 for index in wanted):
         raise DstillError(f"experts are numbered from 0, got {min(wanted)}")
     total = len(wanted) * config.epochs
-    there = sum(recorded_epochs(expert_path(folder, index)) >= config.epochs for index in wanted)
-    done = itertools.count(1 + config.epochs * there)
+    missing = len(missing_experts(folder, wanted, config.epochs))
+    done = itertools.count(1 + total - missing * config.epochs)
 
     def observe(index: int, report: EpochReport, score: float) -> None:
         detail = f"expert {index}: {real.judged_on} accuracy {score:.1%}, {report.images_per_second:,.0f} images/s"

@@ -102,8 +102,8 @@ def student_batches(count: int, size: int | None, steps: int, generator: torch.G
 
     Every image is used once before any is used twice.
     """
-    passes = itertools.repeat((count, min(size or count, count), generator))
-    return itertools.islice(itertools.chain.from_iterable(itertools.starmap(shuffled_batches, passes)), steps)
+    passes = (shuffled_batches(count, size or count, generator) for _ in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(passes), steps)
 
 
 def step_at(epoch: int, factor: float, *, reset: bool = False) -> Schedule:

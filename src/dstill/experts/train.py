@@ -21,7 +21,7 @@ from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.gsam import gsam_objective
 from dstill.experts.smooth import smooth_objective, step_lengths
-from dstill.experts.trajectory import KIND, expert_path, recorded_epochs
+from dstill.experts.trajectory import KIND, expert_path, missing_experts
 from dstill.training import Batch, EpochReport, Objective, Schedule, accuracy, fit, step_at
 from dstill.workers import Workers, choose_workers, spread
 
@@ -225,7 +225,7 @@ def train_missing(
     files.remove_leftovers(folder, older_than=_WRITING_SECONDS)  # others may be writing here
     for index in wanted:
         files.set_aside_if_damaged(expert_path(folder, index), KIND, note)
-    missing = [index for index in wanted if recorded_epochs(expert_path(folder, index)) < (task.config.epochs or 1)]
+    missing = missing_experts(folder, wanted, task.config.epochs or 1)
     if not missing:
         return folder
     seconds = expected_seconds(task, device) * len(missing) if workers == "auto" and len(missing) > 1 else 0.0

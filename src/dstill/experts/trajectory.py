@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +43,11 @@ def recorded_epochs(path: Path) -> int:
             return file.get_slice("trajectory").get_shape()[0] - 1
     except (DamagedFileError, safetensors.SafetensorError):
         return 0
+
+
+def missing_experts(folder: Path, wanted: Iterable[int], epochs: int) -> list[int]:
+    """Those of the wanted experts that the folder lacks, or has with fewer epochs."""
+    return [index for index in wanted if recorded_epochs(expert_path(folder, index)) < epochs]
 
 
 @dataclass(frozen=True)

@@ -451,7 +451,7 @@ void product(const Matrices& x, const T* a, const T* b, T* c, bool add) {
   long j = 0;
   for (; j + kVectors * width <= x.n; j += kVectors * width) column<T, kVectors>(x, a, b + j, c + j, add, all);
   for (; j + 2 * width <= x.n; j += 2 * width) column<T, 2>(x, a, b + j, c + j, add, all);
-  if (j + width <= x.n) column<T, 1>(x, a, b + j, c + j, add, all), j += width;
+  for (; j + width <= x.n; j += width) column<T, 1>(x, a, b + j, c + j, add, all);
   if (j < x.n) column<T, 1>(x, a, b + j, c + j, add, Channels<T, false>{x.n - j});
 }
 
