@@ -34,6 +34,7 @@ GRID = [
     for system in SYSTEMS
     if (data, system) != ("imagenet-subset", "ftd")
 ]
+TUNED = [name for name in NAMES if "-tuned-" in name]
 
 # The published settings, row by row: data, IPC, N, M, T+, batch_syn (None: all), lr_images, lr_alpha, alpha_init, ZCA.
 Row = tuple[str, int, int, int, int, int | None, float, float, float, bool]
@@ -95,14 +96,24 @@ def test_the_grid_of_published_cases_is_complete() -> None:
     assert {*GRID, *OTHER_GRID} <= set(NAMES)
 
 
-def test_nothing_but_the_grid_is_shipped_for_the_published_data_sets() -> None:
-    assert {name for name in NAMES if name.split("/")[0] in IPCS} == {*GRID, *OTHER_GRID}
+def test_nothing_but_the_grid_and_what_won_here_is_shipped_for_the_published_data_sets() -> None:
+    assert {name for name in NAMES if name.split("/")[0] in IPCS} == {*GRID, *OTHER_GRID, *TUNED}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_a_tuned_recipe_is_taken_unless_the_published_one_is_named(name: str) -> None:
+    published, recipe = name.replace("-tuned", ""), load_recipe(name)
+    found, origin = resolve(None, shape(recipe.data), method=recipe.method, ipc=recipe.ipc)
+    assert found == recipe and published in origin
+    assert resolve(published, shape(recipe.data), method=None, ipc=None)[0] == load_recipe(published)
+    derived, origin = resolve(None, shape(), method=recipe.method, ipc=recipe.ipc)
+    assert derived.distill == recipe.distill and name in origin
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_what_its_file_name_says(name: str) -> None:
     recipe = load_recipe(name)
-    forms = {recipe.method, f"{recipe.method}-released"}
+    forms = {recipe.method, f"{recipe.method}-released", f"{recipe.method}-tuned"}
     assert name in {f"{recipe.data}/{form}-ipc{recipe.ipc}" for form in forms}
     assert recipe.method in METHODS
     assert recipe.note

@@ -26,7 +26,7 @@ from dstill.errors import DstillError, suggest
 from dstill.evaluation.following import accumulated_error
 from dstill.experts.trajectory import Trajectories
 from dstill.planning import Given, Plan, plan_run, together
-from dstill.preparation import cache_folder, resolve_for, resolve_recipe, shape_of
+from dstill.preparation import at_least_one, cache_folder, resolve_for, resolve_recipe, shape_of
 from dstill.reproductions import Case, Reproduction, Row, Scale, ScaleName, load_reproduction
 from dstill.reproductions.table import Entry, page
 from dstill.running import refuse_import, request, run_apart
@@ -57,6 +57,7 @@ def reproduce(
     scale: ScaleName = "smoke",
     sources: Mapping[str, Any] | None = None,
     only: Sequence[str] = (),
+    sets: int | None = None,
     out: str | Path = "results",
     runs: str | Path = "runs/reproduce",
     seed: int = 0,
@@ -76,6 +77,7 @@ def reproduce(
         scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `paper`, as published.
         sources: by data set name, what `load_real` takes instead of the name.
         only: names of rows to run; the others are shown if they are there, else as pending.
+        sets: distilled sets a row, the scale's number if left out. A later call with more goes on from those that are there.
         out: results go to `<out>/<what>/<scale>`: settings, a JSON file a row, figures, and `page.md`.
         runs: folder of run folders, shared by all reproductions.
         seed: decides everything random.
@@ -93,7 +95,7 @@ def reproduce(
     """
     refuse_import("reproduce")
     reporter, where = reporter or Silent(), resolve_device(device)
-    reproduction, settings, rows = _chosen(what, scale, only)
+    reproduction, settings, rows = _chosen(what, scale, only, sets)
     reals = {case.data: load_real((sources or {}).get(case.data, case.data)) for case in settings.cases}
     jobs = [
         _Job(row, case, recipe, _options(settings, recipe, seed))
@@ -120,6 +122,7 @@ def plan_reproduction(
     *,
     scale: ScaleName = "smoke",
     only: Sequence[str] = (),
+    sets: int | None = None,
     device: str = "auto",
     cache: str | Path | None = None,
 ) -> Plan:
@@ -131,7 +134,7 @@ def plan_reproduction(
         DstillError: an unknown name of a reproduction or a row.
     """
     where = resolve_device(device)
-    _, settings, rows = _chosen(what, scale, only)
+    _, settings, rows = _chosen(what, scale, only, sets)
     plans, clocks = list[Plan](), dict[Shape, Clock]()
     for case in settings.cases:
         shape = DATASETS[case.data].shape
@@ -139,24 +142,37 @@ def plan_reproduction(
         given = Given(shape, None, where, cache_folder(cache), cores() if where.type == "cpu" else 1)
         clock = clocks.setdefault(shape, Clock(shape, where))
         for row in rows:
-            resolved = resolve_for(case.data, shape, settings.recipe, row.method, case.ipc, None, [], where, Silent())
+            named = _named(settings, row, case)
+            resolved = resolve_for(case.data, shape, named, row.method, case.ipc, None, [], where, Silent())
             recipe = _changed(resolved, settings, row)
             plans.append(_plan_job(_Job(row, case, recipe, _options(settings, recipe, 0)), given, clock))
     return together(plans, f"{what} at scale {scale}")
 
 
-def _chosen(what: str, scale: ScaleName, only: Sequence[str]) -> tuple[Reproduction, Scale, list[Row]]:
+def _chosen(what: str, scale: ScaleName, only: Sequence[str], sets: int | None) -> tuple[Reproduction, Scale, list[Row]]:
+    at_least_one(sets=sets)
     reproduction = load_reproduction(what)
+    settings = reproduction.scales[scale]
     rows = reproduction.rows_at(scale)
     for name in only:
         if name not in {row.name for row in rows}:
             raise DstillError(f"{what} has no row {name!r} at scale {scale}; {suggest(name, [row.name for row in rows])}")
-    return reproduction, reproduction.scales[scale], [row for row in rows if not only or row.name in only]
+    settings = settings.model_copy(update={"sets": sets or settings.sets})
+    return reproduction, settings, [row for row in rows if not only or row.name in only]
 
 
 def _recipe(settings: Scale, row: Row, case: Case, real: RealSet, device: torch.device) -> Recipe:
-    resolved = resolve_recipe(real, settings.recipe, row.method, case.ipc, None, [], device, Silent())
+    resolved = resolve_recipe(real, _named(settings, row, case), row.method, case.ipc, None, [], device, Silent())
     return _changed(resolved, settings, row)
+
+
+def _named(settings: Scale, row: Row, case: Case) -> str | None:
+    """The recipe to start from: one tuned here only where the row says so."""
+    from dstill import recipes
+
+    if settings.recipe is None and row.recipe:
+        return f"{case.data}/{row.recipe}-ipc{case.ipc}"
+    return settings.recipe or recipes.published(case.data, row.method, case.ipc)
 
 
 def _changed(recipe: Recipe, settings: Scale, row: Row) -> Recipe:

@@ -70,3 +70,17 @@ def test_a_changed_file_is_run_again_and_a_failed_row_keeps_its_reason(tmp_path:
     assert "about" in notes.notes[0] and "for 1 of 1 run(s)" in notes.notes[0]
     page = (folder / "page.md").read_text()
     assert page.count("pending") == len(load_reproduction("table3").rows) - 1
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_later_call_adds_sets_to_those_that_are_there(tmp_path: Path) -> None:
+    where = {"out": tmp_path / "results", "runs": tmp_path / "runs", "cache": tmp_path / "cache", "only": ["dm"]}
+    counts, times = list[int](), list[list[int]]()
+    for sets in (1, 2):
+        folder = dstill.reproduce("table3", sets=sets, **where)
+        entry = Entry.model_validate_json((folder / "dm-digits-ipc1.json").read_text())
+        assert entry.record.result is not None
+        counts.append(entry.record.result.sets)
+        times.append([path.stat().st_mtime_ns for path in sorted(where["runs"].glob("*/set-*/metrics.jsonl"))])
+    assert counts == [1, 2]
+    assert len(times[1]) == 2 and times[1][0] == times[0][0]

@@ -59,6 +59,14 @@ def test_rows_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         plan_reproduction("table3", only=["mt"], device="cpu", cache=tmp_path)
 
 
+def test_the_number_of_sets_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
+    one, two = (plan_reproduction("table3", only=["dm"], sets=sets, device="cpu", cache=tmp_path) for sets in (1, 2))
+    assert one.seconds < two.seconds <= 2 * one.seconds
+    with pytest.raises(DstillError, match="sets must be at least 1, got 0"):
+        plan_reproduction("table3", sets=0, device="cpu", cache=tmp_path)
+
+
 def entry(
     row: str,
     by_set: list[list[float]],

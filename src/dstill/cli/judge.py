@@ -218,6 +218,7 @@ def reproduce(
     scale: Literal["smoke", "cpu", "paper"] = "smoke",
     source: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     only: str | None = None,
+    sets: int | None = None,
     plan: Annotated[bool, Parameter(name="--plan", negative="")] = False,
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("results"),
     runs: Path = Path("runs/reproduce"),
@@ -231,6 +232,7 @@ def reproduce(
         scale: smoke: seconds on the digits; cpu: hours on a few cores; paper: as published.
         source: NAME=SOURCE for data that are not to be taken from the hub, for example cifar10=data/cifar10-*.parquet.
         only: names of rows to run, joined by commas; the others are shown if they are there.
+        sets: distilled sets a row (default: the scale's number); a later call with more goes on from those that are there.
         plan: say what it would take if nothing were there yet, and stop.
         out: folder of results.
         runs: folder of run folders, shared by all reproductions.
@@ -241,7 +243,9 @@ def reproduce(
 
     reporter = common.start()
     if plan:
-        planned = reproducing.plan_reproduction(what, scale=scale, only=names(only), device=common.device, cache=common.cache)
+        planned = reproducing.plan_reproduction(
+            what, scale=scale, only=names(only), sets=sets, device=common.device, cache=common.cache
+        )
         summary.print_plan(planned)
         return
     folder = reproducing.reproduce(
@@ -249,6 +253,7 @@ def reproduce(
         scale=scale,
         sources=assignments(source, "--source"),
         only=names(only),
+        sets=sets,
         out=out,
         runs=runs,
         checkpoint_every=checkpoint_every,

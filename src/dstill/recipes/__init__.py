@@ -36,7 +36,7 @@ class DataShape:
 
 
 def recipe_names() -> list[str]:
-    """Names of all shipped recipes, `<data>/<method>[-released]-ipc<k>`."""
+    """Names of all shipped recipes, `<data>/<method>[-released|-tuned]-ipc<k>`: the paper's, its code's, what won here."""
     return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.glob("*/*.yaml"))
 
 
@@ -58,7 +58,8 @@ def resolve(
     """The settings of a run and a sentence on where they come from.
 
     Args:
-        recipe: name or file; `smoke` for a tiny run on any data; left out: the data set's own, else derived.
+        recipe: name or file; `smoke` for a tiny run on any data; left out: the data set's own, tuned where there is one,
+            else derived.
         shape: the real data.
         method: must agree with the recipe's; `ast` where there is neither.
         ipc: overrides the recipe's; 1 where there is neither.
@@ -103,10 +104,10 @@ def _assign(values: dict[str, Any], change: str) -> None:
 
 
 def _default(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
-    group = _SHARED.get(shape.name, shape.name)
-    name = f"{group}/{method}-ipc{ipc}"
-    if name in recipe_names():
-        return load_recipe(name), f"recipe {name}"
+    name = published(shape.name, method, ipc)
+    if name is not None:
+        chosen = _tuned(name)
+        return load_recipe(chosen), f"recipe {chosen}" + (f" (as published: {name})" if chosen != name else "")
     if any(method == other.split("/")[1].rsplit("-ipc")[0] for other in recipe_names()):
         return _derived(shape, method, ipc)
     like, _ = _default(shape, "ast", ipc)
@@ -118,6 +119,18 @@ def _default(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
         "note": "",
     }
     return like.model_copy(update=update), "the method's own settings; preprocessing, network and augmentation are those of ast"
+
+
+def published(data: str, method: str, ipc: int) -> str | None:
+    """Name of the recipe with a method's published settings for a case, None where there is none."""
+    name = f"{_SHARED.get(data, data)}/{method}-ipc{ipc}"
+    return name if name in recipe_names() else None
+
+
+def _tuned(name: str) -> str:
+    """The recipe with the settings that won here, where there is one beside the published one."""
+    tuned = name.replace("-ipc", "-tuned-ipc")
+    return tuned if tuned in recipe_names() else name
 
 
 def _distance(shape: DataShape, ipc: int, candidate: Recipe) -> float:
@@ -142,7 +155,7 @@ def _derived(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
         for name in recipe_names()
         if name.split("/")[0] in {*_PUBLISHED, shape.name} and name.split("/")[1].startswith(f"{method}-ipc")
     ]
-    nearest = min(names, key=lambda name: _distance(shape, ipc, load_recipe(name)))
+    nearest = _tuned(min(names, key=lambda name: _distance(shape, ipc, load_recipe(name))))
     base = load_recipe(nearest)
     depth = max(1, min(5, int(math.log2(shape.side)) - 2)) if shape.side >= 16 else max(1, int(math.log2(shape.side)) - 1)
     mirror = _mirrors(shape.name)

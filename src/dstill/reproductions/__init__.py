@@ -91,6 +91,8 @@ class Row(Settings):
     """What the table calls it."""
     method: str
     """A name of `dstill ls methods`."""
+    recipe: str = ""
+    """The row starts from the recipe `<data>/<recipe>-ipc<k>`; left out: from the method's published one."""
     changes: list[str] = Field(default_factory=list)
     """`section.key=value` that make it this row."""
     published: dict[str, dict[str, float]] = Field(default_factory=dict)
