@@ -14,6 +14,7 @@ import pytest
 import dstill
 from dstill import Comparison, DstillError
 from dstill.data.real import RealSet
+from dstill.running import run_apart
 
 PROTOCOL = "{name: tiny, version: 1, passes: 4, batch_size: 8, momentum: 0.9, weight_decay: 5e-4, lr: 0.05, networks: 2}"
 
@@ -77,6 +78,24 @@ def test_other_settings_are_not_reused(compare: Callable[..., Comparison]) -> No
     assert row.result is None, "the folder holds a run with another seed"
     assert "other settings" in row.reason
     assert not any("reused" in note for note in notes.notes)
+
+
+def test_a_run_that_was_broken_off_does_not_stand_for_the_one_before_it(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dstill.recipes.resolve("smoke", dstill.recipes.DataShape("x", 3, 8, 3), method="random", ipc=1)[0]
+    options = {"sets": 1, "networks": 1, "whole": False, "seed": 0}
+    elsewhere = {"cache": tmp_path / "cache"}
+    done = run_apart(tiny_real, recipe, tmp_path / "run", options, elsewhere, Notes())
+    assert run_apart(tiny_real, recipe, tmp_path / "run", options, elsewhere, Notes()) == done
+
+    def broken(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dstill.running.apart", broken)
+    for networks in (2, 1):  # the first may have written its result already, so the second cannot trust what is there
+        with pytest.raises(KeyboardInterrupt):
+            run_apart(tiny_real, recipe, tmp_path / "run", {**options, "networks": networks}, elsewhere, Notes())
 
 
 def test_an_unknown_method_is_refused_before_anything_runs(compare: Callable[..., Comparison], shared: Path) -> None:

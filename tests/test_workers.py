@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +89,19 @@ def test_work_apart_has_a_process_of_its_own_and_workers_in_it() -> None:
         apart(fails_at_two, 2)
     with pytest.raises(DstillError, match="a process died"):
         apart(dies_at_two, 2)
+
+
+UNGUARDED = """
+import dstill
+
+dstill.compare("digits", methods=["random"], recipe="smoke", networks=1, whole=False, out="out", device="cpu")
+"""
+
+
+def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert 'put the call under if __name__ == "__main__":' in done.stderr
 
 
 class Awkward(Exception):

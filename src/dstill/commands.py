@@ -12,7 +12,7 @@ from dstill.artifacts.result import Cost, Result
 from dstill.artifacts.run import RESULT_NAME
 from dstill.config import Recipe
 from dstill.console import Reporter, Silent
-from dstill.data.real import check_ipc, load_real
+from dstill.data.real import load_real
 from dstill.devices import resolve_device
 from dstill.distillation import Cadence, run_method
 from dstill.distilling import Watcher, distill_into, known_identity
@@ -75,6 +75,7 @@ def train_experts(
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     if resolved.experts is None and not method_info(resolved.method).needs_experts:
         raise DstillError(f"method {resolved.method!r} needs no experts")
+    check_early(real, resolved)
     return ensure_experts(real, resolved, seed, where, cache_folder(cache), reporter, only=only, workers=workers)
 
 
@@ -129,8 +130,8 @@ def distill(
     reporter, where = reporter or Silent(), resolve_device(device)
     real = load_real(source)
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
-    check_ipc(real, resolved.ipc)
-    check_early(real, resolved)
+    check_early(real, resolved, logs=logs)
+    initial = DistilledSet.load(init) if isinstance(init, str | Path) else init
     if out is not None:
         refuse_other_run(Path(out), known_identity(real, resolved, seed))
     store = cache_folder(cache)
@@ -145,7 +146,6 @@ def distill(
     preprocess = fitted_preprocess(resolved.preprocess, real, store)
     describing = None if init else feature_expert(real, resolved, trajectories, trained_with, where, store, reporter)
     trained = trained_on_all(real, resolved, trained_with, where, store, reporter)
-    initial = DistilledSet.load(init) if isinstance(init, str | Path) else init
     problem = Problem(real, preprocess, resolved, trajectories, where, seed, describing, trained, initial)
     cadence = Cadence(checkpoint=checkpoint_every, validate=validate_every, picture=picture_every if out else 0)
     if out is None:
@@ -210,8 +210,7 @@ def run(
     at_least_one(sets=sets, networks=networks)
     real = load_real(source)
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
-    check_ipc(real, resolved.ipc)
-    check_early(real, resolved, nets)
+    check_early(real, resolved, nets, logs)
     folder = Path(out) if out else Path("runs") / f"{real.name}-{resolved.method}-ipc{resolved.ipc}-seed{seed}"
     for k in range(sets):
         refuse_other_run(folder / f"set-{k}", known_identity(real, resolved, seed + k))

@@ -17,15 +17,15 @@ from dstill.config import Recipe
 from dstill.console import Reporter, Silent
 from dstill.data.real import RealSet, load_real
 from dstill.devices import resolve_device
-from dstill.errors import DstillError
+from dstill.errors import reason_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.methods import method_info
 from dstill.methods import methods as known_methods
 from dstill.preparation import resolve_recipe
 from dstill.reporting.page import REPORT_NAME, report
-from dstill.running import refuse_import, run_apart
+from dstill.running import run_apart
 from dstill.tables import latex, markdown
-from dstill.workers import Workers
+from dstill.workers import Workers, refuse_import
 
 _KEYS = (
     *("method", "ipc", "labels", "accuracy", "std", "n", "over_random", "of_whole"),
@@ -222,6 +222,5 @@ def _row(
         recipe = resolve()
         return Row(method=method, ipc=ipc, result=run_apart(real, recipe, folder, options, elsewhere, reporter))
     except Exception as error:  # whatever it is, it concerns this row alone
-        reason = str(error) if isinstance(error, DstillError) else f"{type(error).__name__}: {error}"
-        reporter.note(f"{method} failed: {reason}")
-        return Row(method=method, ipc=ipc, result=None, reason=reason)
+        reporter.note(f"{method} failed: {reason_of(error)}")
+        return Row(method=method, ipc=ipc, result=None, reason=reason_of(error))

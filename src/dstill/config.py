@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
@@ -35,6 +35,11 @@ class NetConfig(Settings):
     """Number of blocks, each halving the side (ConvNet)."""
     norm: Literal["instance", "group", "batch", "layer", "none"] | None = None
     """Normalisation after each convolution (ConvNet)."""
+
+
+def evaluation_nets(own: NetConfig, names: Sequence[str]) -> list[NetConfig]:
+    """The networks of these names, `own` with its options where it is named; `own` alone where none is."""
+    return [own if name == own.name else NetConfig(name=name) for name in names] or [own]
 
 
 class GsamConfig(Settings):

@@ -114,7 +114,7 @@ def run_method(
                 observer(iteration, total, row)
             if painter is not None and cadence.picture and (done % cadence.picture == 0 or done == total):
                 painter(done, method.result(state))
-            stopped = asked_to_stop() and done < total
+            stopped = asked_to_stop()
             if stopped:
                 if folder:
                     folder.checkpoint(done, state)

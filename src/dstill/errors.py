@@ -25,5 +25,14 @@ def suggest(value: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
 
 
+class CollapseError(DstillError):
+    """A distillation left what can be computed with: its steps are too large for what it matches."""
+
+
 class DamagedFileError(DstillError):
     """A file is not what was written: cut off, changed, or empty."""
+
+
+def reason_of(error: Exception) -> str:
+    """Why a run failed, as a row of a table keeps it."""
+    return str(error) if isinstance(error, DstillError) else f"{type(error).__name__}: {error}"

@@ -16,13 +16,13 @@ from dstill.artifacts import header as files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.result import ProtocolId, Result, Score
 from dstill.artifacts.run import RESULT_NAME
-from dstill.config import NetConfig, canonical
+from dstill.config import NetConfig, canonical, evaluation_nets
 from dstill.console import Reporter, Silent
 from dstill.data.real import RealSet, load_real
 from dstill.devices import resolve_device
 from dstill.errors import DstillError
 from dstill.evaluation.baselines import random_baseline, whole_set
-from dstill.evaluation.networks import Trial, measure, prepared, trials_of
+from dstill.evaluation.networks import Trial, learning_rate, measure, prepared, trials_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.nets import network_class
 from dstill.preparation import at_least_one, cache_folder
@@ -83,7 +83,7 @@ def evaluate(
     chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
     test = prepared(real.test, first.preprocess, where)
     count = networks or chosen.networks
-    configs = [first.net if name == first.net.name else NetConfig(name=name) for name in nets] or [first.net]
+    configs = evaluation_nets(first.net, nets)
     for config in configs:
         if not nets:
             _check_imported(config.name)
@@ -106,7 +106,7 @@ def evaluate(
         values = [one.accuracy for one in measured]
         if config is configs[0]:
             confusion = torch.tensor([one.confusion for one in measured]).sum(0)
-        rates = {one.alpha if one.alpha and chosen.optimiser == "sgd" else chosen.lr for one in sets}
+        rates = {learning_rate(one, chosen) for one in sets}
         by_set = [values[i * count : (i + 1) * count] for i in range(len(sets))]
         scores[config.name] = Score.of(by_set, lr=rates.pop() if len(rates) == 1 else None)
     evaluated = time.perf_counter()
@@ -176,7 +176,8 @@ def _check_fits(distilled: DistilledSet, real: RealSet) -> None:
 def _shared_by(like: DistilledSet, net: NetConfig, real: RealSet, seed: int) -> str:
     """Names what the baselines of a set depend on, and so the sets that share them."""
     settings = "-".join(f"{key}={value}" for key, value in canonical(net, exclude_none=True).items())
-    name = f"{real.fingerprint}-{like.preprocess.kind}-{like.augmentation}-{settings}-seed{seed}"
+    fitted = files.checksum(like.preprocess.tensors())[:8]  # an imported set may bring its own numbers
+    name = f"{real.fingerprint}-{like.preprocess.kind}-{fitted}-{like.augmentation}-{settings}-seed{seed}"
     return name.replace("/", "_").replace(":", "_")
 
 

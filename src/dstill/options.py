@@ -79,6 +79,8 @@ class Common:
 
     def start(self) -> ConsoleReporter:
         if self.threads is not None:
+            if self.threads < 1:
+                raise DstillError(f"--threads must be at least 1, got {self.threads}")
             import torch
 
             torch.set_num_threads(self.threads)

@@ -13,19 +13,20 @@ from pydantic import BaseModel, ConfigDict
 
 from dstill import nets as networks_table
 from dstill.calibration import Clock
-from dstill.config import ExpertConfig, NetConfig, Passes, Recipe, TrainingConfig, digest
+from dstill.config import ExpertConfig, NetConfig, Passes, Recipe, TrainingConfig, digest, evaluation_nets
 from dstill.console import Reporter, Silent
 from dstill.data.catalog import DATASETS, Shape
 from dstill.data.real import RealSet, load_real
 from dstill.devices import available_memory, resolve_device
+from dstill.errors import DstillError
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import expert_identity
 from dstill.experts.trajectory import missing_experts
 from dstill.methods import method_info
 from dstill.methods.settings import MatchingConfig, SelectionConfig
-from dstill.preparation import cache_folder, resolve_for, shape_of
-from dstill.unroll import Student
+from dstill.preparation import at_least_one, cache_folder, check_early, resolve_for, shape_of
+from dstill.unroll import KEPT_SHARE, Student
 from dstill.workers import Workers, cores, threads_each
 
 _FLOATS = 4  # bytes
@@ -106,7 +107,7 @@ def plan(
     seed: int = 0,
     device: str = "auto",
     cache: str | Path | None = None,
-    workers: Workers = "auto",
+    workers: Workers = 1,
     reporter: Reporter | None = None,
 ) -> Plan:
     """What `run` with the same arguments would take on this machine, from a calibration of some seconds.
@@ -138,13 +139,17 @@ def plan(
     reporter, where = reporter or Silent(), resolve_device(device)
     shape = DATASETS[source].shape if isinstance(source, str) and source in DATASETS and DATASETS[source].hub else None
     real = None if shape else load_real(source)
-    processes = (cores() if where.type == "cpu" else 1) if workers == "auto" else workers
     if shape is None:
         assert real is not None
         shape = shape_of(real)
+    at_least_one(sets=sets, networks=networks)
     name = real.name if real is not None else str(source)
     resolved = resolve_for(name, shape, recipe, method, ipc, net, changes, where, reporter)
-    given = Given(shape, real, where, cache_folder(cache), processes)
+    if real is not None:
+        check_early(real, resolved, nets)
+    elif resolved.ipc * shape.classes > shape.train:
+        raise DstillError(f"{name} has {shape.train // shape.classes} training images a class, fewer than {resolved.ipc}")
+    given = Given(shape, real, where, cache_folder(cache), processes(workers, where))
     options: dict[str, Any] = {
         "sets": sets,
         "nets": nets,
@@ -155,6 +160,13 @@ def plan(
         "seed": seed,
     }
     return plan_run(resolved, given, Clock(shape, where), **options)
+
+
+def processes(workers: Workers, device: torch.device) -> int:
+    """How many processes share the work that is worth it."""
+    if workers == "auto":
+        return cores() if device.type == "cpu" else 1
+    return workers
 
 
 def together(plans: Sequence[Plan], title: str) -> Plan:
@@ -296,8 +308,8 @@ def _kept(recipe: Recipe, given: Given) -> float:
     if kept is None:
         return weights + _remembered(recipe.net, [Passes("tangent", 1, batch)], shape)
     whole = kept * distill.student_steps
-    keeps = distill.memory == "keep" or (distill.memory == "auto" and whole < available_memory(given.device) / 2)
-    return weights + (whole if keeps else kept)
+    some = min(whole, max(kept, KEPT_SHARE * available_memory(given.device)))
+    return weights + {"keep": whole, "auto": some, "recompute": kept}[distill.memory]
 
 
 def _remembered(net: NetConfig, work: Sequence[Passes], shape: Shape) -> float:
@@ -330,7 +342,7 @@ def _evaluating(
         one = protocol.passes * math.ceil(count / protocol.batch_size) * step
         return number * (one + clock.passes(net, Passes("forward", 1, shape.test))) / processes
 
-    configs = [recipe.net if name == recipe.net.name else NetConfig(name=name) for name in nets] or [recipe.net]
+    configs = evaluation_nets(recipe.net, nets)
     seconds = sum(trainings(config, sets * each) for config in configs)
     note = f"{sets * each * len(configs)} networks"
     stages = [Stage(name="evaluation", seconds=seconds, peak_bytes=memory, disk_bytes=0, note=note)]

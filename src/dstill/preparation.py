@@ -12,12 +12,12 @@ import torch
 
 from dstill import recipes
 from dstill.artifacts import header as files
-from dstill.config import Recipe, TrainingConfig
+from dstill.config import Recipe, TrainingConfig, evaluation_nets
 from dstill.console import Reporter
 from dstill.data import preprocess as preprocessing
 from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess
-from dstill.data.real import RealSet
+from dstill.data.real import RealSet, check_ipc
 from dstill.devices import total_memory
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
@@ -26,7 +26,8 @@ from dstill.experts.trained import NetworkTask, TrainedNetwork, trained_network
 from dstill.experts.trajectory import Trajectories, missing_experts
 from dstill.methods import method_info
 from dstill.methods.settings import SelectionConfig
-from dstill.nets import build, network_class
+from dstill.nets import build
+from dstill.sinks import check_sinks
 from dstill.training import EpochReport
 from dstill.unroll import Student
 from dstill.workers import Workers
@@ -87,19 +88,21 @@ def resolve_for(
     if net is not None:
         changes = [f"net={json.dumps({'name': net})}", *changes]
     if isinstance(recipe, Recipe):
-        flags = [f"{key}={value}" for key, value in (("method", method), ("ipc", ipc)) if value is not None]
-        return recipes.changed(recipe, [*flags, *changes], "recipe")
+        recipes.check_method(recipe, method, "the recipe")
+        return recipes.changed(recipe, [*([f"ipc={ipc}"] if ipc is not None else []), *changes], "recipe")
     described = recipes.DataShape(name, shape.channels, shape.side, shape.classes, total_memory(device))
     resolved, origin = recipes.resolve(recipe, described, method=method, ipc=ipc, changes=changes)
     reporter.note(f"{resolved.method}, {resolved.ipc} image(s) per class, {name}: {origin}")
     return resolved
 
 
-def check_early(real: RealSet, recipe: Recipe, nets: Sequence[str] = ()) -> None:
+def check_early(real: RealSet, recipe: Recipe, nets: Sequence[str] = (), logs: Sequence[str] = ()) -> None:
     """Refuses at once what would otherwise be refused after the experts are trained or the set is distilled."""
+    check_ipc(real, recipe.ipc)
     load_protocol(recipe.protocol)
-    for name in (recipe.net.name, *nets):
-        network_class(name)
+    check_sinks(logs)
+    for config in (recipe.net, *evaluation_nets(recipe.net, nets)):
+        build(config, real.channels, real.classes, real.size, torch.Generator())
     if method_info(recipe.method).family in ("trajectory matching", "gradient matching"):
         Student(build(recipe.net, real.channels, real.classes, real.size, torch.Generator()))
 

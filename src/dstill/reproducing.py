@@ -22,16 +22,16 @@ from dstill.console import Reporter, Silent, duration
 from dstill.data.catalog import DATASETS, Shape
 from dstill.data.real import RealSet, load_real
 from dstill.devices import processor, resolve_device
-from dstill.errors import DstillError, suggest
+from dstill.errors import DstillError, reason_of, suggest
 from dstill.evaluation.following import accumulated_error
 from dstill.experts.trajectory import Trajectories
-from dstill.planning import Given, Plan, plan_run, together
+from dstill.planning import Given, Plan, plan_run, processes, together
 from dstill.preparation import at_least_one, cache_folder, resolve_for, resolve_recipe, shape_of
 from dstill.reproductions import Case, Reproduction, Row, Scale, ScaleName, load_reproduction
 from dstill.reproductions.table import Entry, page
-from dstill.running import refuse_import, request, run_apart
+from dstill.running import request, run_apart
 from dstill.version import __version__
-from dstill.workers import Workers, cores
+from dstill.workers import Workers, cores, refuse_import
 
 # What decides how sets are judged, and how many there are, but not how one is distilled.
 _JUDGING = ("sets", "networks", "nets", "random", "whole")
@@ -105,7 +105,8 @@ def reproduce(
     ]
     folder = Path(out) / what / scale
     write_text(folder / "reproduction.yaml", yamls.dump(canonical(reproduction)))
-    planned = _planned(jobs, reals, folder, where, cache_folder(cache), what)
+    given = {case.data: _given(reals[case.data], where, cache_folder(cache), workers) for case in settings.cases}
+    planned = _planned(jobs, given, folder, what)
     reporter.note(f"{what}, {scale}: about {duration(planned.seconds)} for {len(planned.stages)} of {len(jobs)} run(s)")
     elsewhere = {"device": device, "cache": cache, "workers": workers, "checkpoint_every": checkpoint_every}
     for job in jobs:
@@ -125,6 +126,7 @@ def plan_reproduction(
     sets: int | None = None,
     device: str = "auto",
     cache: str | Path | None = None,
+    workers: Workers = 1,
 ) -> Plan:
     """What a reproduction takes on this machine if nothing of it is there yet, from a calibration of some seconds.
 
@@ -139,7 +141,7 @@ def plan_reproduction(
     for case in settings.cases:
         shape = DATASETS[case.data].shape
         assert shape is not None
-        given = Given(shape, None, where, cache_folder(cache), cores() if where.type == "cpu" else 1)
+        given = Given(shape, None, where, cache_folder(cache), processes(workers, where))
         clock = clocks.setdefault(shape, Clock(shape, where))
         for row in rows:
             named = _named(settings, row, case)
@@ -200,16 +202,17 @@ def _options(settings: Scale, recipe: Recipe, seed: int) -> dict[str, Any]:
     return {**judging, "seed": seed, "validate_every": every}
 
 
-def _planned(
-    jobs: Sequence[_Job], reals: Mapping[str, RealSet], folder: Path, device: torch.device, cache: Path, what: str
-) -> Plan:
+def _given(real: RealSet, device: torch.device, cache: Path, workers: Workers) -> Given:
+    return Given(shape_of(real), real, device, cache, processes(workers, device))
+
+
+def _planned(jobs: Sequence[_Job], given: Mapping[str, Given], folder: Path, what: str) -> Plan:
     plans, clocks = list[Plan](), dict[Shape, Clock]()
     for job in jobs:
-        real = reals[job.case.data]
-        if _finished(folder, job, real) is None:
-            shape = shape_of(real)
-            given = Given(shape, real, device, cache, cores() if device.type == "cpu" else 1)
-            plans.append(_plan_job(job, given, clocks.setdefault(shape, Clock(shape, device))))
+        one = given[job.case.data]
+        assert one.real is not None
+        if _finished(folder, job, one.real) is None:
+            plans.append(_plan_job(job, one, clocks.setdefault(one.shape, Clock(one.shape, one.device))))
     return together(plans, what)
 
 
@@ -230,14 +233,14 @@ def _work(
     asked = request(real, job.recipe, job.options)
     # Sets are not distilled twice to be judged in another way.
     distilled = {key: value for key, value in asked.items() if key not in _JUDGING}
-    run, reason = runs / f"{job.case.name}-{job.recipe.method}-{digest(distilled)}", ""
+    run, failure = runs / f"{job.case.name}-{job.recipe.method}-{digest(distilled)}", None
     try:
         run_apart(real, job.recipe, run, job.options, elsewhere, reporter)
     except Exception as error:  # whatever it is, it concerns this row alone
-        reason = str(error) if isinstance(error, DstillError) else f"{type(error).__name__}: {error}"
-        reporter.note(f"{job.row.name} failed: {reason}")
+        failure = error
+        reporter.note(f"{job.row.name} failed: {reason_of(error)}")
     first, following = run / "set-0", list[float]()
-    if not reason and "accumulated_error" in reproduction.measures:
+    if failure is None and "accumulated_error" in reproduction.measures:
         named = json.loads((first / "settings.json").read_text(encoding="utf-8"))["experts"]
         config = job.recipe.expert_config
         trajectories = Trajectories(cache_folder(elsewhere["cache"]) / "experts" / named, config.count, config.epochs)
@@ -247,7 +250,7 @@ def _work(
         row=job.row.name,
         case=job.case.name,
         request=asked,
-        record=RunRecord.read(run, job.options["sets"], reason),
+        record=RunRecord.read(run, job.options["sets"], failure),
         following=tuple(following),
         picture=picture,
         environment=_environment(),
@@ -272,9 +275,9 @@ def _finished(folder: Path, job: _Job, real: RealSet) -> Entry | None:
     path = folder / f"{job.name}.json"
     if not path.exists():
         return None
-    entry = Entry.model_validate_json(path.read_text(encoding="utf-8"))
+    entry = Entry.load(path)
     same = entry.request == json.loads(json.dumps(request(real, job.recipe, job.options)))
-    return entry if same and (entry.record.result or "collapsed" in entry.record.reason) else None
+    return entry if same and (entry.record.result or entry.record.collapsed) else None
 
 
 def _write_page(what: str, reproduction: Reproduction, scale: ScaleName, folder: Path) -> None:
@@ -285,7 +288,7 @@ def _write_page(what: str, reproduction: Reproduction, scale: ScaleName, folder:
         for row in rows:
             path = folder / f"{row.name}-{case.name}.json"
             if path.exists():
-                entries[row.name, case.name] = Entry.model_validate_json(path.read_text(encoding="utf-8"))
+                entries[row.name, case.name] = Entry.load(path)
     drawn = [_draw(reproduction, case, rows, entries, folder) for case in cases] if reproduction.figure else []
     text = page(what, reproduction, scale, entries, [name for names in drawn for name in names])
     write_text(folder / "page.md", text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,9 @@ from dstill.commands import run
 from dstill.config import Recipe, canonical
 from dstill.console import Reporter
 from dstill.data.real import RealSet
-from dstill.errors import DstillError
 from dstill.workers import apart
 
 _REQUEST = "request.json"
-
-
-def refuse_import(command: str) -> None:
-    """Raises `DstillError` where a script calls `command` while a process of its own imports it."""
-    if multiprocessing.parent_process() is not None:
-        raise DstillError(f'{command} was called while a script was imported: put the call under if __name__ == "__main__":')
 
 
 def request(real: RealSet, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +51,7 @@ def run_apart(
     if finished.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == asked:
         reporter.note(f"{finished} is finished: reused")
         return Result.load(finished)
+    stamp.unlink(missing_ok=True)  # from here on the result there may be another's
     work = functools.partial(_work, real, {"recipe": recipe, "out": folder, **options, **elsewhere})
     result: Result = apart(work, None, lambda _, told: getattr(reporter, told[0])(*told[1:]))
     write_text(stamp, asked)

@@ -30,6 +30,14 @@ class Sink(Protocol):
         ...
 
 
+def check_sinks(names: Sequence[str]) -> None:
+    """Raises `DstillError` for an unknown name, or for a package that is not installed, with the extra that brings it."""
+    for name in names:
+        if name not in SINKS:
+            raise DstillError(f"unknown log {name!r}; {suggest(name, SINKS)}")
+        _needed(name)
+
+
 def open_sinks(names: Sequence[str], folder: Path, title: str, config: Mapping[str, Any]) -> list[Sink]:
     """The sinks of these names.
 
@@ -40,11 +48,9 @@ def open_sinks(names: Sequence[str], folder: Path, title: str, config: Mapping[s
         config: its settings, as plain values.
 
     Raises:
-        DstillError: an unknown name, or a package that is not installed, with the extra that brings it.
+        DstillError: see `check_sinks`.
     """
-    for name in names:
-        if name not in SINKS:
-            raise DstillError(f"unknown log {name!r}; {suggest(name, SINKS)}")
+    check_sinks(names)
     return [SINKS[name](folder, title, config) for name in names]
 
 
@@ -52,7 +58,6 @@ class TensorBoard:
     """Event files below `tensorboard/` in the run folder."""
 
     def __init__(self, folder: Path, title: str, config: Mapping[str, Any]) -> None:
-        _needed("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"))
@@ -73,7 +78,7 @@ class WandB:
     """A run of Weights & Biases; `WANDB_MODE=offline` keeps it on this machine."""
 
     def __init__(self, folder: Path, title: str, config: Mapping[str, Any]) -> None:
-        self.wandb = _needed("wandb", "wandb")
+        self.wandb = _needed("wandb")
         folder.mkdir(parents=True, exist_ok=True)
         quiet = self.wandb.Settings(silent=True)
         self.run = self.wandb.init(project="dstill", name=title, config=dict(config), dir=str(folder), settings=quiet)
@@ -88,11 +93,12 @@ class WandB:
         self.run.finish()
 
 
-def _needed(module: str, extra: str) -> ModuleType:
+def _needed(module: str) -> ModuleType:
+    """The package of a sink, which the extra of the same name brings."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DstillError(f"{module} is not installed: pip install 'dstill[{extra}]'") from error
+        raise DstillError(f"{module} is not installed: pip install 'dstill[{module}]'") from error
 
 
 SINKS: dict[str, Callable[[Path, str, Mapping[str, Any]], Sink]] = {"tensorboard": TensorBoard, "wandb": WandB}

@@ -17,10 +17,10 @@ from dstill.config import Recipe
 from dstill.console import Reporter, Silent
 from dstill.data.real import RealSet, load_real
 from dstill.devices import resolve_device
-from dstill.errors import DstillError
+from dstill.errors import CollapseError, DstillError
 from dstill.evaluating import evaluate
 from dstill.methods.settings import MatchingConfig
-from dstill.preparation import resolve_recipe
+from dstill.preparation import check_early, resolve_recipe
 from dstill.workers import Workers
 
 _RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -68,25 +68,25 @@ def tune(
         The recipe file, which `--recipe FILE` takes.
 
     Raises:
-        DstillError: the method has nothing to tune.
+        DstillError: the method has nothing to tune, every candidate collapsed, or whatever `distill` raises.
     """
     reporter, started = reporter or Silent(), time.monotonic()
     where = resolve_device(device)
     real = load_real(source)
-    held = real.holdout(seed)
     base = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     if not isinstance(base.distill, MatchingConfig):
         raise DstillError(f"tune searches settings of trajectory matching, and method {base.method!r} is none: take ast or mtt")
+    held = real.holdout(seed)
+    check_early(held, base)
     # Experts long enough for the largest T+ of the search serve every candidate.
-    longest = base.model_copy(
-        update={"distill": base.distill.model_copy(update={"max_start_epoch": 2 * base.distill.max_start_epoch})}
-    )
+    largest = 2 * base.distill.max_start_epoch
+    longest = base.model_copy(update={"distill": base.distill.model_copy(update={"max_start_epoch": largest})})
     experts = train_experts(held, recipe=longest, seed=seed, device=device, cache=cache, workers=workers, reporter=reporter)
     best, best_score, tried = base, -1.0, 0
     for candidate in _candidates(base, seed):
         if tried and time.monotonic() - started > 60 * budget:
             break
-        settings = _around(best, candidate) if tried else base
+        settings = _around(best, candidate, largest) if tried else base
         score = _judge(settings, held, experts, seed, device, cache)
         tried += 1
         d = _matching(settings)
@@ -94,6 +94,10 @@ def tune(
         reporter.note(f"candidate {tried}: {chosen}: validation {score:.1%}{' (best so far)' if score > best_score else ''}")
         if score > best_score:
             best, best_score = settings, score
+    if best_score <= 0:
+        raise DstillError(
+            f"all of {tried} candidates collapsed: start from a smaller distill.lr_images, or give it more --budget"
+        )
     note = f"{best.note + '; ' if best.note else ''}tuned on the validation part: {best_score:.1%}, best of {tried} candidates"
     target = Path(out) if out else Path(f"{real.name}-{best.method}-ipc{best.ipc}.yaml")
     write_text(target, recipes.dump(best.model_copy(update={"data": real.name, "note": note})))
@@ -117,11 +121,11 @@ def _matching(recipe: Recipe) -> MatchingConfig:
     return recipe.distill
 
 
-def _around(best: Recipe, factors: tuple[float, float, float]) -> Recipe:
+def _around(best: Recipe, factors: tuple[float, float, float], largest: int) -> Recipe:
+    """The best recipe so far with its settings multiplied, T+ within what the experts were trained for."""
     rate, span, alpha = factors
     distill = _matching(best)
-    # 2 T+ of the base recipe is what the experts were trained for; `_judge` scores a candidate beyond it as failed.
-    start = max(distill.min_start_epoch + 1, math.ceil(distill.max_start_epoch * span))
+    start = min(largest, max(distill.min_start_epoch + 1, math.ceil(distill.max_start_epoch * span)))
     update = {"lr_images": distill.lr_images * rate, "max_start_epoch": start, "alpha_init": distill.alpha_init * alpha}
     return best.model_copy(update={"distill": distill.model_copy(update=update)})
 
@@ -129,7 +133,7 @@ def _around(best: Recipe, factors: tuple[float, float, float]) -> Recipe:
 def _judge(settings: Recipe, held: RealSet, experts: Any, seed: int, device: str, cache: str | Path | None) -> float:
     try:
         candidate = distill(held, experts=experts, recipe=settings, seed=seed, device=device, cache=cache)
-    except DstillError:
+    except CollapseError:
         return 0.0
     if not bool(torch.isfinite(candidate.images).all()):
         return 0.0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, TypeVar
@@ -13,6 +15,7 @@ import torch
 
 from dstill.devices import ask_for_determinism
 from dstill.errors import DstillError
+from dstill.stopping import Terminated, raise_on_sigterm
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -23,6 +26,14 @@ Work = Callable[[_Item, Callable[[Any], None]], _Result]
 
 # A process that imports torch and receives the data takes a few seconds to start.
 _WORTH_SECONDS = 20.0
+_DIED = "a process died, perhaps for lack of memory (then try fewer --workers), or as it says above"
+
+
+def refuse_import(what: str) -> None:
+    """Raises `DstillError` where `what` is about to start processes while a process of its own imports the user's script."""
+    # The mark that multiprocessing itself goes by; the standard library has no public one.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise DstillError(f'{what} was called while a script was imported: put the call under if __name__ == "__main__":')
 
 
 def cores() -> int:
@@ -62,7 +73,7 @@ def spread(
 
     Raises:
         DstillError: a process died, of lacking memory for instance. What `function` raises is raised here; the others are
-            stopped.
+            stopped. So they are when this process is interrupted: what distils finishes its step and stores it.
     """
     tell = progress or (lambda item, report: None)
     if workers == 1:
@@ -96,6 +107,7 @@ def _in_processes(
     *,
     daemon: bool,
 ) -> list[_Result]:
+    refuse_import("what starts processes")
     payload = pickle.dumps(function)  # by value and not through shared memory, of which containers have little
     context = multiprocessing.get_context("spawn")
     results: dict[int, _Result] = {}
@@ -111,7 +123,7 @@ def _in_processes(
             process.start()
             processes.append(process)
             there.close()
-            here.send_bytes(payload)
+            _send(here, payload)
             _next(here, waiting, items, busy)
         while busy:
             for ready in wait(list(busy)):
@@ -129,6 +141,8 @@ def _in_processes(
     finally:
         for process in processes:
             process.terminate()
+        for process in processes:
+            process.join()
     return [results[index] for index in range(len(items))]
 
 
@@ -136,37 +150,56 @@ def _next(to: Connection, waiting: Any, items: Sequence[Any], busy: dict[Connect
     index = next(waiting, None)
     if index is not None:
         busy[to] = index
-        to.send_bytes(pickle.dumps(items[index]))
+        _send(to, pickle.dumps(items[index]))
+
+
+def _send(to: Connection, content: bytes) -> None:
+    try:
+        to.send_bytes(content)
+    except OSError as error:
+        raise DstillError(_DIED) from error
 
 
 def _received(connection: Connection) -> tuple[str, Any]:
     try:
         message: tuple[str, Any] = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own process
     except (EOFError, OSError) as error:
-        raise DstillError("a process died, perhaps for lack of memory: try fewer --workers") from error
+        raise DstillError(_DIED) from error
     return message
 
 
 def _serve(connection: Connection, threads: int, deterministic: bool) -> None:
-    """What a worker process runs: the function first, then item after item."""
+    """What a worker process runs. A Ctrl-C reaches it as the SIGTERM of its parent alone, or it would count as two."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise_on_sigterm()
     torch.set_num_threads(threads)
     if deterministic:
         ask_for_determinism()
+    with contextlib.suppress(Terminated):
+        _work_on(connection)
+
+
+def _work_on(connection: Connection) -> None:
+    """The function comes first, then item after item."""
 
     def send(kind: str, content: Any) -> None:
-        connection.send_bytes(pickle.dumps((kind, content)))
+        packed = pickle.dumps((kind, content))
+        try:
+            connection.send_bytes(packed)
+        except OSError as error:
+            raise Terminated from error  # the parent is gone
 
-    packed, function = connection.recv_bytes(), None
-    while True:
-        try:
-            item = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own parent process
-        except EOFError:
-            return
-        try:
-            function = function or pickle.loads(packed)  # noqa: S301 - likewise
-            send("done", function(item, lambda report: send("report", report)))
-        except Exception as error:  # the parent raises it again
-            send("failed", _portable(error))
+    try:
+        packed, function = connection.recv_bytes(), None
+        while True:
+            item = connection.recv_bytes()
+            try:
+                function = function or pickle.loads(packed)  # noqa: S301 - from our own parent process
+                send("done", function(pickle.loads(item), lambda report: send("report", report)))  # noqa: S301 - likewise
+            except Exception as error:  # the parent raises it again
+                send("failed", _portable(error))
+    except (EOFError, OSError):
+        return  # there are no more items, or the parent is gone
 
 
 def _portable(error: Exception) -> Exception:

@@ -198,6 +198,15 @@ def test_a_parquet_file_takes_a_validation_file_where_there_is_no_test_file(tmp_
     assert len(load_real(write_pair(tmp_path, test="val")).test) == 2
 
 
+def test_folders_of_parquet_files_are_splits(tmp_path: Path):
+    for split, shade in (("train", 10), ("test", 50)):
+        (tmp_path / split).mkdir()
+        write_parquet(tmp_path / split / "0000.parquet", [plain(shade), plain(shade + 1)], [0, 1], ["cat", "dog"])
+    real = load_real(str(tmp_path))
+    assert real.train.images[:, 0, 0, 0].tolist() == [10, 11]
+    assert real.test.images[:, 0, 0, 0].tolist() == [50, 51]
+
+
 def test_a_folder_of_parquet_shards_in_the_hub_layout_is_one_data_set(tmp_path: Path):
     names = ["cat", "dog"]
     for shard in range(2):

@@ -85,6 +85,23 @@ def test_sigterm_stores_the_state_and_the_same_command_goes_on(tmp_path: Path) -
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
+def test_ctrl_c_reaches_a_row_once_and_stores_its_state(tmp_path: Path) -> None:
+    changes = ["net.width=4", "distill.iterations=400"]
+    options = ["--recipe", "smoke", "--networks", "1", "--threads", "1", "--checkpoint-every", "0"]
+    words = ["compare", "digits", "--methods", "mtt", *options, "-o", str(tmp_path / "out"), "--set", *changes]
+    process = start(words, tmp_path / "cache", start_new_session=True)
+    folder = tmp_path / "out" / "mtt-ipc1" / "set-0"
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and to all that it started
+    _, told = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted; the same command continues" in told
+    assert "Traceback" not in told
+    assert (folder / "checkpoint.safetensors").exists(), "stored although no checkpoint was due"
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Python's own answer to Ctrl-C, which test runners may have taken away."""

@@ -152,6 +152,15 @@ def test_several_networks_and_several_sets_are_pooled(syn: DistilledSet, tiny_re
     assert (result.sets, result.accuracy.n) == (2, 4)
 
 
+def test_random_images_are_measured_anew_for_a_preprocessing_with_other_numbers(
+    syn: DistilledSet, tiny_real: RealSet, short: str, tmp_path: Path
+) -> None:
+    foreign = replace(syn, preprocess=preprocess.Standardise(torch.zeros(3), torch.full((3,), 0.1)))
+    for one in (syn, foreign, syn):
+        dstill.evaluate(one, tiny_real, protocol=short, networks=1, cache=tmp_path)
+    assert len(list((tmp_path / "random").iterdir())) == 2
+
+
 def test_the_whole_set_is_measured_once_and_cached(syn: DistilledSet, tiny_real: RealSet, short: str, tmp_path: Path) -> None:
     options = {"protocol": short, "random": False, "whole": True, "cache": tmp_path}
     first = dstill.evaluate(syn, tiny_real, **options)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,27 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         for name in ("whole", "broken")
     ]
     assert rows[0] == rows[1] and len(rows[0]) == 5
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_signal_loses_no_step_not_even_the_last(
+    stop: int, problem_of: Callable[..., Problem], tiny_real: RealSet, tmp_path: Path
+) -> None:
+    def interrupt(iteration: int, total: int, row: dict[str, float]) -> None:
+        if iteration == stop:
+            signal.raise_signal(signal.SIGINT)
+
+    problem, folder = problem_of("dm", tiny_real, iterations=3), RunFolder(tmp_path, {})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_method(problem, folder, cadence=Cadence(checkpoint=0), observer=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    done, taken = folder.restore() or (0, {}), list[int]()
+    assert done[0] == stop + 1
+    assert same(run_method(problem, folder, observer=lambda i, *_: taken.append(i)), run_method(problem))
+    assert taken == list(range(stop + 1, 3))
 
 
 @pytest.mark.parametrize("method", NAMES)

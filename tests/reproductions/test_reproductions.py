@@ -12,6 +12,7 @@ from dstill.artifacts.result import Cost, ProtocolId, Result, Score
 from dstill.artifacts.run import Curve, ExpertCurves, RunRecord, SetRecord
 from dstill.calibration import Clock
 from dstill.data.catalog import DATASETS
+from dstill.errors import CollapseError
 from dstill.methods import methods
 from dstill.reproducing import plan_reproduction
 from dstill.reproductions import Case, Row, ScaleName, load_reproduction, reproduction_names
@@ -105,6 +106,7 @@ def entry(
         recipe={"distill": {"student_steps": steps}},
         result=result,
         reason=reason,
+        collapsed=bool(reason),
         experts=ExpertCurves(count=3, accuracy=(0.2, 0.5), step_lengths=(3.0, 1.0)),
         sets=(SetRecord(curves=curves, seconds=passed, inner_loss={0: 1.0}, iterations=iterations, skipped=0),),
         cost=Cost(seconds=25.0, peak_bytes=3 * 2**20),
@@ -126,6 +128,16 @@ def test_cells_are_what_the_run_recorded() -> None:
     lost = entry("b", [], reason="the run collapsed at iteration 7 (loss nan)", iterations=7)
     assert cell("accuracy", lost, one) == "–"
     assert cell("collapsed", lost, one) == "after 7 iterations"
+
+
+def test_a_failed_run_does_not_show_the_result_of_an_earlier_one(tmp_path: Path) -> None:
+    earlier = entry("a", [[0.3, 0.5]]).record.result
+    assert earlier is not None
+    earlier.save(tmp_path / "result.json")
+    assert RunRecord.read(tmp_path).result == earlier
+    for error, collapsed in ((DstillError("no room"), False), (CollapseError("too large"), True)):
+        record = RunRecord.read(tmp_path, error=error)
+        assert (record.result, record.reason, record.collapsed) == (None, str(error), collapsed)
 
 
 def test_speed_is_when_the_first_rows_last_look_was_reached() -> None:

@@ -50,7 +50,7 @@ def import_set(
     path: str | Path,
     real: RealSet,
     *,
-    preprocess: Preprocess,
+    preprocess: Preprocess | str = "published",
     method: str = "imported",
     net: str = "convnet",
     augmentation: str = "colour_crop_cutout_flip_scale_rotate",
@@ -63,7 +63,8 @@ def import_set(
             `labels_best.pt` and `lr_best.pt` are looked for; or a `.pt` file of DC, DSA or DM (`res_*.pt`), of which the last
             repetition is taken.
         real: the data that it was distilled from: for the names of the classes, and for evaluation.
-        preprocess: what the images went through: `published_preprocess`, or a fitted one.
+        preprocess: what the images of other programs went through: a kind of `published_preprocess`, or a fitted one. Our
+            own files bring theirs.
         method: name of the method, for tables.
         net: network that it was distilled with.
         augmentation: DSA strategy to train with.
@@ -90,14 +91,15 @@ def import_set(
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise DstillError(f"{source} holds images {tuple(images.shape)}, {real.name} has images {expected}: is it another set?")
     labels = _labels(found.labels, len(images), real.classes, source)
-    order = labels.argmax(1) if labels.is_floating_point() else labels
+    soft = labels.is_floating_point()  # then an image belongs to no class
+    ipc = len(images) // real.classes if soft else int(torch.bincount(labels, minlength=real.classes).max())
     return DistilledSet(
         images=images,
         labels=labels,
         alpha=alpha if alpha is not None else found.alpha,
-        preprocess=preprocess,
+        preprocess=published_preprocess(preprocess, real) if isinstance(preprocess, str) else preprocess,
         method=method,
-        ipc=max(1, int(torch.bincount(order, minlength=real.classes).max())),
+        ipc=max(1, ipc),
         class_names=real.class_names,
         augmentation=augmentation,
         net=NetConfig(name=net),

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from dstill.artifacts.header import write_text
-from dstill.errors import DstillError
+from dstill.errors import DamagedFileError, DstillError
 
 _COST = "cost.json"
 
@@ -71,9 +71,16 @@ class Cost(BaseModel):
 
     @classmethod
     def load(cls, folder: Path) -> Cost | None:
-        """The cost stored in the folder of a set; None if there is none."""
+        """The cost stored in the folder of a set; None if there is none.
+
+        Raises:
+            DamagedFileError: it is not what was written.
+        """
         path = folder / _COST
-        return cls.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError as error:
+            raise DamagedFileError(f"{path} is damaged: remove it ({error})") from error
 
 
 class Result(BaseModel):

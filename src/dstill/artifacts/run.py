@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dstill import yamls
 from dstill.artifacts.result import Cost, Result
-from dstill.errors import DamagedFileError, DstillError
+from dstill.errors import CollapseError, DamagedFileError, DstillError, reason_of
 
 RESULT_NAME = "result.json"
 SETTINGS_NAME = "recipe.yaml"
@@ -114,6 +114,7 @@ class RunRecord(_Record):
         recipe: the resolved settings; empty where no set was finished.
         result: None where the run failed.
         reason: why it failed.
+        collapsed: whether that was a `CollapseError`, which no further try would change.
         experts: their curves, for methods that have some.
         sets: one a distilled set.
         cost: of the first set.
@@ -123,35 +124,39 @@ class RunRecord(_Record):
     recipe: dict[str, Any]
     result: Result | None
     reason: str = ""
+    collapsed: bool = False
     experts: ExpertCurves | None = None
     sets: tuple[SetRecord, ...] = ()
     cost: Cost | None = None
     map: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def read(cls, folder: Path, most: int | None = None, reason: str = "") -> RunRecord:
+    def read(cls, folder: Path, most: int | None = None, error: Exception | None = None) -> RunRecord:
         """Whatever the run folder holds of its first `most` sets, or the folder of a single set.
+
+        With the `error` that ended the run, a result that an earlier run left there is not its result.
 
         Raises:
             DstillError: a file is damaged.
         """
         try:
-            return cls._read(folder, most, reason)
+            return cls._read(folder, most, error)
         except DstillError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise DstillError(f"a file of the run {folder} is damaged: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as damage:
+            raise DstillError(f"a file of the run {folder} is damaged: {damage}") from damage
 
     @classmethod
-    def _read(cls, folder: Path, most: int | None, reason: str) -> RunRecord:
+    def _read(cls, folder: Path, most: int | None, error: Exception | None) -> RunRecord:
         sets = sorted(folder.glob("set-*"), key=lambda path: int(path.name.split("-")[1]))[:most] or [folder]
         first, finished = sets[0], folder / RESULT_NAME
         settings, experts, chosen = (first / name for name in (SETTINGS_NAME, EXPERTS_NAME, MAP_NAME))
         metrics = [rows for one in sets if (rows := read_metrics(one / METRICS_NAME))]
         return cls(
             recipe=yamls.read_mapping(settings) if settings.exists() else {},
-            result=Result.load(finished) if finished.exists() else None,
-            reason=reason,
+            result=Result.load(finished) if finished.exists() and error is None else None,
+            reason=reason_of(error) if error else "",
+            collapsed=isinstance(error, CollapseError),
             experts=ExpertCurves.of(json.loads(experts.read_text(encoding="utf-8"))) if experts.exists() else None,
             sets=tuple(SetRecord.of(rows) for rows in metrics),
             cost=Cost.load(first),

@@ -10,9 +10,9 @@ from cyclopts import Parameter
 
 from dstill.cli.app import app
 from dstill.console import printable
-from dstill.options import Choice, Common, Data
+from dstill.options import Common, Data
 
-_DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
+_DATA, _COMMON = Data(), Common()
 
 
 @app.command
@@ -53,7 +53,7 @@ def import_(
         path: images_best.pt beside labels_best.pt (MTT, FTD, TESLA, DATM), res_*.pt (DC, DSA, DM), or an export of dstill.
         source: the real data that it was distilled from; see `dstill run`.
         preprocess: what its images went through: published: the constants of the field's scripts; standardise or zca: fitted
-            on the real data.
+            on the real data. This and the next four are for files of other programs: ours tell it themselves.
         method: name for tables.
         net: network that it was distilled with.
         augmentation: DSA operations joined by _ to train with, or none.
@@ -67,9 +67,8 @@ def import_(
 
     common.start()
     real = data.load(source, common.seed)
-    fitted = importing.published_preprocess(preprocess, real)
     options = {"method": method, "net": net, "augmentation": augmentation, "alpha": alpha}
-    importing.import_set(path, real, preprocess=fitted, **options).save(out)  # type: ignore[arg-type]
+    importing.import_set(path, real, preprocess=preprocess, **options).save(out)  # type: ignore[arg-type]
     print(printable(showing.describe(out)))
 
 

@@ -244,7 +244,7 @@ def reproduce(
     reporter = common.start()
     if plan:
         planned = reproducing.plan_reproduction(
-            what, scale=scale, only=names(only), sets=sets, device=common.device, cache=common.cache
+            what, scale=scale, only=names(only), sets=sets, device=common.device, cache=common.cache, workers=common.workers
         )
         summary.print_plan(planned)
         return

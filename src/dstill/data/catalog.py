@@ -57,6 +57,8 @@ def _subset(*ids: int) -> Entry:
     )
 
 
+_GREY = Shape(1, 32, 10, 60_000, 10_000)
+
 DATASETS: dict[str, Entry] = {
     "digits": Entry(
         "",
@@ -77,9 +79,17 @@ DATASETS: dict[str, Entry] = {
         note="110,000 images of 64x64, 200 classes",
         shape=Shape(3, 64, 200, 100_000, 10_000),
     ),
-    "mnist": Entry("ylecun/mnist", mirror=False, size=32, fit="pad", note="70,000 digits, 28x28 padded to 32x32"),
-    "fashion-mnist": Entry("zalando-datasets/fashion_mnist", size=32, fit="pad", note="70,000 garments, 28x28 padded to 32x32"),
-    "svhn": Entry("ufldl-stanford/svhn", config="cropped_digits", mirror=False, note="99,289 house numbers of 32x32"),
+    "mnist": Entry("ylecun/mnist", mirror=False, size=32, fit="pad", note="70,000 digits, 28x28 padded to 32x32", shape=_GREY),
+    "fashion-mnist": Entry(
+        "zalando-datasets/fashion_mnist", size=32, fit="pad", note="70,000 garments, 28x28 padded to 32x32", shape=_GREY
+    ),
+    "svhn": Entry(
+        "ufldl-stanford/svhn",
+        config="cropped_digits",
+        mirror=False,
+        note="99,289 house numbers of 32x32",
+        shape=Shape(3, 32, 10, 73_257, 26_032),
+    ),
     "nette": _subset(0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
     "woof": _subset(193, 182, 258, 162, 155, 167, 159, 273, 207, 229),
     "meow": _subset(281, 282, 283, 284, 285, 291, 292, 290, 289, 287),

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dstill import seeding
 from dstill.data import sources
-from dstill.data.catalog import DATASETS
 from dstill.errors import DstillError, suggest
 
 VALIDATION_FRACTION = 0.1
@@ -261,8 +260,3 @@ def check_ipc(real: RealSet, ipc: int) -> None:
             f"class {real.class_names[smallest]!r} has {int(counts[smallest])} training images, fewer than the {ipc} "
             "images per class asked for: lower --ipc or leave the class out with --classes"
         )
-
-
-def known(name: str) -> bool:
-    """Whether `name` is a data set of `dstill ls datasets`."""
-    return name in DATASETS

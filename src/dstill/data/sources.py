@@ -158,7 +158,8 @@ def _load_local(pattern: str) -> Any:
         raise DstillError(f"{wrong} is not a Parquet file: pass Parquet files or the root of an image folder")
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        by_split.setdefault(_split_of(file), []).append(file)
+        folder = file.parent.name if path.is_dir() and file.parent != path else ""
+        by_split.setdefault(_split_of(file.stem) or _split_of(folder) or "train", []).append(file)
     for shards in by_split.values():
         _check_shards(shards)
     # One call a split: in a common call `datasets` reads every split with the class names of the first file.
@@ -201,9 +202,10 @@ def _check_shards(files: list[Path]) -> None:
             )
 
 
-def _split_of(file: Path) -> str:
-    words = file.stem.lower().replace("_", "-").replace(".", "-").split("-")
-    return next((word for word in words if word in ("train", *_TEST_NAMES)), "train")
+def _split_of(name: str) -> str | None:
+    """The split that a file or a folder is named after."""
+    words = name.lower().replace("_", "-").replace(".", "-").split("-")
+    return next((word for word in words if word in ("train", *_TEST_NAMES)), None)
 
 
 def _siblings(file: Path) -> list[Path]:

@@ -66,7 +66,6 @@ def train_and_measure(
     network = nets.build(net, channels, classes, size, generator).to(images.device)
     optimiser: torch.optim.Optimizer
     if protocol.optimiser == "adam":
-        lr = protocol.lr  # a set's α was learned for SGD
         optimiser = torch.optim.Adam(network.parameters(), lr=lr, weight_decay=protocol.weight_decay)
     else:
         optimiser = torch.optim.SGD(network.parameters(), lr=lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
@@ -97,7 +96,7 @@ class Trial:
     Attributes:
         distilled: the set.
         net: the network.
-        lr: learning rate; the set's α, or the protocol's rate where it has none, if None.
+        lr: learning rate; see `learning_rate` if None.
         seed: master seed.
         stream: names this trial among others of the same seed.
     """
@@ -107,6 +106,11 @@ class Trial:
     lr: float | None
     seed: int
     stream: tuple[str | int, ...]
+
+
+def learning_rate(distilled: DistilledSet, protocol: Protocol) -> float:
+    """The set's α, which was learned for SGD; the protocol's rate where there is none or the optimiser is another."""
+    return distilled.alpha if distilled.alpha and protocol.optimiser == "sgd" else protocol.lr
 
 
 def measure(
@@ -144,7 +148,7 @@ def _measured(test: tuple[Tensor, Tensor], protocol: Protocol, trial: Trial, rep
         test,
         classes=distilled.classes,
         protocol=protocol,
-        lr=trial.lr or distilled.alpha or protocol.lr,
+        lr=trial.lr or learning_rate(distilled, protocol),
         augmentation=distilled.augmentation,
         generator=seeding.generator(trial.seed, "evaluate", trial.net.name, *trial.stream),
     )

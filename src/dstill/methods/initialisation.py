@@ -117,9 +117,15 @@ def initialisation_map(problem: Problem, classes: int = 3, points: int = 200) ->
 
 
 def _images_of(problem: Problem, initial: DistilledSet) -> Tensor:
-    """The images of another set, class by class, in the problem's preprocessing."""
+    """The images of another set, class by class, in the problem's preprocessing.
+
+    With soft labels an image belongs to no class: then the order in the set says which it was made for.
+    """
+    classes, expected = problem.real.classes, problem.recipe.ipc
     ids = initial.class_ids
-    counts, expected = torch.bincount(ids, minlength=problem.real.classes), problem.recipe.ipc
+    if initial.labels.is_floating_point() and len(ids) == classes * expected:
+        ids = torch.arange(classes).repeat_interleave(expected)
+    counts = torch.bincount(ids, minlength=classes)
     shape = (problem.real.channels, *problem.real.size)
     if tuple(initial.images.shape[1:]) != shape or bool((counts != expected).any()):
         raise DstillError(

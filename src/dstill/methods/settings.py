@@ -175,7 +175,7 @@ class FrepoConfig(DistillConfig):
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
         images = ipc * classes * (2 if self.flip else 1)
         learning = Passes("library", 1, images)
-        training = Passes("library", math.ceil(images / self.batch_train), min(images, self.batch_train))
+        training = Passes("library", 1, min(ipc * classes, self.batch_train))
         return [Passes("library-forward", 1, self.batch_real), learning, training]
 
     def smoke(self) -> Self:

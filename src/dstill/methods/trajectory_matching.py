@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dstill.artifacts.distilled import DistilledSet
 from dstill.data import siamese
-from dstill.errors import DstillError
+from dstill.errors import CollapseError, DstillError
 from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
 from dstill.methods.base import Metrics, Problem, State
@@ -172,7 +172,7 @@ class TrajectoryMatching:
         )
         finite = math.isfinite(float(unrolled.loss)) and bool(torch.isfinite(images).all()) and math.isfinite(float(alpha))
         if settings.guard == "off" and not finite:
-            raise DstillError(
+            raise CollapseError(
                 f"the run collapsed at iteration {iteration} (loss {float(unrolled.loss):.3g}, α {float(state['alpha']):.3g}); "
                 "the guard is off, and the curves up to here are in metrics.jsonl"
             )
@@ -188,7 +188,8 @@ class TrajectoryMatching:
 
     def _stop_if_hopeless(self, skipped: int, iteration: int) -> None:
         if skipped >= _MIN_SKIPS and skipped > self.settings.max_skip_share * (iteration + 1):
-            raise DstillError(
-                f"{skipped} of {iteration + 1} steps were not finite or would have made α non-positive, more than the "
-                f"{self.settings.max_skip_share:.0%} allowed: lower distill.lr_images or lr_alpha, or use smoother experts"
+            raise CollapseError(
+                f"the run collapsed: {skipped} of {iteration + 1} steps were not finite or would have made α non-positive, "
+                f"more than the {self.settings.max_skip_share:.0%} allowed: lower distill.lr_images or lr_alpha, or use "
+                "smoother experts"
             )

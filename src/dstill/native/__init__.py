@@ -84,7 +84,8 @@ def describe() -> str:
         return "native CPU kernels"
     if os.environ.get("DSTILL_NATIVE") == "0":
         return "plain tensor operations: native CPU kernels are switched off by DSTILL_NATIVE=0"
-    return "plain tensor operations, several times slower than native CPU kernels: install a C++ compiler (g++ or clang++)"
+    advice = "install a C++ compiler (g++ or clang++), or name one in CXX"
+    return f"plain tensor operations, several times slower than native CPU kernels: {advice}"
 
 
 def _compiler() -> str | None:

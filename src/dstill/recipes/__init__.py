@@ -79,13 +79,18 @@ def resolve(
         found, origin = _default(shape, method or "ast", ipc or 1)
     else:
         found, origin = load_recipe(recipe), f"recipe {recipe}"
-        if method is not None and method != found.method:
-            raise DstillError(f"recipe {recipe} is for method {found.method!r}, not {method!r}: leave one of the two out")
+        check_method(found, method, f"recipe {recipe}")
     flags = {key: value for key, value in (("method", method), ("ipc", ipc)) if value is not None}
     values = {**found.model_dump(), **flags}
     for change in changes:
         _assign(values, change)
     return yamls.validate(Recipe, values, "--set" if changes else origin), origin
+
+
+def check_method(recipe: Recipe, method: str | None, name: str) -> None:
+    """Raises `DstillError` where another method is asked for than the recipe's, whose settings are not that one's."""
+    if method is not None and method != recipe.method:
+        raise DstillError(f"{name} is for method {recipe.method!r}, not {method!r}: leave one of the two out")
 
 
 def _assign(values: dict[str, Any], change: str) -> None:

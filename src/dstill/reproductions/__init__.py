@@ -30,7 +30,6 @@ FigureName = Literal[
     "loss",
     "alpha",
     "validation_accuracy",
-    "validation_over_seconds",
     "experts",
     "inner_loss",
     "initialisation",

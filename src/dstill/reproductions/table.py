@@ -6,12 +6,14 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from dstill.artifacts.run import RunRecord
 from dstill.console import duration
+from dstill.errors import DstillError
 from dstill.reproductions import Case, Measure, Reproduction, Row, ScaleName
 from dstill.tables import markdown
 
@@ -52,6 +54,18 @@ class Entry(BaseModel):
     picture: str = ""
     environment: dict[str, str] = {}
 
+    @classmethod
+    def load(cls, path: Path) -> Entry:
+        """Reads what a reproduction wrote.
+
+        Raises:
+            DstillError: it is not that, or another version of dstill wrote it.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DstillError(f"{path} is damaged or of another version of dstill: remove it, or pass another -o") from error
+
 
 Entries = Mapping[tuple[str, str], Entry]
 
@@ -75,7 +89,7 @@ def cell(measure: Measure, entry: Entry, first: Entry | None) -> str:
             values = record.sets[0].curves["alpha"].values
             return f"{values[0]:.3g} → {values[-1]:.3g}"
         case "collapsed" if record.sets:
-            return f"after {record.sets[0].iterations} iterations" if "collapsed" in record.reason else "no"
+            return f"after {record.sets[0].iterations} iterations" if record.collapsed else "no"
         case "reached" if first is not None:
             return reached(entry, first)
         case "seconds" if record.cost and record.sets:

@@ -20,7 +20,7 @@ __all__ = ["Gradients", "Step", "Student", "Targets", "Trace", "Unrolled", "sgd_
 Mode = Literal["adjoint", "graph", "tesla"]
 Memory = Literal["auto", "keep", "recompute"]
 
-_SHARE = 0.5  # of the memory available now that `memory="auto"` may fill
+KEPT_SHARE = 0.5  # of the memory available now that `memory="auto"` may fill
 
 
 def unroll(
@@ -90,4 +90,4 @@ def _kept_steps(student: Student, theta: Tensor, steps: Sequence[Step], memory: 
     a_step = student.kept_bytes(theta, len(steps[-1].rows)) if steps else None
     if memory == "recompute" or a_step is None:
         return 0
-    return len(steps) if memory == "keep" else min(len(steps), int(_SHARE * available_memory(theta.device) / a_step))
+    return len(steps) if memory == "keep" else min(len(steps), int(KEPT_SHARE * available_memory(theta.device) / a_step))
