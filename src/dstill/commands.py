@@ -172,6 +172,7 @@ def run(
     picture_every: int = 0,
     logs: Sequence[str] = (),
     seed: int = 0,
+    expert_seed: int | None = None,
     device: str = "auto",
     cache: str | Path | None = None,
     workers: Workers = 1,
@@ -198,6 +199,7 @@ def run(
         picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
         logs: where the metrics go besides, `tensorboard` and `wandb`.
         seed: decides everything random.
+        expert_seed: seed of the experts; `seed` if left out. Sets of other seeds from the same experts, one run each.
         device: auto, cpu, cuda or mps.
         cache: folder that keeps experts for every run that can use them.
         workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
@@ -215,10 +217,11 @@ def run(
     for k in range(sets):
         refuse_other_run(folder / f"set-{k}", known_identity(real, resolved, seed + k))
     reporter.note(f"run folder: {folder}")
+    trained_with = seed if expert_seed is None else expert_seed
     trajectories: Trajectories | None = None
     if method_info(resolved.method).needs_experts:
         trajectories = train_experts(
-            real, recipe=resolved, seed=seed, device=device, cache=cache, workers=workers, reporter=reporter
+            real, recipe=resolved, seed=trained_with, device=device, cache=cache, workers=workers, reporter=reporter
         )
     trained = time.perf_counter()
     distilled = [
@@ -227,7 +230,7 @@ def run(
             experts=trajectories,
             recipe=resolved,
             seed=seed + k,
-            expert_seed=seed,
+            expert_seed=trained_with,
             out=folder / f"set-{k}",
             device=device,
             cache=cache,

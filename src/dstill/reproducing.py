@@ -28,27 +28,42 @@ from dstill.experts.trajectory import Trajectories
 from dstill.planning import Given, Plan, plan_run, processes, together
 from dstill.preparation import at_least_one, cache_folder, resolve_for, resolve_recipe, shape_of
 from dstill.reproductions import Case, Reproduction, Row, Scale, ScaleName, load_reproduction
-from dstill.reproductions.table import Entry, page
+from dstill.reproductions.table import Entries, Entry, Sets, page
 from dstill.running import request, run_apart
 from dstill.version import __version__
 from dstill.workers import Workers, cores, refuse_import
 
-# What decides how sets are judged, and how many there are, but not how one is distilled.
-_JUDGING = ("sets", "networks", "nets", "random", "whole")
+# What decides how a set is judged, but not how it is distilled.
+_JUDGING = ("networks", "nets", "random", "whole")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A row of a case, resolved."""
+    """A row of a case, resolved.
+
+    Attributes:
+        row: the row.
+        case: the case.
+        recipe: its settings.
+        options: arguments of `run` for the first set.
+        sets: how many sets are asked for, each in a run and a file of its own: what one machine has done, another goes on from.
+    """
 
     row: Row
     case: Case
     recipe: Recipe
     options: dict[str, Any]
+    sets: int
 
-    @property
-    def name(self) -> str:
-        return f"{self.row.name}-{self.case.name}"
+    def options_of(self, index: int) -> dict[str, Any]:
+        """Arguments of `run` for one set: its own seed, and the experts that all sets share."""
+        seed = self.options["seed"]
+        return self.options if index == 0 else {**self.options, "seed": seed + index, "expert_seed": seed}
+
+
+def _name(row: Row, case: Case, index: int) -> str:
+    """File name of a set of a row, without its ending."""
+    return f"{row.name}-{case.name}" + (f"-set{index}" if index else "")
 
 
 def reproduce(
@@ -98,7 +113,7 @@ def reproduce(
     reproduction, settings, rows = _chosen(what, scale, only, sets)
     reals = {case.data: load_real((sources or {}).get(case.data, case.data)) for case in settings.cases}
     jobs = [
-        _Job(row, case, recipe, _options(settings, recipe, seed))
+        _Job(row, case, recipe, _options(settings, recipe, seed), settings.sets)
         for case in settings.cases
         for row in rows
         for recipe in [_recipe(settings, row, case, reals[case.data], where)]
@@ -107,13 +122,14 @@ def reproduce(
     write_text(folder / "reproduction.yaml", yamls.dump(canonical(reproduction)))
     given = {case.data: _given(reals[case.data], where, cache_folder(cache), workers) for case in settings.cases}
     planned = _planned(jobs, given, folder, what)
-    reporter.note(f"{what}, {scale}: about {duration(planned.seconds)} for {len(planned.stages)} of {len(jobs)} run(s)")
+    missing = [(job, index) for job in jobs for index in _missing(folder, job, reals[job.case.data])]
+    total = sum(job.sets for job in jobs)
+    reporter.note(f"{what}, {scale}: about {duration(planned.seconds)} for {len(missing)} of {total} run(s)")
     elsewhere = {"device": device, "cache": cache, "workers": workers, "checkpoint_every": checkpoint_every}
-    for job in jobs:
-        if _finished(folder, job, reals[job.case.data]) is None:
-            reporter.note(f"{what}: {job.row.title}, {job.case}")
-            _work(job, reals[job.case.data], folder, Path(runs), elsewhere, reporter, reproduction)
-            _write_page(what, reproduction, scale, folder)
+    for job, index in missing:
+        reporter.note(f"{what}: {job.row.title}, {job.case}" + (f", set {index}" if index else ""))
+        _work(job, index, reals[job.case.data], folder, Path(runs), elsewhere, reporter, reproduction)
+        _write_page(what, reproduction, scale, folder)
     _write_page(what, reproduction, scale, folder)
     return folder
 
@@ -147,7 +163,9 @@ def plan_reproduction(
             named = _named(settings, row, case)
             resolved = resolve_for(case.data, shape, named, row.method, case.ipc, None, [], where, Silent())
             recipe = _changed(resolved, settings, row)
-            plans.append(_plan_job(_Job(row, case, recipe, _options(settings, recipe, 0)), given, clock))
+            plans.append(
+                _plan_job(_Job(row, case, recipe, _options(settings, recipe, 0), settings.sets), settings.sets, given, clock)
+            )
     return together(plans, f"{what} at scale {scale}")
 
 
@@ -197,9 +215,8 @@ def _applies(change: str, recipe: Recipe) -> bool:
 
 def _options(settings: Scale, recipe: Recipe, seed: int) -> dict[str, Any]:
     every = max(1, recipe.distill.iterations // settings.looks) if settings.looks and recipe.distill.iterations else 0
-    networks, sets = settings.networks, settings.sets
-    judging = {"sets": sets, "networks": networks, "nets": settings.nets, "random": False, "whole": False}
-    return {**judging, "seed": seed, "validate_every": every}
+    judging = {"networks": settings.networks, "nets": settings.nets, "random": False, "whole": False}
+    return {"sets": 1, **judging, "seed": seed, "validate_every": every}
 
 
 def _given(real: RealSet, device: torch.device, cache: Path, workers: Workers) -> Given:
@@ -211,18 +228,20 @@ def _planned(jobs: Sequence[_Job], given: Mapping[str, Given], folder: Path, wha
     for job in jobs:
         one = given[job.case.data]
         assert one.real is not None
-        if _finished(folder, job, one.real) is None:
-            plans.append(_plan_job(job, one, clocks.setdefault(one.shape, Clock(one.shape, one.device))))
+        sets = len(_missing(folder, job, one.real))
+        if sets:
+            plans.append(_plan_job(job, sets, one, clocks.setdefault(one.shape, Clock(one.shape, one.device))))
     return together(plans, what)
 
 
-def _plan_job(job: _Job, given: Given, clock: Clock) -> Plan:
-    made = plan_run(job.recipe, given, clock, **job.options)
+def _plan_job(job: _Job, sets: int, given: Given, clock: Clock) -> Plan:
+    made = plan_run(job.recipe, given, clock, **{**job.options, "sets": sets})
     return made.model_copy(update={"title": f"{job.row.title}, {job.case}"})
 
 
 def _work(
     job: _Job,
+    index: int,
     real: RealSet,
     folder: Path,
     runs: Path,
@@ -230,12 +249,13 @@ def _work(
     reporter: Reporter,
     reproduction: Reproduction,
 ) -> None:
-    asked = request(real, job.recipe, job.options)
+    options, name = job.options_of(index), _name(job.row, job.case, index)
+    asked = request(real, job.recipe, options)
     # Sets are not distilled twice to be judged in another way.
     distilled = {key: value for key, value in asked.items() if key not in _JUDGING}
     run, failure = runs / f"{job.case.name}-{job.recipe.method}-{digest(distilled)}", None
     try:
-        run_apart(real, job.recipe, run, job.options, elsewhere, reporter)
+        run_apart(real, job.recipe, run, options, elsewhere, reporter)
     except Exception as error:  # whatever it is, it concerns this row alone
         failure = error
         reporter.note(f"{job.row.name} failed: {reason_of(error)}")
@@ -245,17 +265,18 @@ def _work(
         config = job.recipe.expert_config
         trajectories = Trajectories(cache_folder(elsewhere["cache"]) / "experts" / named, config.count, config.epochs)
         following = accumulated_error(DistilledSet.load(first), trajectories, 0, resolve_device(elsewhere["device"]))
-    picture = f"{job.name}.png" if (first / "distilled.png").exists() else ""
+    picture = f"{name}.png" if index == 0 and (first / "distilled.png").exists() else ""
     entry = Entry(
         row=job.row.name,
         case=job.case.name,
+        set=index,
         request=asked,
-        record=RunRecord.read(run, job.options["sets"], failure),
+        record=RunRecord.read(run, 1, failure),
         following=tuple(following),
         picture=picture,
         environment=_environment(),
     )
-    write_text(folder / f"{job.name}.json", entry.model_dump_json(indent=1) + "\n")
+    write_text(folder / f"{name}.json", entry.model_dump_json(indent=1) + "\n")
     if picture:
         shutil.copyfile(first / "distilled.png", folder / picture)
 
@@ -270,44 +291,49 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _finished(folder: Path, job: _Job, real: RealSet) -> Entry | None:
-    """The row's file, if it was made by the same request. A row that failed is tried again unless it collapsed."""
-    path = folder / f"{job.name}.json"
+def _missing(folder: Path, job: _Job, real: RealSet) -> list[int]:
+    """Numbers of the sets that are yet to be made."""
+    return [index for index in range(job.sets) if not _finished(folder, job, index, real)]
+
+
+def _finished(folder: Path, job: _Job, index: int, real: RealSet) -> bool:
+    """Whether the set's file was made by the same request. A run that failed is tried again unless it collapsed."""
+    path = folder / f"{_name(job.row, job.case, index)}.json"
     if not path.exists():
-        return None
+        return False
     entry = Entry.load(path)
-    same = entry.request == json.loads(json.dumps(request(real, job.recipe, job.options)))
-    return entry if same and (entry.record.result or entry.record.collapsed) else None
+    same = entry.request == json.loads(json.dumps(request(real, job.recipe, job.options_of(index))))
+    return same and (entry.record.result is not None or entry.record.collapsed)
 
 
 def _write_page(what: str, reproduction: Reproduction, scale: ScaleName, folder: Path) -> None:
     """The page and the figure of whatever rows are there."""
     rows, cases = reproduction.rows_at(scale), reproduction.scales[scale].cases
-    entries = {}
-    for case in cases:
-        for row in rows:
-            path = folder / f"{row.name}-{case.name}.json"
-            if path.exists():
-                entries[row.name, case.name] = Entry.load(path)
+    entries = {(row.name, case.name): found for case in cases for row in rows if (found := _sets(folder, row, case))}
     drawn = [_draw(reproduction, case, rows, entries, folder) for case in cases] if reproduction.figure else []
     text = page(what, reproduction, scale, entries, [name for names in drawn for name in names])
     write_text(folder / "page.md", text)
 
 
-def _draw(
-    reproduction: Reproduction, case: Case, rows: Sequence[Row], entries: Mapping[tuple[str, str], Entry], folder: Path
-) -> list[str]:
+def _sets(folder: Path, row: Row, case: Case) -> Sets | None:
+    """Whatever sets of a row are there, in order."""
+    first = _name(row, case, 0)
+    entries = [Entry.load(path) for path in (*folder.glob(f"{first}.json"), *folder.glob(f"{first}-set*.json"))]
+    return Sets(sorted(entries, key=lambda entry: entry.set)) if entries else None
+
+
+def _draw(reproduction: Reproduction, case: Case, rows: Sequence[Row], entries: Entries, folder: Path) -> list[str]:
     """Draws the figure of one case; the names of the files."""
     from dstill.reporting import figures
 
     there = [(row.title, entries[row.name, case.name]) for row in rows if (row.name, case.name) in entries]
-    records = {title: entry.record for title, entry in there}
+    records = {title: sets.record for title, sets in there}
     stem = f"figure-{case.name}"
     if not there:
         return []
     match reproduction.figure:
         case "images":
-            pictures = {title: folder / entry.picture for title, entry in there if entry.picture}
+            pictures = {title: folder / sets.entries[0].picture for title, sets in there if sets.entries[0].picture}
             if not pictures:
                 return []
             figures.sheet(pictures, folder / f"{stem}.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from dstill.errors import CollapseError
 from dstill.methods import methods
 from dstill.reproducing import plan_reproduction
 from dstill.reproductions import Case, Row, ScaleName, load_reproduction, reproduction_names
-from dstill.reproductions.table import Entry, cell, paired_difference, seconds, table, verdict
+from dstill.reproductions.table import Entry, Sets, cell, page, paired_difference, seconds, table, verdict
 
 SCALES: tuple[ScaleName, ...] = ("smoke", "cpu", "paper")
 NAMES = [*(f"table{k}" for k in range(1, 9)), *(f"fig{k}" for k in range(3, 12))]
@@ -68,54 +69,63 @@ def test_the_number_of_sets_can_be_chosen(tmp_path: Path, monkeypatch: pytest.Mo
         plan_reproduction("table3", sets=0, device="cpu", cache=tmp_path)
 
 
-def entry(
+def sets(
     row: str,
-    by_set: list[list[float]],
+    by_set: Sequence[Sequence[float]],
     *,
-    reason: str = "",
+    lost: Mapping[int, str] = {},
     iterations: int = 10,
     steps: int = 30,
     following: tuple[float, ...] = (),
     looks: tuple[float, ...] = (),
-) -> Entry:
-    score = Score.of(by_set) if by_set else None
-    result = score and Result(
+) -> Sets:
+    """A row with the accuracies of each set's networks; the sets in `lost` collapsed instead, for the reason given there."""
+    curves = {"alpha": Curve(iterations=(1, 2), values=(0.01, 0.02))}
+    if looks:
+        curves["validation_accuracy"] = Curve(iterations=tuple(range(3, 3 * len(looks) + 3, 3)), values=looks)
+    passed = Curve(iterations=(1, 9), values=(20.0, 180.0))
+    entries = []
+    for index, values in enumerate(by_set):
+        reason = lost.get(index, "")
+        record = RunRecord(
+            recipe={"distill": {"student_steps": steps}},
+            result=None if reason else result(values),
+            reason=reason,
+            collapsed=bool(reason),
+            experts=ExpertCurves(count=3, accuracy=(0.2, 0.5), step_lengths=(3.0, 1.0)),
+            sets=(SetRecord(curves=curves, seconds=passed, inner_loss={0: 1.0}, iterations=iterations, skipped=0),),
+            cost=Cost(seconds=25.0, peak_bytes=3 * 2**20),
+        )
+        beside = {"following": following, "environment": {"processor": "one", "torch": "2"}}
+        entries.append(Entry(row=row, case="cifar100-ipc10", set=index, request={}, record=record, **beside))
+    return Sets(entries)
+
+
+def result(values: Sequence[float]) -> Result:
+    score = Score.of([values])
+    return Result(
         method="mtt",
         data="cifar100",
         data_fingerprint="0",
         ipc=10,
-        sets=len(by_set),
+        sets=1,
         protocol=ProtocolId(name="ast", version=1),
         measured_on="test",
         accuracy=score,
         random=None,
         whole=None,
         nets={"convnet": score, "vgg11": Score.of([[0.2, 0.4]])},
+        confusion=((1, 2), (3, 4)),
         alpha=0.01,
         stored_bytes=1,
         seconds=1,
-        stages={},
+        stages={"distill": 0.5},
         dstill="0",
     )
-    curve = Curve(iterations=(1, 2), values=(0.01, 0.02))
-    passed = Curve(iterations=(1, 9), values=(20.0, 180.0))
-    curves = {"alpha": curve}
-    if looks:
-        curves["validation_accuracy"] = Curve(iterations=tuple(range(3, 3 * len(looks) + 3, 3)), values=looks)
-    record = RunRecord(
-        recipe={"distill": {"student_steps": steps}},
-        result=result,
-        reason=reason,
-        collapsed=bool(reason),
-        experts=ExpertCurves(count=3, accuracy=(0.2, 0.5), step_lengths=(3.0, 1.0)),
-        sets=(SetRecord(curves=curves, seconds=passed, inner_loss={0: 1.0}, iterations=iterations, skipped=0),),
-        cost=Cost(seconds=25.0, peak_bytes=3 * 2**20),
-    )
-    return Entry(row=row, case="cifar100-ipc10", request={}, record=record, following=following)
 
 
 def test_cells_are_what_the_run_recorded() -> None:
-    one = entry("a", [[0.3, 0.5]], following=(0.1, 0.4))
+    one = sets("a", [[0.3, 0.5]], following=(0.1, 0.4))
     assert cell("accuracy", one, one) == "40.0 ± 14.1 (n = 2)"
     assert cell("expert_accuracy", one, one) == "50.0 (3 experts)"
     assert cell("avg_var", one, one) == "2"
@@ -125,14 +135,34 @@ def test_cells_are_what_the_run_recorded() -> None:
     assert cell("seconds", one, one) == "2.50"
     assert cell("peak", one, one) == "3"
     assert cell("difference", one, one) == "–", "the first row differs from itself by nothing"
-    lost = entry("b", [], reason="the run collapsed at iteration 7 (loss nan)", iterations=7)
+    lost = sets("b", [[0.0]], lost={0: "the run collapsed at iteration 7 (loss nan)"}, iterations=7)
     assert cell("accuracy", lost, one) == "–"
     assert cell("collapsed", lost, one) == "after 7 iterations"
 
 
+def test_sets_of_a_row_are_put_together_from_their_own_runs() -> None:
+    together = sets("a", [[0.3, 0.5], [0.4, 0.6]])
+    assert together.record.result is not None
+    assert together.record.result.accuracy == Score.of([[0.3, 0.5], [0.4, 0.6]])
+    assert together.record.result.nets["vgg11"].n == 4
+    assert together.record.result.confusion == ((2, 4), (6, 8))
+    assert together.record.result.sets == len(together.record.sets) == 2
+    assert together.record.result.stages == {"distill": 1.0}
+    assert sets("a", [[0.3, 0.5]]).record.result == result([0.3, 0.5])
+
+
+def test_a_set_that_collapsed_leaves_those_beside_it_standing() -> None:
+    row, first = sets("b", [[0.35], [0.0], [0.45]], lost={1: "no way"}, iterations=7), sets("a", [[0.3], [0.5], [0.4]])
+    assert cell("accuracy", row, first) == "40.0 ± 7.1 (n = 2)"
+    assert cell("collapsed", row, first) == "1 of 3 sets, after 7 iterations"
+    assert paired_difference(row, first) == "+5.0 ± 0.0 (n = 2)", "set 1 has no pair, set 2 is paired with set 2"
+    reproduction = load_reproduction("table8")
+    text = page("table8", reproduction, "cpu", {("base", "cifar10-ipc10"): row}, [])
+    assert "- `b`, set 1: no way" in text
+
+
 def test_a_failed_run_does_not_show_the_result_of_an_earlier_one(tmp_path: Path) -> None:
-    earlier = entry("a", [[0.3, 0.5]]).record.result
-    assert earlier is not None
+    earlier = result([0.3, 0.5])
     earlier.save(tmp_path / "result.json")
     assert RunRecord.read(tmp_path).result == earlier
     for error, collapsed in ((DstillError("no room"), False), (CollapseError("too large"), True)):
@@ -141,23 +171,23 @@ def test_a_failed_run_does_not_show_the_result_of_an_earlier_one(tmp_path: Path)
 
 
 def test_speed_is_when_the_first_rows_last_look_was_reached() -> None:
-    first, fast, slow = (entry("a", [[0.3]], looks=looks) for looks in ((0.2, 0.5, 0.4), (0.1, 0.45, 0.4), (0.1, 0.2, 0.3)))
+    first, fast, slow = (sets("a", [[0.3]], looks=looks) for looks in ((0.2, 0.5, 0.4), (0.1, 0.45, 0.4), (0.1, 0.2, 0.3)))
     assert cell("reached", first, first) == "6 iterations, 120 s"
     assert cell("reached", fast, first) == "6 iterations, 120 s"
     assert cell("reached", slow, first) == "never"
-    assert cell("reached", entry("b", [[0.3]]), first) == "–"
+    assert cell("reached", sets("b", [[0.3]]), first) == "–"
 
 
 def test_differences_are_paired_by_set() -> None:
-    first, other = entry("a", [[0.30, 0.32], [0.50, 0.52]]), entry("b", [[0.34, 0.34], [0.53, 0.55]])
+    first, other = sets("a", [[0.30, 0.32], [0.50, 0.52]]), sets("b", [[0.34, 0.34], [0.53, 0.55]])
     # Gains of 3 and 3 points: the sets differ by 20 points, the gains by nothing.
     assert paired_difference(other, first) == "+3.0 ± 0.0 (n = 2)"
-    assert paired_difference(entry("b", [[0.35, 0.35], [0.50, 0.52]]), first) == "+2.0 ± 2.0 (n = 2)"
-    assert paired_difference(entry("b", [[0.35, 0.35]]), first) == "+4.0 (n = 1)", "the others are not there yet"
+    assert paired_difference(sets("b", [[0.35, 0.35], [0.50, 0.52]]), first) == "+2.0 ± 2.0 (n = 2)"
+    assert paired_difference(sets("b", [[0.35, 0.35]]), first) == "+4.0 (n = 1)", "the others are not there yet"
 
 
 def test_fewer_steps_are_scaled_to_those_of_the_first_row() -> None:
-    assert seconds(entry("b", [[0.3]], steps=3), entry("a", [[0.3]], steps=30)) == pytest.approx(25.0)
+    assert seconds(sets("b", [[0.3]], steps=3).record, sets("a", [[0.3]], steps=30).record) == pytest.approx(25.0)
 
 
 def test_a_table_sets_ours_beside_the_published_ones_and_names_what_is_pending() -> None:
@@ -165,7 +195,7 @@ def test_a_table_sets_ours_beside_the_published_ones_and_names_what_is_pending()
         Row(name="a", title="A", method="mtt", published={"cifar100-ipc10": {"accuracy": 39.7}}),
         Row(name="b", title="B", method="mtt"),
     ]
-    entries = {("a", "cifar100-ipc10"): entry("a", [[0.3, 0.5]])}
+    entries = {("a", "cifar100-ipc10"): sets("a", [[0.3, 0.5]])}
     lines = table(["accuracy"], ["vgg11"], rows, Case(data="cifar100", ipc=10), entries)
     assert lines == [
         ["", "accuracy %", "published", "vgg11"],
@@ -183,7 +213,7 @@ def test_the_verdict_counts_pairs_in_the_published_order_and_names_the_gap() -> 
         for name, value in published.items()
     ]
     values = {"a": 0.30, "b": 0.55, "c": 0.50}
-    entries = {(name, "cifar100-ipc10"): entry(name, [[value]]) for name, value in values.items()}
+    entries = {(name, "cifar100-ipc10"): sets(name, [[value]]) for name, value in values.items()}
     text = verdict(rows, Case(data="cifar100", ipc=10), entries)
     assert text == (
         "Ours are -10.0 to +5.0 points from the published figures, with 10 iterations and 3 experts. "

@@ -43,6 +43,12 @@ class Score(BaseModel):
             between_sets=statistics.stdev(means) if len(means) > 1 else None,
         )
 
+    @classmethod
+    def pooled(cls, scores: Sequence[Score]) -> Score:
+        """Of sets that were measured one by one, as many networks each."""
+        rates = {score.lr for score in scores}
+        return cls.of([score.values for score in scores], rates.pop() if len(rates) == 1 else None)
+
     def __str__(self) -> str:
         return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} % (n = {self.n})"
 
@@ -119,6 +125,24 @@ class Result(BaseModel):
     stages: dict[str, float]
     """The same by stage."""
     dstill: str
+
+    @classmethod
+    def pooled(cls, results: Sequence[Result]) -> Result:
+        """Of sets that were measured one by one: accuracies and times together, everything else the first one's."""
+        first = results[0]
+        if len(results) == 1:
+            return first
+        rows = zip(*(result.confusion for result in results), strict=True)
+        return first.model_copy(
+            update={
+                "sets": sum(result.sets for result in results),
+                "accuracy": Score.pooled([result.accuracy for result in results]),
+                "nets": {net: Score.pooled([result.nets[net] for result in results]) for net in first.nets},
+                "confusion": tuple(tuple(sum(counts) for counts in zip(*row, strict=True)) for row in rows),
+                "seconds": sum(result.seconds for result in results),
+                "stages": {name: sum(result.stages.get(name, 0.0) for result in results) for name in first.stages},
+            }
+        )
 
     def save(self, path: Path) -> Path:
         write_text(path, self.model_dump_json(indent=2) + "\n")

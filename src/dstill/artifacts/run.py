@@ -147,6 +147,19 @@ class RunRecord(_Record):
             raise DstillError(f"a file of the run {folder} is damaged: {damage}") from damage
 
     @classmethod
+    def pooled(cls, records: Sequence[RunRecord]) -> RunRecord:
+        """Of runs of one set each that differ in their seed alone: what was measured of all sets, the rest of the first."""
+        results = [record.result for record in records if record.result]
+        first = next((record for record in records if record.result), records[0])
+        together = {
+            "result": Result.pooled(results) if results else None,
+            "reason": "; ".join(record.reason for record in records if record.reason),
+            "collapsed": any(record.collapsed for record in records),
+            "sets": tuple(one for record in records for one in record.sets),
+        }
+        return first.model_copy(update=together)
+
+    @classmethod
     def _read(cls, folder: Path, most: int | None, error: Exception | None) -> RunRecord:
         sets = sorted(folder.glob("set-*"), key=lambda path: int(path.name.split("-")[1]))[:most] or [folder]
         first, finished = sets[0], folder / RESULT_NAME

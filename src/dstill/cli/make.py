@@ -28,6 +28,7 @@ def run(
     checkpoint_every: int = 25,
     picture_every: int = 0,
     log: str | None = None,
+    expert_seed: int | None = None,
     data: Data = _DATA,
     common: Common = _COMMON,
 ) -> None:
@@ -45,6 +46,7 @@ def run(
         checkpoint_every: store the state every so many iterations.
         picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
         log: where metrics go besides, joined by commas: tensorboard, wandb.
+        expert_seed: seed of the experts (default: --seed), for sets of other seeds from the same experts.
         choice: which settings it takes.
         data: how the real data are read.
         common: where and how the command runs.
@@ -64,6 +66,7 @@ def run(
         checkpoint_every=checkpoint_every,
         picture_every=picture_every,
         logs=names(log),
+        expert_seed=expert_seed,
         **choice.arguments(),
         **common.arguments(reporter),
     )
@@ -109,6 +112,7 @@ def distill(
     checkpoint_every: int = 25,
     picture_every: int = 0,
     log: str | None = None,
+    expert_seed: int | None = None,
     data: Data = _DATA,
     common: Common = _COMMON,
 ) -> None:
@@ -123,6 +127,7 @@ def distill(
         checkpoint_every: store the state every so many iterations.
         picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
         log: where metrics go besides, joined by commas: tensorboard, wandb.
+        expert_seed: seed of the experts (default: --seed), for sets of other seeds from the same experts.
         choice: which settings it takes.
         data: how the real data are read.
         common: where and how the command runs.
@@ -139,6 +144,7 @@ def distill(
         checkpoint_every=checkpoint_every,
         picture_every=picture_every,
         logs=names(log),
+        expert_seed=expert_seed,
         **choice.arguments(),
         **common.arguments(reporter),
     )

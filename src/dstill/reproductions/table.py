@@ -32,11 +32,12 @@ HEADINGS: dict[Measure, str] = {
 
 
 class Entry(BaseModel):
-    """One row of one case: the run it stands on.
+    """One set of a row of a case: the run it stands on.
 
     Attributes:
         row: its name.
         case: its case's name.
+        set: number of the set, which its seed counts from that of the reproduction.
         request: what decided the numbers, see `dstill.running.request`.
         record: of the run.
         following: see `dstill.evaluation.following.accumulated_error`.
@@ -48,6 +49,7 @@ class Entry(BaseModel):
 
     row: str
     case: str
+    set: int = 0
     request: dict[str, Any]
     record: RunRecord
     following: tuple[float, ...] = ()
@@ -67,51 +69,77 @@ class Entry(BaseModel):
             raise DstillError(f"{path} is damaged or of another version of dstill: remove it, or pass another -o") from error
 
 
-Entries = Mapping[tuple[str, str], Entry]
+class Sets:
+    """The sets of one row of one case, at least one.
+
+    Attributes:
+        entries: one a set.
+        record: of all sets together.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = tuple(entries)
+        self.record = RunRecord.pooled([entry.record for entry in entries])
+
+    def accuracies(self) -> dict[int, float]:
+        """Mean accuracy by number of the set, where it was measured."""
+        return {e.set: e.record.result.accuracy.mean for e in self.entries if e.record.result}
 
 
-def cell(measure: Measure, entry: Entry, first: Entry | None) -> str:
-    """A measure as text, – where the run has none."""
-    record = entry.record
+Entries = Mapping[tuple[str, str], Sets]
+
+
+def cell(measure: Measure, sets: Sets, first: Sets | None) -> str:
+    """A measure as text, – where the row has none."""
+    record, leading = sets.record, sets.entries[0]
     result, experts = record.result, record.experts
     match measure:
         case "accuracy" if result:
             return f"{100 * result.accuracy.mean:.1f} ± {100 * result.accuracy.std:.1f} (n = {result.accuracy.n})"
-        case "difference" if result and first is not None and first is not entry:
-            return paired_difference(entry, first)
+        case "difference" if result and first is not None and first is not sets:
+            return paired_difference(sets, first)
         case "expert_accuracy" if experts:
-            return f"{100 * experts.accuracy[-1]:.1f} ({experts.count} experts)"
+            return f"{100 * experts.accuracy[-1]:.1f} ({experts.count} expert{'s' if experts.count > 1 else ''})"
         case "avg_var" if experts:
             return f"{experts.avg_var:.3g}"
-        case "accumulated_error" if entry.following:
-            return f"{entry.following[-1]:.3g}"
+        case "accumulated_error" if leading.following:
+            return f"{leading.following[-1]:.3g}"
         case "alpha" if record.sets and "alpha" in record.sets[0].curves:
             values = record.sets[0].curves["alpha"].values
             return f"{values[0]:.3g} → {values[-1]:.3g}"
         case "collapsed" if record.sets:
-            return f"after {record.sets[0].iterations} iterations" if record.collapsed else "no"
+            return collapsed(sets)
         case "reached" if first is not None:
-            return reached(entry, first)
+            return reached(record, first.record)
         case "seconds" if record.cost and record.sets:
-            return f"{seconds(entry, first):.2f}"
+            return f"{seconds(record, first.record if first else None):.2f}"
         case "peak" if record.cost and record.cost.peak_bytes is not None:
             return f"{record.cost.peak_bytes / 2**20:.0f}"
     return "–"
 
 
-def seconds(entry: Entry, first: Entry | None) -> float:
+def collapsed(sets: Sets) -> str:
+    """After how many iterations, and of how many sets where there are several."""
+    lost = [entry.record.sets[0].iterations for entry in sets.entries if entry.record.collapsed]
+    if not lost:
+        return "no"
+    share = f"{len(lost)} of {len(sets.entries)} sets, " if len(sets.entries) > 1 else ""
+    return f"{share}after {', '.join(map(str, lost))} iterations"
+
+
+def seconds(record: RunRecord, first: RunRecord | None) -> float:
     """Mean time of an iteration, brought to as many student steps as the first row's where the row takes fewer."""
-    cost, steps = entry.record.cost, entry.record.recipe.get("distill", {}).get("student_steps")
+    cost, steps = record.cost, record.recipe.get("distill", {}).get("student_steps")
     assert cost is not None
-    wanted = first.record.recipe.get("distill", {}).get("student_steps") if first else None
-    return cost.seconds / entry.record.sets[0].iterations * (wanted / steps if wanted and steps else 1.0)
+    wanted = first.recipe.get("distill", {}).get("student_steps") if first else None
+    return cost.seconds / record.sets[0].iterations * (wanted / steps if wanted and steps else 1.0)
 
 
-def reached(entry: Entry, first: Entry) -> str:
+def reached(record: RunRecord, first: RunRecord) -> str:
     """When the first set's validation accuracy was first as high as the first row's after its last iteration (Fig. 6)."""
-    if not entry.record.sets or not first.record.sets:
+    if not record.sets or not first.sets:
         return "–"
-    one, other = entry.record.sets[0], first.record.sets[0]
+    one, other = record.sets[0], first.sets[0]
     ours, theirs = (each.curves.get("validation_accuracy") for each in (one, other))
     if ours is None or theirs is None or one.seconds is None:
         return "–"
@@ -120,19 +148,12 @@ def reached(entry: Entry, first: Entry) -> str:
     return "never" if when is None else f"{when:,.0f} iterations, {one.seconds.at(when):,.0f} s"
 
 
-def by_set(entry: Entry) -> list[float]:
-    """Mean accuracy of each set."""
-    result = entry.record.result
-    assert result is not None
-    size = len(result.accuracy.values) // result.sets
-    return [statistics.fmean(result.accuracy.values[i * size : (i + 1) * size]) for i in range(result.sets)]
-
-
-def paired_difference(entry: Entry, first: Entry) -> str:
-    """Mean over sets of the same seed, in points, with its standard error."""
-    if first.record.result is None:
+def paired_difference(sets: Sets, first: Sets) -> str:
+    """Mean over the sets that both rows have, in points, with its standard error: a pair shares its seed and its experts."""
+    ours, theirs = sets.accuracies(), first.accuracies()
+    gains = [100 * (ours[k] - theirs[k]) for k in sorted(ours.keys() & theirs.keys())]
+    if not gains:
         return "–"
-    gains = [100 * (a - b) for a, b in zip(by_set(entry), by_set(first), strict=False)]
     error = f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.1f}" if len(gains) > 1 else ""
     return f"{statistics.fmean(gains):+.1f}{error} (n = {len(gains)})"
 
@@ -155,18 +176,18 @@ def table(
     lines = [["", *(heading for heading, _, _ in columns)]]
     first = entries.get((rows[0].name, case.name))
     for row in rows:
-        entry, texts = entries.get((row.name, case.name)), []
+        sets, texts = entries.get((row.name, case.name)), []
         for _, key, other in columns:
             if other:
                 value = published[row.name][1].get(key)
                 texts.append("–" if value is None else f"{value:g}")
-            elif entry is None:
+            elif sets is None:
                 texts.append("pending")
             elif key in nets:
-                score = entry.record.result.nets.get(key) if entry.record.result else None
+                score = sets.record.result.nets.get(key) if sets.record.result else None
                 texts.append(f"{100 * score.mean:.1f} ± {100 * score.std:.1f}" if score else "–")
             else:
-                texts.append(cell(key, entry, first))  # type: ignore[arg-type]
+                texts.append(cell(key, sets, first))  # type: ignore[arg-type]
         lines.append([row.title, *texts])
     return lines
 
@@ -181,9 +202,9 @@ def verdict(rows: Sequence[Row], case: Case, entries: Entries) -> str:
     """A sentence on how ours and the published accuracies compare; empty where nothing can be compared."""
     pairs = []
     for row in rows:
-        entry, (where, values) = entries.get((row.name, case.name)), _published(row, case)
-        if entry and entry.record.result and "accuracy" in values:
-            pairs.append((100 * entry.record.result.accuracy.mean, values["accuracy"], where == case.name))
+        sets, (where, values) = entries.get((row.name, case.name)), _published(row, case)
+        if sets and sets.record.result and "accuracy" in values:
+            pairs.append((100 * sets.record.result.accuracy.mean, values["accuracy"], where == case.name))
     if not pairs:
         return ""
     sentences = []
@@ -203,7 +224,7 @@ def _range(values: Sequence[float]) -> str:
 
 def _about(rows: Sequence[Row], case: Case, entries: Entries) -> str:
     """The shares of the published budget, in words."""
-    done = [entry.record for row in rows if (entry := entries.get((row.name, case.name))) and entry.record.sets]
+    done = [sets.record for row in rows if (sets := entries.get((row.name, case.name))) and sets.record.sets]
     iterations = sorted({record.sets[0].iterations for record in done})
     experts = sorted({record.experts.count for record in done if record.experts})
     parts = [f"{_span(iterations)} iterations"] if iterations else []
@@ -223,11 +244,15 @@ def page(what: str, reproduction: Reproduction, scale: ScaleName, entries: Entri
         parts += [f"## {case}"] if len(settings.cases) > 1 else []
         parts += [markdown(table(reproduction.measures, settings.nets, rows, case, entries))]
         parts += [verdict(rows, case, entries)] if scale != "smoke" else []
-    failed = [(entry.row, entry.record.reason) for entry in entries.values() if entry.record.reason]
-    parts += ["\n".join(f"- `{row}`: {reason}" for row, reason in failed)]
+    every = [entry for sets in entries.values() for entry in sets.entries]
+    parts += ["\n".join(_failure(entry) for entry in every if entry.record.reason)]
     parts += [f"![{reproduction.title}]({figure})" for figure in figures]
     parts.append(f"```console\n$ dstill reproduce {what} --scale {scale}\n```")
-    costs = [entry.record.cost.seconds for entry in entries.values() if entry.record.cost]
-    machines = sorted({f"{entry.environment['processor']}, torch {entry.environment['torch']}" for entry in entries.values()})
+    costs = [entry.record.cost.seconds for entry in every if entry.record.cost]
+    machines = sorted({f"{entry.environment['processor']}, torch {entry.environment['torch']}" for entry in every})
     parts += [f"Distilling took {duration(sum(costs))} in all; {'; '.join(machines)}."] if machines else []
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def _failure(entry: Entry) -> str:
+    return f"- `{entry.row}`{f', set {entry.set}' if entry.set else ''}: {entry.record.reason}"
