@@ -177,6 +177,7 @@ def _serve(connection: Connection, threads: int, deterministic: bool) -> None:
         ask_for_determinism()
     with contextlib.suppress(Terminated):
         _work_on(connection)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be put in order on the way out
 
 
 def _work_on(connection: Connection) -> None:

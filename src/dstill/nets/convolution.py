@@ -63,7 +63,8 @@ class Direct:
         self.result, self.product = result, product or result
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.product)
+        # Products of half the size come from matrix units, which want neighbouring channels side by side.
+        return tensor if self.product == self.result else tensor.to(self.product, memory_format=torch.channels_last)
 
     def weight(self, weight: Tensor) -> Operand:
         return self._cast(weight)
