@@ -199,17 +199,17 @@ def _changed(recipe: Recipe, settings: Scale, row: Row) -> Recipe:
     """The scale's changes, as far as the method knows what they change, then the row's own, then those of the row here."""
     from dstill import recipes
 
-    shared = [change for change in settings.changes if _applies(change, recipe)]
-    own = [change for change in row.changes if _applies(change, recipe)]
-    return recipes.changed(recipe, [*shared, *own, *settings.row_changes.get(row.name, [])], f"row {row.name}")
+    shared = [change for change in settings.changes if applies(change, recipe)]
+    return recipes.changed(recipe, [*shared, *row.changes, *settings.row_changes.get(row.name, [])], f"row {row.name}")
 
 
-def _applies(change: str, recipe: Recipe) -> bool:
-    section, _, key = change.partition("=")[0].partition(".")
+def applies(change: str, recipe: Recipe) -> bool:
+    """Whether a recipe has what a shared change changes."""
+    section, _, rest = change.partition("=")[0].partition(".")
     if section == "experts":
         return recipe.experts is not None
     if section == "distill":
-        return bool(recipe.distill.iterations) and key in type(recipe.distill).model_fields
+        return bool(recipe.distill.iterations) and rest.partition(".")[0] in type(recipe.distill).model_fields
     return True
 
 
@@ -253,18 +253,15 @@ def _work(
     asked = request(real, job.recipe, options)
     # Sets are not distilled twice to be judged in another way.
     distilled = {key: value for key, value in asked.items() if key not in _JUDGING}
-    run, failure = runs / f"{job.case.name}-{job.recipe.method}-{digest(distilled)}", None
+    run = runs / f"{job.case.name}-{job.recipe.method}-{digest(distilled)}"
+    first, following, failure = run / "set-0", list[float](), None
     try:
         run_apart(real, job.recipe, run, options, elsewhere, reporter)
+        if "accumulated_error" in reproduction.measures:
+            following = _followed(first, job.recipe, elsewhere)
     except Exception as error:  # whatever it is, it concerns this row alone
         failure = error
-        reporter.note(f"{job.row.name} failed: {reason_of(error)}")
-    first, following = run / "set-0", list[float]()
-    if failure is None and "accumulated_error" in reproduction.measures:
-        named = json.loads((first / "settings.json").read_text(encoding="utf-8"))["experts"]
-        config = job.recipe.expert_config
-        trajectories = Trajectories(cache_folder(elsewhere["cache"]) / "experts" / named, config.count, config.epochs)
-        following = accumulated_error(DistilledSet.load(first), trajectories, 0, resolve_device(elsewhere["device"]))
+        reporter.note(f"{name} failed: {reason_of(error)}")
     picture = f"{name}.png" if index == 0 and (first / "distilled.png").exists() else ""
     entry = Entry(
         row=job.row.name,
@@ -274,19 +271,28 @@ def _work(
         record=RunRecord.read(run, 1, failure),
         following=tuple(following),
         picture=picture,
-        environment=_environment(),
+        environment=_environment(resolve_device(elsewhere["device"])),
     )
     write_text(folder / f"{name}.json", entry.model_dump_json(indent=1) + "\n")
     if picture:
         shutil.copyfile(first / "distilled.png", folder / picture)
 
 
-def _environment() -> dict[str, str]:
+def _followed(distilled: Path, recipe: Recipe, elsewhere: dict[str, Any]) -> list[float]:
+    """The accumulated error along the first of the experts that the set was distilled from."""
+    named = json.loads((distilled / "settings.json").read_text(encoding="utf-8"))["experts"]
+    config = recipe.expert_config
+    trajectories = Trajectories(cache_folder(elsewhere["cache"]) / "experts" / named, config.count, config.epochs)
+    return accumulated_error(DistilledSet.load(distilled), trajectories, 0, resolve_device(elsewhere["device"]))
+
+
+def _environment(device: torch.device) -> dict[str, str]:
     return {
         "dstill": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": f"{processor()}, {cores()} core(s)",
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {cores()} core(s)",
+        "device": device.type,
         "threads": str(torch.get_num_threads()),
     }
 
@@ -316,10 +322,18 @@ def _write_page(what: str, reproduction: Reproduction, scale: ScaleName, folder:
 
 
 def _sets(folder: Path, row: Row, case: Case) -> Sets | None:
-    """Whatever sets of a row are there, in order."""
-    first = _name(row, case, 0)
-    entries = [Entry.load(path) for path in (*folder.glob(f"{first}.json"), *folder.glob(f"{first}-set*.json"))]
-    return Sets(sorted(entries, key=lambda entry: entry.set)) if entries else None
+    """The sets of a row that are there, in order, without any that an earlier call made with other settings."""
+    name = _name(row, case, 0)
+    found = [Entry.load(path) for path in (*folder.glob(f"{name}.json"), *folder.glob(f"{name}-set*.json"))]
+    entries = sorted(found, key=lambda entry: entry.set)
+    return Sets([entry for entry in entries if _shared(entry) == _shared(entries[0])]) if entries else None
+
+
+def _shared(entry: Entry) -> dict[str, Any]:
+    """What the requests of all sets of a row have in common."""
+    asked = dict(entry.request)
+    seed, expert_seed = asked.pop("seed"), asked.pop("expert_seed", None)
+    return {**asked, "seed": seed - entry.set, "expert_seed": seed if expert_seed is None else expert_seed}
 
 
 def _draw(reproduction: Reproduction, case: Case, rows: Sequence[Row], entries: Entries, folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ _REQUEST = "request.json"
 
 def request(real: RealSet, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
     """What decides the numbers of a run, as plain JSON values."""
-    return {"recipe": canonical(recipe), "data": real.fingerprint, **options}
+    return {"recipe": canonical(recipe, exclude={"note"}), "data": real.fingerprint, **options}
 
 
 def run_apart(

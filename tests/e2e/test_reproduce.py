@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_every_reproduction_runs_at_smoke_scale(tmp_path: Path) -> None:
             entry = Entry.model_validate_json((folder / f"{row.name}-digits-ipc1.json").read_text())
             assert entry.record.result is not None, (what, row.name, entry.record.reason)
             assert f"| {row.title} |" in page
-            assert (folder / entry.picture).exists()
+            assert (folder / entry.picture).is_file()
         assert "pending" not in page
         figures = sorted(folder.glob("figure-*.png"))
         assert bool(figures) == (reproduction.figure is not None), what
@@ -58,7 +59,7 @@ def test_every_reproduction_runs_at_smoke_scale(tmp_path: Path) -> None:
     assert notes.notes == ["table2, smoke: about 0 s for 0 of 3 run(s)"], "what is finished is not run again"
 
 
-def test_a_changed_file_is_run_again_and_a_failed_row_keeps_its_reason(tmp_path: Path) -> None:
+def test_what_was_asked_for_otherwise_is_run_again(tmp_path: Path) -> None:
     where = {"out": tmp_path / "results", "runs": tmp_path / "runs", "cache": tmp_path / "cache", "only": ["random"]}
     folder = dstill.reproduce("table3", **where)
     path = folder / "random-digits-ipc1.json"
@@ -70,6 +71,24 @@ def test_a_changed_file_is_run_again_and_a_failed_row_keeps_its_reason(tmp_path:
     assert "about" in notes.notes[0] and "for 1 of 1 run(s)" in notes.notes[0]
     page = (folder / "page.md").read_text()
     assert page.count("pending") == len(load_reproduction("table3").rows) - 1
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_row_that_fails_keeps_its_reason_and_is_tried_again(tmp_path: Path) -> None:
+    where = {"out": tmp_path / "results", "runs": tmp_path / "runs", "cache": tmp_path / "cache", "only": ["random", "dm"]}
+    folder = dstill.reproduce("table3", **where)
+    (run,) = where["runs"].glob("*-random-*")
+    for path in (run, *folder.glob("*.json")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run.write_text("a file where the run would have its folder")
+    dstill.reproduce("table3", **where)
+    failed, other = (Entry.load(folder / f"{row}-digits-ipc1.json") for row in ("random", "dm"))
+    assert failed.record.result is None and str(run) in failed.record.reason
+    assert other.record.result is not None, "the others go on"
+    assert f"- `random`: {failed.record.reason}" in (folder / "page.md").read_text()
+    run.unlink()
+    dstill.reproduce("table3", **where)
+    assert Entry.load(folder / "random-digits-ipc1.json").record.result is not None
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -86,4 +105,8 @@ def test_a_later_call_adds_sets_to_those_that_are_there_also_on_another_machine(
     assert first.record.experts == second.record.experts, "sets share their experts"
     assert len(list((tmp_path / "runs-2").glob("*/set-*"))) == 1, "the first set is not made again"
     assert [note for note in notes.notes if "run(s)" in note][1].endswith("for 1 of 2 run(s)")
-    assert f"(n = {first.record.result.accuracy.n + second.record.result.accuracy.n})" in (folder / "page.md").read_text()
+    pooled = f"(n = {first.record.result.accuracy.n + second.record.result.accuracy.n};"
+    assert pooled in (folder / "page.md").read_text()
+
+    dstill.reproduce("fig11", sets=1, seed=7, runs=tmp_path / "runs-2", **where)
+    assert pooled not in (folder / "page.md").read_text(), "a set of another seed is no second set of these"

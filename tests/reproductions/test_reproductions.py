@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from dstill import DstillError
 from dstill.artifacts.result import Cost, ProtocolId, Result, Score
 from dstill.artifacts.run import Curve, ExpertCurves, RunRecord, SetRecord
 from dstill.calibration import Clock
+from dstill.config import Recipe
+from dstill.console import Silent
 from dstill.data.catalog import DATASETS
 from dstill.errors import CollapseError
 from dstill.methods import methods
-from dstill.reproducing import plan_reproduction
+from dstill.preparation import resolve_for
+from dstill.reproducing import applies, plan_reproduction
 from dstill.reproductions import Case, Row, ScaleName, load_reproduction, reproduction_names
 from dstill.reproductions.table import Entry, Sets, cell, page, paired_difference, seconds, table, verdict
 
@@ -41,6 +45,31 @@ def test_a_file_names_what_exists(what: str) -> None:
         assert {case.data for case in scale.cases} <= set(DATASETS)
     at_paper_scale = {case.name for case in reproduction.scales["paper"].cases}
     assert {case for row in reproduction.rows for case in row.published} <= at_paper_scale
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_every_shared_change_changes_some_row(what: str) -> None:
+    reproduction = load_reproduction(what)
+    for name, scale in reproduction.scales.items():
+        recipes = [resolved(row, case) for row in reproduction.rows_at(name) for case in scale.cases]
+        for change in scale.changes:
+            assert any(applies(change, recipe) for recipe in recipes), change
+
+
+def resolved(row: Row, case: Case) -> Recipe:
+    shape = DATASETS[case.data].shape
+    assert shape is not None
+    return resolve_for(case.data, shape, None, row.method, case.ipc, None, [], torch.device("cpu"), Silent())
+
+
+@pytest.mark.parametrize("what", ["fig4", "table4"])
+def test_the_sets_of_table3_are_shown_without_being_distilled_again(what: str) -> None:
+    def changes(name: str, row: str) -> set[str]:
+        scale = load_reproduction(name).scales["cpu"]
+        return {*scale.changes, *scale.row_changes.get(row, [])}
+
+    assert changes(what, "mtt") == changes("table3", "mtt")
+    assert changes(what, "ast") == changes("table3", "ast")
 
 
 @pytest.mark.parametrize("what", NAMES)
@@ -148,12 +177,13 @@ def test_sets_of_a_row_are_put_together_from_their_own_runs() -> None:
     assert together.record.result.confusion == ((2, 4), (6, 8))
     assert together.record.result.sets == len(together.record.sets) == 2
     assert together.record.result.stages == {"distill": 1.0}
+    assert cell("accuracy", together, together) == "45.0 ± 12.9 (n = 4; ± 7.1 between sets)"
     assert sets("a", [[0.3, 0.5]]).record.result == result([0.3, 0.5])
 
 
 def test_a_set_that_collapsed_leaves_those_beside_it_standing() -> None:
     row, first = sets("b", [[0.35], [0.0], [0.45]], lost={1: "no way"}, iterations=7), sets("a", [[0.3], [0.5], [0.4]])
-    assert cell("accuracy", row, first) == "40.0 ± 7.1 (n = 2)"
+    assert cell("accuracy", row, first) == "40.0 ± 7.1 (n = 2; ± 7.1 between sets)"
     assert cell("collapsed", row, first) == "1 of 3 sets, after 7 iterations"
     assert paired_difference(row, first) == "+5.0 ± 0.0 (n = 2)", "set 1 has no pair, set 2 is paired with set 2"
     reproduction = load_reproduction("table8")
@@ -199,11 +229,30 @@ def test_a_table_sets_ours_beside_the_published_ones_and_names_what_is_pending()
     lines = table(["accuracy"], ["vgg11"], rows, Case(data="cifar100", ipc=10), entries)
     assert lines == [
         ["", "accuracy %", "published", "vgg11"],
-        ["A", "40.0 ± 14.1 (n = 2)", "39.7", "30.0 ± 14.1"],
+        ["A", "40.0 ± 14.1 (n = 2)", "39.7", "30.0 ± 14.1 (n = 2)"],
         ["B", "pending", "–", "pending"],
     ]
     elsewhere = table(["accuracy"], [], rows, Case(data="cifar10", ipc=10), {})
     assert elsewhere[0] == ["", "accuracy %", "published (cifar100-ipc10)"]
+
+
+def test_published_figures_of_one_case_alone_stand_in_a_table() -> None:
+    rows = [
+        Row(name="a", title="A", method="dc", published={"cifar10-ipc1": {"accuracy": 28.3, "vgg11": 1.0}}),
+        Row(
+            name="b",
+            title="B",
+            method="mtt",
+            published={"cifar10-ipc1": {"accuracy": 46.2}, "cifar100-ipc1": {"accuracy": 24.3}},
+        ),
+    ]
+    own = table(["accuracy"], ["vgg11"], rows, Case(data="cifar100", ipc=1), {})
+    assert own[0] == ["", "accuracy %", "published", "vgg11"]
+    assert [line[2] for line in own[1:]] == ["–", "24.3"], "DC's figure is another data set's"
+    other = table(["accuracy"], ["vgg11"], rows, Case(data="cifar10", ipc=50), {})
+    assert other[0] == ["", "accuracy %", "published (cifar10-ipc1)", "vgg11", "vgg11, published (cifar10-ipc1)"]
+    found = {(name, "cifar100-ipc1"): sets(name, [[value]]) for name, value in {"a": 0.3, "b": 0.2}.items()}
+    assert verdict(rows, Case(data="cifar100", ipc=1), found).startswith("Ours are -4.3 points from")
 
 
 def test_the_verdict_counts_pairs_in_the_published_order_and_names_the_gap() -> None:
@@ -217,6 +266,8 @@ def test_the_verdict_counts_pairs_in_the_published_order_and_names_the_gap() -> 
     text = verdict(rows, Case(data="cifar100", ipc=10), entries)
     assert text == (
         "Ours are -10.0 to +5.0 points from the published figures, with 10 iterations and 3 experts. "
-        "Of 3 pairs of rows, 2 stand in the published order."
+        "Of 3 pairs of rows, 2 in the published order."
     )
     assert verdict(rows, Case(data="cifar100", ipc=10), {}) == ""
+    entries["c", "cifar100-ipc10"] = sets("c", [[0.0]], lost={0: "no way"})
+    assert verdict(rows, Case(data="cifar100", ipc=10), entries).endswith("1 row failed and cannot be compared.")

@@ -105,6 +105,8 @@ class Reproduction(Settings):
     """What it shows."""
     paper: str
     """Where in the paper."""
+    claim: str
+    """What the paper shows there, for the reader of the page to hold ours against."""
     measures: list[Measure]
     """Columns of the table."""
     figure: FigureName | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from dstill.artifacts.result import Score
 from dstill.artifacts.run import RunRecord
 from dstill.console import duration
 from dstill.errors import DstillError
@@ -74,11 +75,13 @@ class Sets:
 
     Attributes:
         entries: one a set.
+        first: the first set that was measured; where none was, the first.
         record: of all sets together.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
+        self.first = next((entry for entry in entries if entry.record.result), entries[0])
         self.record = RunRecord.pooled([entry.record for entry in entries])
 
     def accuracies(self) -> dict[int, float]:
@@ -90,32 +93,37 @@ Entries = Mapping[tuple[str, str], Sets]
 
 
 def cell(measure: Measure, sets: Sets, first: Sets | None) -> str:
-    """A measure as text, – where the row has none."""
-    record, leading = sets.record, sets.entries[0]
-    result, experts = record.result, record.experts
+    """A measure as text, – where the row has none. What is no accuracy is that of one set."""
+    record, result, experts = sets.first.record, sets.record.result, sets.record.experts
     match measure:
         case "accuracy" if result:
-            return f"{100 * result.accuracy.mean:.1f} ± {100 * result.accuracy.std:.1f} (n = {result.accuracy.n})"
+            return _accuracy(result.accuracy)
         case "difference" if result and first is not None and first is not sets:
             return paired_difference(sets, first)
         case "expert_accuracy" if experts:
-            return f"{100 * experts.accuracy[-1]:.1f} ({experts.count} expert{'s' if experts.count > 1 else ''})"
+            return f"{100 * experts.accuracy[-1]:.1f} ({_counted(experts.count, 'expert')})"
         case "avg_var" if experts:
             return f"{experts.avg_var:.3g}"
-        case "accumulated_error" if leading.following:
-            return f"{leading.following[-1]:.3g}"
+        case "accumulated_error" if sets.first.following:
+            return f"{sets.first.following[-1]:.3g}"
         case "alpha" if record.sets and "alpha" in record.sets[0].curves:
             values = record.sets[0].curves["alpha"].values
             return f"{values[0]:.3g} → {values[-1]:.3g}"
         case "collapsed" if record.sets:
             return collapsed(sets)
         case "reached" if first is not None:
-            return reached(record, first.record)
+            return reached(record, first.first.record)
         case "seconds" if record.cost and record.sets:
-            return f"{seconds(record, first.record if first else None):.2f}"
+            return f"{seconds(record, first.first.record if first else None):.2f}"
         case "peak" if record.cost and record.cost.peak_bytes is not None:
             return f"{record.cost.peak_bytes / 2**20:.0f}"
     return "–"
+
+
+def _accuracy(score: Score) -> str:
+    """Over all networks of all sets; the spread between the sets' means where there are several."""
+    between = "" if score.between_sets is None else f"; ± {100 * score.between_sets:.1f} between sets"
+    return f"{100 * score.mean:.1f} ± {100 * score.std:.1f} (n = {score.n}{between})"
 
 
 def collapsed(sets: Sets) -> str:
@@ -162,59 +170,65 @@ def table(
     measures: Sequence[Measure], nets: Sequence[str], rows: Sequence[Row], case: Case, entries: Entries
 ) -> list[list[str]]:
     """Heading and rows of one case; published figures of other cases where the paper has none for this one."""
-    published = {row.name: _published(row, case) for row in rows}
+    where = published_case(rows, case)
+    suffix = "" if where == case.name else f" ({where})"
+    published = {row.name: row.published.get(where, {}) for row in rows}
     columns: list[tuple[str, Measure | str, bool]] = []
-    for measure in measures:
-        columns.append((HEADINGS[measure], measure, False))
-        where = next((w for w, values in published.values() if measure in values), None)
-        if where is not None:
-            columns.append((f"published{'' if where == case.name else f' ({where})'}", measure, True))
-    for net in nets:
-        columns += [(net, net, False)]
-        if any(net in values for _, values in published.values()):
-            columns += [(f"{net}, published", net, True)]
+    for key in (*measures, *nets):
+        columns.append((HEADINGS.get(key, key), key, False))  # type: ignore[call-overload]
+        if any(key in values for values in published.values()):
+            columns.append((f"{key}, published{suffix}" if key in nets else f"published{suffix}", key, True))
     lines = [["", *(heading for heading, _, _ in columns)]]
     first = entries.get((rows[0].name, case.name))
     for row in rows:
         sets, texts = entries.get((row.name, case.name)), []
         for _, key, other in columns:
             if other:
-                value = published[row.name][1].get(key)
+                value = published[row.name].get(key)
                 texts.append("–" if value is None else f"{value:g}")
             elif sets is None:
                 texts.append("pending")
             elif key in nets:
                 score = sets.record.result.nets.get(key) if sets.record.result else None
-                texts.append(f"{100 * score.mean:.1f} ± {100 * score.std:.1f}" if score else "–")
+                texts.append(_accuracy(score) if score else "–")
             else:
                 texts.append(cell(key, sets, first))  # type: ignore[arg-type]
         lines.append([row.title, *texts])
     return lines
 
 
-def _published(row: Row, case: Case) -> tuple[str, Mapping[str, float]]:
-    """The paper's figures for a case, else those of the first case that it has."""
-    name = case.name if case.name in row.published else next(iter(row.published), case.name)
-    return name, row.published.get(name, {})
+def published_case(rows: Sequence[Row], case: Case) -> str:
+    """The case whose published figures stand beside ours: this one, or the first that the paper has where it lacks this one."""
+    named = [name for row in rows for name in row.published]
+    return next(iter(named), case.name) if case.name not in named else case.name
 
 
 def verdict(rows: Sequence[Row], case: Case, entries: Entries) -> str:
     """A sentence on how ours and the published accuracies compare; empty where nothing can be compared."""
-    pairs = []
+    where = published_case(rows, case)
+    pairs, lost = [], 0
     for row in rows:
-        sets, (where, values) = entries.get((row.name, case.name)), _published(row, case)
-        if sets and sets.record.result and "accuracy" in values:
-            pairs.append((100 * sets.record.result.accuracy.mean, values["accuracy"], where == case.name))
-    if not pairs:
-        return ""
+        sets, theirs = entries.get((row.name, case.name)), row.published.get(where, {}).get("accuracy")
+        if sets is None or theirs is None:
+            continue
+        if sets.record.result:
+            pairs.append((100 * sets.record.result.accuracy.mean, theirs))
+        else:
+            lost += 1
     sentences = []
-    gaps = [ours - theirs for ours, theirs, same in pairs if same]
-    if gaps:
+    if where == case.name and pairs:
+        gaps = [ours - theirs for ours, theirs in pairs]
         sentences.append(f"Ours are {_range(gaps)} points from the published figures, {_about(rows, case, entries)}.")
     orders = [(a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in itertools.combinations(pairs, 2) if a[1] != b[1]]
     if orders:
-        sentences.append(f"Of {len(orders)} pairs of rows, {sum(orders)} stand in the published order.")
+        sentences.append(f"Of {_counted(len(orders), 'pair')} of rows, {sum(orders)} in the published order.")
+    if lost:
+        sentences.append(f"{_counted(lost, 'row')} failed and cannot be compared.")
     return " ".join(sentences)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _range(values: Sequence[float]) -> str:
@@ -224,7 +238,8 @@ def _range(values: Sequence[float]) -> str:
 
 def _about(rows: Sequence[Row], case: Case, entries: Entries) -> str:
     """The shares of the published budget, in words."""
-    done = [sets.record for row in rows if (sets := entries.get((row.name, case.name))) and sets.record.sets]
+    there = [sets.first.record for row in rows if (sets := entries.get((row.name, case.name)))]
+    done = [record for record in there if record.result and record.sets]
     iterations = sorted({record.sets[0].iterations for record in done})
     experts = sorted({record.experts.count for record in done if record.experts})
     parts = [f"{_span(iterations)} iterations"] if iterations else []
@@ -239,19 +254,27 @@ def _span(values: Sequence[int]) -> str:
 def page(what: str, reproduction: Reproduction, scale: ScaleName, entries: Entries, figures: Sequence[str]) -> str:
     """The page of one reproduction at one scale, in Markdown."""
     settings, rows = reproduction.scales[scale], reproduction.rows_at(scale)
-    parts = [f"# {reproduction.paper}: {reproduction.title}", f"Scale `{scale}`: {settings.says}. {settings.remark}".rstrip()]
+    parts = [f"# {reproduction.paper}: {reproduction.title}", f"The paper: {reproduction.claim}"]
+    parts += [f"Scale `{scale}`: {settings.says}. {settings.remark}".rstrip()]
     for case in settings.cases:
         parts += [f"## {case}"] if len(settings.cases) > 1 else []
         parts += [markdown(table(reproduction.measures, settings.nets, rows, case, entries))]
-        parts += [verdict(rows, case, entries)] if scale != "smoke" else []
+        parts += [verdict(rows, case, entries)] if scale != "smoke" and "accuracy" in reproduction.measures else []
     every = [entry for sets in entries.values() for entry in sets.entries]
     parts += ["\n".join(_failure(entry) for entry in every if entry.record.reason)]
     parts += [f"![{reproduction.title}]({figure})" for figure in figures]
     parts.append(f"```console\n$ dstill reproduce {what} --scale {scale}\n```")
-    costs = [entry.record.cost.seconds for entry in every if entry.record.cost]
+    spent = sum(_spent(entry.record) for entry in every)
     machines = sorted({f"{entry.environment['processor']}, torch {entry.environment['torch']}" for entry in every})
-    parts += [f"Distilling took {duration(sum(costs))} in all; {'; '.join(machines)}."] if machines else []
+    parts += [f"Distilling took {duration(spent)} in all; {'; '.join(machines)}."] if machines else []
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def _spent(record: RunRecord) -> float:
+    """Seconds of distilling, also of a set that was given up."""
+    if record.cost:
+        return record.cost.seconds
+    return sum(one.seconds.values[-1] for one in record.sets if one.seconds)
 
 
 def _failure(entry: Entry) -> str:
