@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import platform
 import resource
 import statistics
 import tempfile
@@ -29,7 +28,9 @@ from torch import Tensor
 from dstill import native
 from dstill.data import preprocess, siamese
 from dstill.data.real import RealSet, Split
+from dstill.devices import processor
 from dstill.distillation import make_method
+from dstill.engine import Precision
 from dstill.experts.smooth import gradient_penalty, smooth_objective
 from dstill.experts.trajectory import Trajectories, save_expert
 from dstill.methods import trajectory_matching
@@ -267,8 +268,14 @@ def experts(rounds: int) -> dict[str, Any]:
             (loss + gradient_penalty(net, b.raw, "paper") if penalty else loss).backward()
             sgd.step()
 
-        def ours(penalty: bool, net: ConvNet = net, sgd: torch.optim.SGD = sgd, batch: Any = batch) -> None:
-            smooth_objective(net, "off", "paper" if penalty else "off")(net, batch())
+        def ours(
+            penalty: bool,
+            precision: Precision = "float32",
+            net: ConvNet = net,
+            sgd: torch.optim.SGD = sgd,
+            batch: Any = batch,
+        ) -> None:
+            smooth_objective(net, "off", "paper" if penalty else "off", precision=precision)(net, batch())
             sgd.step()
 
         test = torch.randn(1000, 3, 32, 32)
@@ -276,8 +283,10 @@ def experts(rounds: int) -> dict[str, Any]:
             {
                 "eager": lambda eager=eager: eager(False),
                 "native": lambda ours=ours: ours(False),
+                "native, bfloat16": lambda ours=ours: ours(False, "bfloat16"),
                 "eager, penalty": lambda eager=eager: eager(True),
                 "native, penalty": lambda ours=ours: ours(True),
+                "native, penalty, bfloat16": lambda ours=ours: ours(True, "bfloat16"),
                 "test pass, eager": lambda net=net, test=test: torch.no_grad()(net)(test),
                 "test pass, native": lambda net=net, test=test: predictions(net, test),
             },
@@ -384,7 +393,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only.split(","):
         report[name] = parts[name](options)
-        report["machine"] = {"processor": platform.machine(), "torch": torch.__version__}
+        report["machine"] = {"processor": processor(), "torch": torch.__version__}
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if {"cases", "growth"} <= set(report):
         draw(report, options.out / "speed.png")

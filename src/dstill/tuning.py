@@ -47,7 +47,7 @@ def tune(
 
     Everything is judged on a stratified tenth of the training images that experts and images never see; the test set is not
     touched. The first candidate is the recipe itself; the others change the three settings by factors around the best so
-    far. A candidate that diverges counts as 0.
+    far. A candidate that collapses is out.
 
     Args:
         source: a `RealSet`, or anything `load_real` takes.
@@ -82,7 +82,8 @@ def tune(
     largest = 2 * base.distill.max_start_epoch
     longest = base.model_copy(update={"distill": base.distill.model_copy(update={"max_start_epoch": largest})})
     experts = train_experts(held, recipe=longest, seed=seed, device=device, cache=cache, workers=workers, reporter=reporter)
-    best, best_score, tried = base, -1.0, 0
+    best, tried = base, 0
+    best_score: float | None = None
     for candidate in _candidates(base, seed):
         if tried and time.monotonic() - started > 60 * budget:
             break
@@ -91,10 +92,12 @@ def tune(
         tried += 1
         d = _matching(settings)
         chosen = f"lr_images {d.lr_images:.3g}, T+ {d.max_start_epoch}, α₀ {d.alpha_init:.3g}"
-        reporter.note(f"candidate {tried}: {chosen}: validation {score:.1%}{' (best so far)' if score > best_score else ''}")
-        if score > best_score:
+        leads = score is not None and (best_score is None or score > best_score)
+        said = "collapsed" if score is None else f"validation {score:.1%}{' (best so far)' if leads else ''}"
+        reporter.note(f"candidate {tried}: {chosen}: {said}")
+        if leads:
             best, best_score = settings, score
-    if best_score <= 0:
+    if best_score is None:
         raise DstillError(
             f"all of {tried} candidates collapsed: start from a smaller distill.lr_images, or give it more --budget"
         )
@@ -130,11 +133,12 @@ def _around(best: Recipe, factors: tuple[float, float, float], largest: int) -> 
     return best.model_copy(update={"distill": distill.model_copy(update=update)})
 
 
-def _judge(settings: Recipe, held: RealSet, experts: Any, seed: int, device: str, cache: str | Path | None) -> float:
+def _judge(settings: Recipe, held: RealSet, experts: Any, seed: int, device: str, cache: str | Path | None) -> float | None:
+    """The accuracy on the validation part; None for settings that collapse."""
     try:
         candidate = distill(held, experts=experts, recipe=settings, seed=seed, device=device, cache=cache)
     except CollapseError:
-        return 0.0
+        return None
     if not bool(torch.isfinite(candidate.images).all()):
-        return 0.0
+        return None
     return evaluate(candidate, held, random=False, seed=seed, device=device, cache=cache).accuracy.mean

@@ -229,6 +229,15 @@ def test_tune_writes_a_recipe_that_says_how_it_was_found(call: Call) -> None:
     assert (code, err) == (0, "")
 
 
+def test_tune_says_that_every_candidate_collapsed(call: Call) -> None:
+    wild = ["--set", "distill.iterations=12", "distill.student_steps=2", "distill.lr_alpha=1e30"]
+    code, _, err = call("tune", "digits", *FAST, *wild, "--method", "mtt", "--budget", "0.001", "-o", "best.yaml")
+    assert code == 2
+    assert "candidate 1: " in err and "collapsed" in err
+    assert "all of 1 candidates collapsed" in err
+    assert not Path("best.yaml").exists()
+
+
 def test_progress_on_a_terminal_rewrites_one_line_and_ends_it() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
