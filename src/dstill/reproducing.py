@@ -92,8 +92,9 @@ def reproduce(
         scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `paper`, as published.
         sources: by data set name, what `load_real` takes instead of the name.
         only: names of rows to run; the others are shown if they are there, else as pending.
-        sets: distilled sets a row, the scale's number if left out. A later call with more goes on from those that are there.
-        out: results go to `<out>/<what>/<scale>`: settings, a JSON file a row, figures, and `page.md`.
+        sets: distilled sets a row, the scale's number if left out. A later call with more makes those that `out`
+            lacks.
+        out: results go to `<out>/<what>/<scale>`: settings, a JSON file for each set of a row, figures, and `page.md`.
         runs: folder of run folders, shared by all reproductions.
         seed: decides everything random.
         device: auto, cpu, cuda or mps.

@@ -146,18 +146,16 @@ class RunRecord(_Record):
         except (OSError, ValueError, KeyError, TypeError, IndexError) as damage:
             raise DstillError(f"a file of the run {folder} is damaged: {damage}") from damage
 
-    @classmethod
-    def pooled(cls, records: Sequence[RunRecord]) -> RunRecord:
-        """Of runs of one set each that differ in their seed alone: what was measured of all sets, the rest of the first."""
+    def pooled(self, records: Sequence[RunRecord]) -> RunRecord:
+        """This record with the sets of all `records`: runs of one set each that differ in their seed alone."""
         results = [record.result for record in records if record.result]
-        first = next((record for record in records if record.result), records[0])
         together = {
             "result": Result.pooled(results) if results else None,
             "reason": "; ".join(record.reason for record in records if record.reason),
             "collapsed": any(record.collapsed for record in records),
             "sets": tuple(one for record in records for one in record.sets),
         }
-        return first.model_copy(update=together)
+        return self.model_copy(update=together)
 
     @classmethod
     def _read(cls, folder: Path, most: int | None, error: Exception | None) -> RunRecord:

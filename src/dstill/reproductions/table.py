@@ -82,7 +82,7 @@ class Sets:
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
         self.first = next((entry for entry in entries if entry.record.result), entries[0])
-        self.record = RunRecord.pooled([entry.record for entry in entries])
+        self.record = self.first.record.pooled([entry.record for entry in entries])
 
     def accuracies(self) -> dict[int, float]:
         """Mean accuracy by number of the set, where it was measured."""
