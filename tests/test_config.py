@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from dstill.config import DistillConfig, ExpertConfig, GsamConfig, NetConfig, Protocol, Recipe, Settings
-from dstill.methods.settings import DistributionMatchingConfig, FrepoConfig, GradientMatchingConfig, MatchingConfig
+from dstill.methods.settings import AstConfig, DistributionMatchingConfig, FrepoConfig, GradientMatchingConfig, MatchingConfig
 
 
 def every_model(base: type[Settings] = Settings) -> Iterator[type[Settings]]:
@@ -123,11 +123,37 @@ def test_the_distill_section_is_read_as_the_settings_of_the_method() -> None:
     recipe = Recipe.model_validate({"data": "mine", "method": "dm", "ipc": 1, "distill": {"iterations": 3}})
     assert recipe.distill == DistributionMatchingConfig(iterations=3)
     assert Recipe.model_validate(recipe.model_dump()) == recipe
-    assert Recipe(data="mine", method="ast", ipc=1).distill == MatchingConfig()
+    assert Recipe(data="mine", method="mtt", ipc=1).distill == MatchingConfig()
     assert Recipe(data="mine", method="dm", ipc=1, distill=DistillConfig(iterations=5)).distill.iterations == 5
     for method in ("dm", "random"):
         with pytest.raises(ValidationError):
             Recipe(data="mine", method=method, ipc=1, distill=MatchingConfig())
+
+
+def test_a_recipe_that_leaves_settings_out_is_still_of_its_method() -> None:
+    ast, mtt = (
+        Recipe.model_validate({"data": "mine", "method": name, "ipc": 1, "experts": {"count": 2}}) for name in ("ast", "mtt")
+    )
+    parts = {"initialisation": "representative"} | dict.fromkeys(
+        ("balanced_loss", "intermediate_matching", "perturbation"), "paper"
+    )
+    assert ast.distill.model_dump() == {**MatchingConfig().model_dump(), **parts}
+    assert ast.experts == ExpertConfig(count=2)
+    plain = {
+        "lr": 0.01,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "clipped_loss": "off",
+        "gradient_penalty": "off",
+        "lr_step": "off",
+    }
+    assert mtt.experts == ExpertConfig(count=2, **plain)  # type: ignore[arg-type]
+    # Where the section is missing altogether, too; and what is said is kept.
+    assert Recipe(data="mine", method="mtt", ipc=1).expert_config.lr == 0.01
+    smooth = Recipe.model_validate({"data": "mine", "method": "mtt", "ipc": 1, "experts": {"gradient_penalty": "paper"}})
+    assert smooth.experts == ExpertConfig(**{**plain, "gradient_penalty": "paper"})  # type: ignore[arg-type]
+    stated = Recipe(data="mine", method="ast", ipc=1, distill=MatchingConfig())
+    assert stated.distill == AstConfig(**MatchingConfig().model_dump())
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,11 @@ class DistillConfig(Settings):
     iterations: Annotated[int, Field(ge=0, le=10**9)] = 0
     """Updates of the synthetic set; 0 for methods that select real images."""
 
+    @classmethod
+    def expert_defaults(cls) -> dict[str, Any]:
+        """What an `experts` section that leaves it out has, where that is not `ExpertConfig`'s own default."""
+        return {}
+
     def adapted(self, *, ipc: int, depth: int, mirror: bool) -> Self:
         """These settings for a case that they were not written for.
 
@@ -161,6 +166,14 @@ class Recipe(Settings):
     protocol: str = "ast"
     """Evaluation protocol, a name of `dstill ls protocols`."""
 
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _experts_of_the_method(cls, section: Any, info: ValidationInfo) -> Any:
+        """Fills a section up with the method's own defaults: an expert of MTT is not one of AST."""
+        if not isinstance(section, dict) or "method" not in info.data:
+            return section
+        return {**settings_class(info.data["method"]).expert_defaults(), **section}
+
     @field_validator("distill", mode="before")
     @classmethod
     def _settings_of_the_method(cls, section: Any, info: ValidationInfo) -> Any:
@@ -170,8 +183,9 @@ class Recipe(Settings):
         wanted = settings_class(info.data["method"])
         if type(section) is wanted:
             return section
-        if type(section) is DistillConfig:  # the base class, which knows the method's settings by its fields alone
-            section = section.model_dump(exclude_unset=True)
+        if isinstance(section, DistillConfig) and issubclass(wanted, type(section)):
+            # The base class knows the method's settings by its fields alone.
+            section = section.model_dump(exclude_unset=type(section) is DistillConfig)
         if isinstance(section, DistillConfig):
             raise ValueError(f"method {info.data['method']!r} takes a {wanted.__name__}, not a {type(section).__name__}")
         return wanted.model_validate({} if section is None else section)
@@ -179,7 +193,7 @@ class Recipe(Settings):
     @property
     def expert_config(self) -> ExpertConfig:
         """The experts' settings with `epochs` filled in: no more than the matching needs unless asked."""
-        experts = self.experts or ExpertConfig()
+        experts = self.experts or ExpertConfig(**self.distill.expert_defaults())
         if experts.epochs is not None:
             return experts
         return experts.model_copy(update={"epochs": getattr(self.distill, "epochs_needed", experts.planned_epochs)})

@@ -65,7 +65,8 @@ def evaluate(
 
     Raises:
         DstillError: the set was made for other classes or another image size than `source` has, or with a network of somebody's
-            own, which is not imported because a file names it.
+            own, which is not imported because a file names it; several sets differ in method, IPC or preprocessing.
+        CollapseError: a learned α is not positive.
     """
     reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
     at_least_one(networks=networks)
@@ -78,7 +79,7 @@ def evaluate(
     real = load_real(source)
     for one in sets:
         _check_fits(one, real)
-        if (one.method, one.ipc, one.preprocess.kind) != (first.method, first.ipc, first.preprocess.kind):
+        if (one.method, one.ipc, _fitted(one)) != (first.method, first.ipc, _fitted(first)):
             raise DstillError("several sets are evaluated together only if method, IPC and preprocessing agree")
     chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
     test = prepared(real.test, first.preprocess, where)
@@ -176,9 +177,13 @@ def _check_fits(distilled: DistilledSet, real: RealSet) -> None:
 def _shared_by(like: DistilledSet, net: NetConfig, real: RealSet, seed: int) -> str:
     """Names what the baselines of a set depend on, and so the sets that share them."""
     settings = "-".join(f"{key}={value}" for key, value in canonical(net, exclude_none=True).items())
-    fitted = files.checksum(like.preprocess.tensors())[:8]  # an imported set may bring its own numbers
-    name = f"{real.fingerprint}-{like.preprocess.kind}-{fitted}-{like.augmentation}-{settings}-seed{seed}"
+    name = f"{real.fingerprint}-{_fitted(like)}-{like.augmentation}-{settings}-seed{seed}"
     return name.replace("/", "_").replace(":", "_")
+
+
+def _fitted(distilled: DistilledSet) -> str:
+    """Names a set's preprocessing by kind and numbers, of which an imported set may bring its own."""
+    return f"{distilled.preprocess.kind}-{files.checksum(distilled.preprocess.tensors())[:8]}"
 
 
 def _cached(path: Path, measure: Callable[[], Score]) -> Score:

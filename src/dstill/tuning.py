@@ -19,6 +19,7 @@ from dstill.data.real import RealSet, load_real
 from dstill.devices import resolve_device
 from dstill.errors import CollapseError, DstillError
 from dstill.evaluating import evaluate
+from dstill.experts.trajectory import Trajectories
 from dstill.methods.settings import MatchingConfig
 from dstill.preparation import check_early, resolve_recipe
 from dstill.workers import Workers
@@ -133,8 +134,12 @@ def _around(best: Recipe, factors: tuple[float, float, float], largest: int) -> 
     return best.model_copy(update={"distill": distill.model_copy(update=update)})
 
 
-def _judge(settings: Recipe, held: RealSet, experts: Any, seed: int, device: str, cache: str | Path | None) -> float | None:
+def _judge(
+    settings: Recipe, held: RealSet, experts: Trajectories, seed: int, device: str, cache: str | Path | None
+) -> float | None:
     """The accuracy on the validation part; None for settings that collapse."""
+    # No further than the finished recipe's experts will go: the last epoch describes the images of the start.
+    experts = Trajectories(experts.folder, len(experts), settings.expert_config.epochs)
     try:
         candidate = distill(held, experts=experts, recipe=settings, seed=seed, device=device, cache=cache)
     except CollapseError:

@@ -14,6 +14,7 @@ from dstill import DistilledSet, DstillError, nets, seeding
 from dstill.config import NetConfig
 from dstill.data import preprocess
 from dstill.data.real import RealSet
+from dstill.errors import CollapseError
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES, random_set
 from dstill.evaluation.networks import evaluate_set, prepared, train_and_measure
 from dstill.evaluation.protocols import load_protocol, protocol_names
@@ -120,6 +121,14 @@ def test_the_learned_rate_is_used_and_the_protocols_rate_without_one(syn: Distil
     assert evaluate_set(bare, test, protocol) == evaluate_set(bare, test, protocol, lr=0.05)
 
 
+def test_a_learned_rate_that_nothing_can_be_trained_with_is_a_collapse(
+    syn: DistilledSet, tiny_real: RealSet, short: str
+) -> None:
+    for alpha in (-0.01, 0.0):
+        with pytest.raises(CollapseError, match="no network can be trained with the learned α"):
+            dstill.evaluate(replace(syn, alpha=alpha), tiny_real, protocol=short)
+
+
 def test_random_images_choose_their_rate_and_average_over_draws(syn: DistilledSet, tiny_real: RealSet, short: str) -> None:
     result = dstill.evaluate(syn, tiny_real, protocol=short, networks=2)
     assert result.random is not None
@@ -191,6 +200,10 @@ def test_a_class_of_one_image_leaves_random_images_the_protocols_rate(
 def test_sets_that_differ_are_not_evaluated_together(syn: DistilledSet, tiny_real: RealSet) -> None:
     with pytest.raises(DstillError, match="only if method, IPC and preprocessing agree"):
         dstill.evaluate([syn, replace(syn, method="dm")], tiny_real)
+    # Of the same kind, with other numbers: the test images would be brought into the first one's.
+    other = preprocess.fit("standardise", tiny_real.train.images[:4])
+    with pytest.raises(DstillError, match="only if method, IPC and preprocessing agree"):
+        dstill.evaluate([syn, replace(syn, preprocess=other)], tiny_real)
     with pytest.raises(DstillError, match="at least one"):
         dstill.evaluate([], tiny_real)
 

@@ -107,6 +107,7 @@ def sets(
     steps: int = 30,
     following: tuple[float, ...] = (),
     looks: tuple[float, ...] = (),
+    note: str = "",
 ) -> Sets:
     """A row with the accuracies of each set's networks; the sets in `lost` collapsed instead, for the reason given there."""
     curves = {"alpha": Curve(iterations=(1, 2), values=(0.01, 0.02))}
@@ -117,7 +118,7 @@ def sets(
     for index, values in enumerate(by_set):
         reason = lost.get(index, "")
         record = RunRecord(
-            recipe={"distill": {"student_steps": steps}},
+            recipe={"note": note, "distill": {"student_steps": steps}},
             result=None if reason else result(values),
             reason=reason,
             collapsed=bool(reason),
@@ -189,6 +190,15 @@ def test_a_set_that_collapsed_leaves_those_beside_it_standing() -> None:
     reproduction = load_reproduction("table8")
     text = page("table8", reproduction, "cpu", {("base", "cifar10-ipc10"): row}, [])
     assert "- `b`, set 1: no way" in text
+
+
+def test_a_page_names_the_rows_whose_settings_nobody_published() -> None:
+    reproduction = load_reproduction("table5")
+    case, (row,) = reproduction.scales["paper"].cases[0], (row for row in reproduction.rows if row.name == "ftd")
+    recipe = resolved(row, case)
+    derived, published = sets("ftd", [[0.5], [0.5]], note=recipe.note), sets("mtt", [[0.5]], note="MTT's published settings")
+    text = page("table5", reproduction, "paper", {("ftd", case.name): derived, ("mtt", case.name): published}, [])
+    assert text.count("no recipe was written for this case; its settings are derived from cifar10/ftd-ipc1") == 1
 
 
 def test_a_failed_run_does_not_show_the_result_of_an_earlier_one(tmp_path: Path) -> None:

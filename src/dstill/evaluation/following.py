@@ -19,7 +19,9 @@ def accumulated_error(distilled: DistilledSet, trajectories: Trajectories, exper
 
     Distilling matches one segment at a time, each from the expert's own weights; training on the finished set goes from
     segment to segment, and its errors add up. The student starts at θ*_0 and takes N steps for every M expert epochs, with
-    the set's α and the settings that it was distilled with, unperturbed, up to the last epoch that matching reads.
+    the set's α and the batches and momentum that it was distilled with, as a network does that trains on the set: unperturbed,
+    with the plain cross-entropy (ν = 1), the momentum going on from segment to segment; up to the last epoch that matching
+    reads.
 
     Args:
         distilled: a set of trajectory matching.

@@ -16,6 +16,7 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.config import NetConfig, Protocol
 from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import Split
+from dstill.errors import CollapseError
 from dstill.training import fit, predictions, squared_objective, step_at, warm_cosine
 from dstill.workers import Workers, choose_workers, spread
 
@@ -109,8 +110,16 @@ class Trial:
 
 
 def learning_rate(distilled: DistilledSet, protocol: Protocol) -> float:
-    """The set's α, which was learned for SGD; the protocol's rate where there is none or the optimiser is another."""
-    return distilled.alpha if distilled.alpha and protocol.optimiser == "sgd" else protocol.lr
+    """The set's α, which was learned for SGD; the protocol's rate where there is none or the optimiser is another.
+
+    Raises:
+        CollapseError: α is not positive, as it may become where `distill.guard` is off.
+    """
+    if distilled.alpha is None or protocol.optimiser != "sgd":
+        return protocol.lr
+    if distilled.alpha <= 0:
+        raise CollapseError(f"the run collapsed: no network can be trained with the learned α, {distilled.alpha:.3g}")
+    return distilled.alpha
 
 
 def measure(

@@ -55,8 +55,10 @@ def _gradients(paper: str, note: str) -> MethodInfo:
     return MethodInfo(path, settings, "gradient matching", "real images", "hard", paper, note)
 
 
-def _trajectories(paper: str, note: str, labels: Literal["hard", "soft"] = "hard") -> MethodInfo:
-    path, settings = "dstill.methods.trajectory_matching:TrajectoryMatching", "dstill.methods.settings:MatchingConfig"
+def _trajectories(
+    paper: str, note: str, labels: Literal["hard", "soft"] = "hard", settings: str = "MatchingConfig"
+) -> MethodInfo:
+    path, settings = "dstill.methods.trajectory_matching:TrajectoryMatching", f"dstill.methods.settings:{settings}"
     return MethodInfo(path, settings, "trajectory matching", "experts", labels, paper, note)
 
 
@@ -100,7 +102,9 @@ METHODS: dict[str, MethodInfo] = {
     "tesla": _trajectories("Cui et al. 2023", "approximate gradient, labels from the target expert", "soft"),
     "ftd": _trajectories("Du et al. 2023", "flat experts (GSAM), moving average of the images"),
     "ast": _trajectories(
-        "Shen, Yang, Lam", "smooth experts, representative start, balanced loss, intermediate matching, perturbation"
+        "Shen, Yang, Lam",
+        "smooth experts, representative start, balanced loss, intermediate matching, perturbation",
+        settings="AstConfig",
     ),
 }
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dstill.config import Count, DistillConfig, Form, NetConfig, Passes, Positive, TrainingConfig
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+Initialisation = Literal["random", "representative", "representative-released", "noise"]
 
 
 class SelectionConfig(DistillConfig):
@@ -184,7 +185,7 @@ class FrepoConfig(DistillConfig):
 
 
 class MatchingConfig(DistillConfig):
-    """How a synthetic set is made to reproduce expert segments (paper IV-C, IV-D, Algorithm 2)."""
+    """How a synthetic set is made to reproduce expert segments (paper IV-C, IV-D, Algorithm 2). Defaults are MTT's."""
 
     iterations: Count = 5000
     """Segments matched, one update of the images each."""
@@ -208,7 +209,7 @@ class MatchingConfig(DistillConfig):
     """Momentum of the SGD on images and α."""
     student_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Momentum of the student's inner SGD: 0 in the paper, 0.9 in the released code."""
-    initialisation: Literal["random", "representative", "representative-released", "noise"] = "random"
+    initialisation: Initialisation = "random"
     """Real images drawn at random; nearest to K-Means centroids of expert features (paper) or logits (released); or noise."""
     feature_epochs: Count | None = None
     """Epochs of the expert whose features are clustered (50 in the paper, trained for this where the experts are shorter);
@@ -246,6 +247,12 @@ class MatchingConfig(DistillConfig):
     max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The run stops with advice once more than this share of the steps, and at least 10, has been skipped."""
 
+    @classmethod
+    def expert_defaults(cls) -> dict[str, Any]:
+        """Plain SGD."""
+        off = dict.fromkeys(("clipped_loss", "gradient_penalty", "lr_step"), "off")
+        return {"lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, **off}
+
     @model_validator(mode="after")
     def _consistent(self) -> MatchingConfig:
         if self.min_start_epoch >= self.max_start_epoch:
@@ -271,3 +278,21 @@ class MatchingConfig(DistillConfig):
     def epochs_needed(self) -> int:
         """Expert epochs that matching reads: T+ + M - 1."""
         return self.max_start_epoch + self.expert_epochs - 1
+
+
+class AstConfig(MatchingConfig):
+    """Trajectory matching with the four parts of AST, in the paper's form."""
+
+    initialisation: Initialisation = "representative"
+    """Nearest to K-Means centroids of expert features (IV-C1)."""
+    balanced_loss: Form = "paper"
+    """ν of Eq. 20."""
+    intermediate_matching: Form = "paper"
+    """Eq. 22."""
+    perturbation: Form = "paper"
+    """Eq. 23."""
+
+    @classmethod
+    def expert_defaults(cls) -> dict[str, Any]:
+        """Smooth, as `ExpertConfig` has them."""
+        return {}

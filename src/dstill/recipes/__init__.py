@@ -21,6 +21,7 @@ _SHARED = dict.fromkeys(("nette", "woof", "meow", "squawk", "fruit", "yellow"), 
 # Side, classes of the data sets that recipes are written for: how near another data set is to them.
 _PUBLISHED = {"cifar10": (32, 10), "cifar100": (32, 100), "tiny-imagenet": (64, 200), "imagenet-subset": (128, 10)}
 _ZCA_MAX_PIXELS = 3 * 48 * 48
+DERIVED = "derived from"  # begins the note of settings that no recipe was written for
 _FOREIGN = 100.0  # added to the distance of other data: more than any two cases of one data set are apart
 
 
@@ -166,7 +167,7 @@ def _derived(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
     mirror = _mirrors(shape.name)
     if base.data == shape.name:
         distill = base.distill.adapted(ipc=ipc, depth=base.net.depth or depth, mirror=mirror)
-        update: dict[str, Any] = {"ipc": ipc, "distill": distill, "note": f"derived from {nearest}"}
+        update: dict[str, Any] = {"ipc": ipc, "distill": distill, "note": f"{DERIVED} {nearest}"}
         return base.model_copy(update=update), f"no recipe for {shape.name} at IPC {ipc}: settings derived from {nearest}"
     net = base.net.model_copy(update={"depth": depth})
     distill, cut = base.distill.adapted(ipc=ipc, depth=depth, mirror=mirror), ""
@@ -182,7 +183,7 @@ def _derived(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
         "augmentation": _augmentation(base.augmentation, mirror),
         "preprocess": _preprocess(base.preprocess, shape),
         "distill": distill,
-        "note": f"derived from {nearest}",
+        "note": f"{DERIVED} {nearest}",
     }
     origin = (
         f"no recipe for {shape.name} at IPC {ipc}: settings derived from {nearest}{cut}. "

@@ -15,6 +15,7 @@ from dstill.artifacts.result import Score
 from dstill.artifacts.run import RunRecord
 from dstill.console import duration
 from dstill.errors import DstillError
+from dstill.recipes import DERIVED
 from dstill.reproductions import Case, Measure, Reproduction, Row, ScaleName
 from dstill.tables import markdown
 
@@ -262,6 +263,7 @@ def page(what: str, reproduction: Reproduction, scale: ScaleName, entries: Entri
         parts += [verdict(rows, case, entries)] if scale != "smoke" and "accuracy" in reproduction.measures else []
     every = [entry for sets in entries.values() for entry in sets.entries]
     parts += ["\n".join(_failure(entry) for entry in every if entry.record.reason)]
+    parts += ["\n".join(_derived(entry) for entry in every if not entry.set and _note(entry).startswith(DERIVED))]
     parts += [f"![{reproduction.title}]({figure})" for figure in figures]
     parts.append(f"```console\n$ dstill reproduce {what} --scale {scale}\n```")
     spent = sum(_spent(entry.record) for entry in every)
@@ -275,6 +277,14 @@ def _spent(record: RunRecord) -> float:
     if record.cost:
         return record.cost.seconds
     return sum(one.seconds.values[-1] for one in record.sets if one.seconds)
+
+
+def _note(entry: Entry) -> str:
+    return str(entry.record.recipe.get("note", ""))
+
+
+def _derived(entry: Entry) -> str:
+    return f"- `{entry.row}`, {entry.case}: no recipe was written for this case; its settings are {_note(entry)}"
 
 
 def _failure(entry: Entry) -> str:
