@@ -1,4 +1,4 @@
-"""The public functions: every command of `dstill` is one of these, with the same arguments."""
+"""Public functions that train experts, distil and run: the commands of the same names have the same arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The command line: every command is the public function of the same name. Importing this never imports torch."""
+"""The command line: a command that makes or measures something is the public function of the same name.
+
+Importing this never imports torch.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def evaluate(
     Args:
         distilled: distilled.safetensors or its folder.
         source: see `dstill run`.
-        protocol: ast, mtt, quick, or a YAML file (default: the recipe's).
+        protocol: ast, mtt, frepo, quick, or a YAML file (default: the recipe's).
         nets: evaluation networks, joined by commas, for example convnet,resnet18,vgg11,alexnet.
         networks: fresh networks (default: the protocol's).
         augmentation: DSA operations joined by _, or none (default: the set's own).
