@@ -184,7 +184,7 @@ class Recipe(Settings):
         if type(section) is wanted:
             return section
         if isinstance(section, DistillConfig) and issubclass(wanted, type(section)):
-            # The base class knows the method's settings by its fields alone.
+            # A base class states all its fields, but for the common one, which knows the method's by what was set alone.
             section = section.model_dump(exclude_unset=type(section) is DistillConfig)
         if isinstance(section, DistillConfig):
             raise ValueError(f"method {info.data['method']!r} takes a {wanted.__name__}, not a {type(section).__name__}")

@@ -79,8 +79,8 @@ def evaluate(
     real = load_real(source)
     for one in sets:
         _check_fits(one, real)
-        if (one.method, one.ipc, _fitted(one)) != (first.method, first.ipc, _fitted(first)):
-            raise DstillError("several sets are evaluated together only if method, IPC and preprocessing agree")
+    if len(sets) > 1 and len({(one.method, one.ipc, _fitted(one)) for one in sets}) > 1:
+        raise DstillError("several sets are evaluated together only if method, IPC and preprocessing agree")
     chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
     test = prepared(real.test, first.preprocess, where)
     count = networks or chosen.networks

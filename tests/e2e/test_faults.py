@@ -86,7 +86,7 @@ def test_sigterm_stores_the_state_and_the_same_command_goes_on(tmp_path: Path) -
 
 
 def test_ctrl_c_reaches_a_row_once_and_stores_its_state(tmp_path: Path) -> None:
-    changes = ["net.width=4", "distill.iterations=400"]
+    changes = ["net.width=4", "distill.iterations=10000"]  # not over before the signal comes, however busy the machine
     options = ["--recipe", "smoke", "--networks", "1", "--threads", "1", "--checkpoint-every", "0"]
     words = ["compare", "digits", "--methods", "mtt", *options, "-o", str(tmp_path / "out"), "--set", *changes]
     process = start(words, tmp_path / "cache", start_new_session=True)
