@@ -1,12 +1,20 @@
-"""The score that `tune` writes down is the one that its recipe has."""
+"""`tune` writes the best of its candidates, with the score that its recipe has."""
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from types import SimpleNamespace
+
+import pytest
 
 import dstill
-from dstill import recipes
+from dstill import recipes, tuning
+from dstill.config import Recipe
+from dstill.errors import CollapseError, DstillError
 
 SHORT = ("net.width=4", "distill.iterations=2", "distill.max_start_epoch=3", "distill.student_steps=4", "experts.count=1")
 
@@ -23,3 +31,55 @@ def test_the_score_is_that_of_the_recipe_with_experts_of_its_own(tmp_path: Path)
     distilled = dstill.distill(held, recipe=best, cache=tmp_path / "b")
     again = dstill.evaluate(distilled, held, random=False, cache=tmp_path / "b").accuracy.mean
     assert noted[1] == f"{again:.1%}"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute for every candidate, so that a budget is a number of candidates."""
+    minutes = itertools.count()
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, score: Callable[[int], float | None]) -> list[Recipe]:
+    """Candidates with scores by their number instead of measured ones; returns the list that they are added to."""
+    seen: list[Recipe] = []
+
+    def judge(settings: Recipe, *_: object) -> float | None:
+        seen.append(settings)
+        return score(len(seen))
+
+    monkeypatch.setattr(tuning, "_judge", judge)
+    return seen
+
+
+def test_candidates_never_need_longer_experts_than_the_recipe_asks_for(tmp_path: Path, clock: None) -> None:
+    changes = (*SHORT, "experts.epochs=5")
+    real = dstill.load_real("digits", train_fraction=0.3)
+    file = dstill.tune(real, budget=8, recipe="smoke", changes=changes, out=tmp_path / "best.yaml", cache=tmp_path / "a")
+    best = recipes.load_recipe(str(file))
+    assert "of 8 candidates" in best.note
+    assert best.distill.max_start_epoch <= 4  # type: ignore[attr-defined]
+
+
+def test_the_best_is_kept_when_the_search_is_interrupted(tmp_path: Path, clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(number: int) -> float | None:
+        if number == 5:
+            raise KeyboardInterrupt
+        return (0.3, None, 0.5, 0.4)[number - 1]
+
+    seen = scored(monkeypatch, score)
+    target = tmp_path / "best.yaml"
+    with pytest.raises(KeyboardInterrupt):
+        dstill.tune("digits", budget=9, recipe="smoke", changes=SHORT, out=target, cache=tmp_path / "a")
+    best = recipes.load_recipe(str(target))
+    assert "50.0%, best of 4 candidates" in best.note
+    assert best.distill == seen[2].distill
+
+
+def test_a_candidate_that_collapses_is_out(tmp_path: Path, clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def collapse(*_: object, **__: object) -> None:
+        raise CollapseError("gone")
+
+    monkeypatch.setattr(tuning, "distill", collapse)
+    with pytest.raises(DstillError, match="all of 3 candidates collapsed"):
+        dstill.tune("digits", budget=3, recipe="smoke", changes=SHORT, out=tmp_path / "best.yaml", cache=tmp_path / "a")

@@ -26,9 +26,9 @@ class Data:
     Attributes:
         image_size: side in pixels to bring every image to.
         fit: how: pad, resize or crop.
-        train_fraction: share of the training images to keep.
+        train_fraction: share of the training images to keep; which ones does not depend on the seed.
         classes: names of the classes to keep, joined by commas.
-        test_fraction: cut this share off the training images, for data that has no test split.
+        test_fraction: cut this share off the training images, for data that has no test split; always the same images.
     """
 
     image_size: int | None = None
@@ -37,7 +37,8 @@ class Data:
     classes: str | None = None
     test_fraction: float | None = None
 
-    def load(self, source: str, seed: int) -> RealSet:
+    def load(self, source: str) -> RealSet:
+        """The data, the same whatever the seed of the command: what one judges, another must not have trained on."""
         from dstill.data.real import load_real
 
         return load_real(
@@ -47,7 +48,6 @@ class Data:
             train_fraction=self.train_fraction,
             classes=names(self.classes) or None,
             test_fraction=self.test_fraction,
-            seed=seed,
         )
 
 

@@ -66,7 +66,7 @@ def tune(
         reporter: receives progress.
 
     Returns:
-        The recipe file, which `--recipe FILE` takes.
+        The recipe file, which `--recipe FILE` takes. It is written after every candidate, the best so far.
 
     Raises:
         DstillError: the method has nothing to tune, every candidate collapsed, or whatever `distill` raises.
@@ -79,10 +79,13 @@ def tune(
         raise DstillError(f"tune searches settings of trajectory matching, and method {base.method!r} is none: take ast or mtt")
     held = real.holdout(seed)
     check_early(held, base)
-    # Experts long enough for the largest T+ of the search serve every candidate.
-    largest = 2 * base.distill.max_start_epoch
-    longest = base.model_copy(update={"distill": base.distill.model_copy(update={"max_start_epoch": largest})})
+    # Experts long enough for the largest T+ of the search serve every candidate; where `experts.epochs` is set, that is it.
+    longest = base.model_copy(
+        update={"distill": base.distill.model_copy(update={"max_start_epoch": 2 * base.distill.max_start_epoch})}
+    )
+    largest = longest.expert_config.epochs - base.distill.expert_epochs + 1
     experts = train_experts(held, recipe=longest, seed=seed, device=device, cache=cache, workers=workers, reporter=reporter)
+    target = Path(out) if out else Path(f"{real.name}-{base.method}-ipc{base.ipc}.yaml")
     best, tried = base, 0
     best_score: float | None = None
     for candidate in _candidates(base, seed):
@@ -98,15 +101,19 @@ def tune(
         reporter.note(f"candidate {tried}: {chosen}: {said}")
         if leads:
             best, best_score = settings, score
+        if best_score is not None:
+            _write(target, best, real, best_score, tried)
     if best_score is None:
         raise DstillError(
             f"all of {tried} candidates collapsed: start from a smaller distill.lr_images, or give it more --budget"
         )
-    note = f"{best.note + '; ' if best.note else ''}tuned on the validation part: {best_score:.1%}, best of {tried} candidates"
-    target = Path(out) if out else Path(f"{real.name}-{best.method}-ipc{best.ipc}.yaml")
-    write_text(target, recipes.dump(best.model_copy(update={"data": real.name, "note": note})))
     reporter.note(f"wrote {target}: pass it as --recipe {target}")
     return target
+
+
+def _write(target: Path, best: Recipe, real: RealSet, score: float, tried: int) -> None:
+    note = f"{best.note + '; ' if best.note else ''}tuned on the validation part: {score:.1%}, best of {tried} candidates"
+    write_text(target, recipes.dump(best.model_copy(update={"data": real.name, "note": note})))
 
 
 def _candidates(base: Recipe, seed: int) -> Iterator[tuple[float, float, float]]:
@@ -142,8 +149,8 @@ def _judge(
     experts = Trajectories(experts.folder, len(experts), settings.expert_config.epochs)
     try:
         candidate = distill(held, experts=experts, recipe=settings, seed=seed, device=device, cache=cache)
+        if not bool(torch.isfinite(candidate.images).all()):
+            return None
+        return evaluate(candidate, held, random=False, seed=seed, device=device, cache=cache).accuracy.mean
     except CollapseError:
         return None
-    if not bool(torch.isfinite(candidate.images).all()):
-        return None
-    return evaluate(candidate, held, random=False, seed=seed, device=device, cache=cache).accuracy.mean

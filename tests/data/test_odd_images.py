@@ -115,6 +115,38 @@ def test_other_files_in_a_folder_are_passed_over(tmp_path: Path) -> None:
     assert len(load_real(folder(tmp_path, put)).train) == 2
 
 
+@pytest.mark.parametrize("name", ["1.heic", "1.avif", "1.svg"])
+def test_an_image_of_an_unreadable_kind_is_named_and_not_left_out(tmp_path: Path, name: str) -> None:
+    assert name in refused(tmp_path, lambda a: (a / name).write_bytes(b"some picture"))
+
+
+def test_an_image_without_a_suffix_is_an_image(tmp_path: Path) -> None:
+    assert len(load_real(folder(tmp_path, lambda a: (a / "0.png").rename(a / "0"))).train) == 2
+
+
+def test_a_class_of_which_nothing_can_be_read_is_named(tmp_path: Path) -> None:
+    message = refused(tmp_path, lambda a: (a / "0.png").rename(a / "0.txt"))
+    assert "train/a holds no image" in message
+
+
+def test_what_is_transparent_looks_as_on_white(tmp_path: Path) -> None:
+    hidden = Image.fromarray(np.dstack([_COLOURS, np.full((8, 8), 255, np.uint8)]))
+    hidden.paste((200, 0, 0, 0), (0, 0, 4, 8))
+    found = second(tmp_path, hidden, "1.png").permute(1, 2, 0).numpy()
+    assert (found[:, :4] == 255).all() and (found[:, 4:] == _COLOURS[:, 4:]).all()
+
+
+def test_grey_with_transparency_stays_grey(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(np.dstack([np.full((8, 8), 40, np.uint8), np.eye(8, dtype=np.uint8) * 255]), "LA").save(
+                tmp_path / split / name / "0.png"
+            )
+    real = load_real(tmp_path)
+    assert real.channels == 1 and np.array_equal(real.train.images[0, 0], 255 - 215 * np.eye(8, dtype=np.uint8))
+
+
 @pytest.mark.parametrize("target", ["nowhere.png", "1.png"])
 def test_a_link_to_nothing_or_to_itself_is_named(tmp_path: Path, target: str) -> None:
     assert "1.png is a broken link" in refused(tmp_path, lambda a: os.symlink(a / target, a / "1.png"))

@@ -149,6 +149,53 @@ def test_a_folder_of_images_is_read_by_class_and_split(tmp_path: Path):
     assert sorted(values(real.test.images)) == [12, 21]
 
 
+def test_a_class_may_be_called_like_a_split_and_files_like_another(tmp_path: Path):
+    shades = {"train": 10, "car": 20, "test tube": 30}
+    for split, more in (("train", 0), ("test", 100)):
+        write_folder(tmp_path, {f"{split}/{c}/test_{i}.png": plain(v + i + more) for c, v in shades.items() for i in range(2)})
+    real = load_real(tmp_path)
+    assert real.class_names == ("car", "test tube", "train")
+    assert values(real.train.images) == [20, 21, 30, 31, 10, 11]
+    assert values(real.test.images) == [120, 121, 130, 131, 110, 111]
+
+
+def test_a_class_beside_others_may_be_called_like_a_split(tmp_path: Path):
+    write_folder(tmp_path, {f"{c}/{i}.png": plain(i) for c in ("bus", "train") for i in range(4)})
+    assert load_real(tmp_path, test_fraction=0.25).class_names == ("bus", "train")
+
+
+def test_the_images_of_a_class_may_lie_deeper(tmp_path: Path):
+    write_folder(tmp_path, {f"{s}/{c}/images/x.png": plain(1) for s in ("train", "val") for c in ("cat", "dog")})
+    assert load_real(tmp_path).class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("extra/x.png", "extra has images that are of no split"),
+        ("test/x.png", "x.png lies beside the class folders"),
+        ("train/cat/test/x.png", "train/cat/test looks like a split"),
+    ],
+)
+def test_an_image_that_cannot_be_placed_is_named(tmp_path: Path, name: str, says: str):
+    write_folder(tmp_path, {f"{s}/{c}/x.png": plain(1) for s in ("train", "test") for c in ("cat", "dog")})
+    with pytest.raises(DstillError, match=says):
+        load_real(write_folder(tmp_path, {name: plain(2)}))
+
+
+def test_a_folder_of_data_sets_is_not_a_data_set(tmp_path: Path):
+    write_folder(tmp_path, {f"{d}/train/{c}/x.png": plain(1) for d in ("pets", "cars") for c in ("cat", "dog")})
+    with pytest.raises(DstillError, match=r"cars/train looks like a split inside of a class: pass .*cars itself"):
+        load_real(tmp_path)
+
+
+def test_a_path_may_have_brackets(tmp_path: Path):
+    write_pair(tmp_path / "pets [v2]")
+    assert len(load_real(tmp_path / "pets [v2]").train) == 6
+    write_folder(tmp_path / "pics [v2]", {f"{s}/{c}/x.png": plain(1) for s in ("train", "test") for c in ("cat", "dog")})
+    assert len(load_real(tmp_path / "pics [v2]").train) == 2
+
+
 def test_a_folder_of_class_folders_needs_and_takes_a_test_fraction(tmp_path: Path):
     write_folder(tmp_path, {f"{c}/{i}.png": plain(i) for c in ("cat", "dog") for i in range(4)})
     with pytest.raises(DstillError, match=r"no test split \(found: train\).*--test-fraction"):
@@ -223,6 +270,30 @@ def test_a_pattern_names_the_files_of_one_data_set_among_others(tmp_path: Path):
     write_parquet(tmp_path / "cars-train.parquet", [plain(7)], [0], ["car"])
     real = load_real(f"{tmp_path}/pets-*.parquet")
     assert (real.name, len(real.train), len(real.test)) == ("pets", 6, 2)
+
+
+def test_a_third_split_on_the_hub_layout_is_left_alone(tmp_path: Path):
+    for split, shade in (("train", 10), ("test", 50), ("extra", 90)):
+        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", [plain(shade), plain(shade + 1)], [0, 1], ["cat", "dog"])
+    real = load_real(tmp_path)
+    assert (values(real.train.images), values(real.test.images)) == ([10, 11], [50, 51])
+
+
+def test_a_parquet_file_that_names_no_split_is_not_joined_to_those_that_do(tmp_path: Path):
+    write_pair(tmp_path)
+    write_parquet(tmp_path / "more.parquet", [plain(90), plain(91)], [0, 1], ["cat", "dog"])
+    with pytest.raises(DstillError, match=r"more.parquet does not say which split it is"):
+        load_real(tmp_path)
+
+
+@pytest.mark.parametrize(("train", "test"), [("training", "testing"), ("train", "eval"), ("train", "dev")])
+def test_the_usual_words_for_splits_are_known(tmp_path: Path, train: str, test: str):
+    for split, shade in ((train, 10), (test, 50)):
+        write_parquet(tmp_path / "tables" / f"{split}.parquet", [plain(shade), plain(shade + 1)], [0, 1], ["cat", "dog"])
+        write_folder(tmp_path / "files", {f"{split}/{c}/x.png": plain(shade + i) for i, c in enumerate(("cat", "dog"))})
+    for kind in ("tables", "files"):
+        real = load_real(tmp_path / kind)
+        assert (values(real.train.images), values(real.test.images)) == ([10, 11], [50, 51])
 
 
 def test_files_of_two_data_sets_are_never_joined(tmp_path: Path):

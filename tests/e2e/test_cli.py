@@ -168,7 +168,7 @@ cli.main()
         command, cwd=tmp_path, env={**os.environ, "DSTILL_CACHE": str(tmp_path)}, capture_output=True, text=True
     )
     assert done.returncode == 130
-    assert "the same command continues from the last checkpoint" in done.stderr
+    assert "what was finished is kept, and the same command goes on from there" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -79,7 +79,7 @@ def test_sigterm_stores_the_state_and_the_same_command_goes_on(tmp_path: Path) -
     code, (_, told) = process.wait(), process.communicate()
     if code != 0:  # it may have been done by then
         assert code == 143
-        assert "terminated; the same command continues" in told
+        assert "terminated; what was finished is kept, and the same command goes on" in told
         assert (tmp_path / "out" / "set-0" / "checkpoint.safetensors").exists(), "stored although no checkpoint was due"
     assert start(command("mtt", tmp_path / "out"), tmp_path / "cache").wait() == 0
     assert_same(tmp_path / "out", tmp_path / "whole")
@@ -97,7 +97,7 @@ def test_ctrl_c_reaches_a_row_once_and_stores_its_state(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and to all that it started
     _, told = process.communicate()
     assert process.returncode == 130
-    assert "interrupted; the same command continues" in told
+    assert "interrupted; what was finished is kept, and the same command goes on" in told
     assert "Traceback" not in told
     assert (folder / "checkpoint.safetensors").exists(), "stored although no checkpoint was due"
 
@@ -143,7 +143,7 @@ def test_a_file_too_large_for_the_disk_is_said_and_the_run_continues_elsewhere(t
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert process.wait() == 3
-    assert "the same command continues" in process.communicate()[1]
+    assert "the same command goes on" in process.communicate()[1]
     assert not list((tmp_path / "cache").glob("experts/*/expert-*")), "nothing half-written has the name of an expert"
     assert start(command("mtt", tmp_path / "out"), tmp_path / "cache").wait() == 0
 

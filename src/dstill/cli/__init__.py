@@ -49,10 +49,10 @@ def main() -> None:
         print(f"dstill: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ndstill: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("\ndstill: interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     except Terminated:
-        print("\ndstill: terminated; the same command continues from the last checkpoint", file=sys.stderr)
+        print("\ndstill: terminated; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(143)
     except MemoryError:
         print("dstill: out of memory; what was finished is kept, and dstill plan says what a run takes", file=sys.stderr)

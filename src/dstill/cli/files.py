@@ -66,7 +66,7 @@ def import_(
     from dstill.artifacts import importing
 
     common.start()
-    real = data.load(source, common.seed)
+    real = data.load(source)
     options = {"method": method, "net": net, "augmentation": augmentation, "alpha": alpha}
     importing.import_set(path, real, preprocess=preprocess, **options).save(out)  # type: ignore[arg-type]
     print(printable(showing.describe(out)))

@@ -52,7 +52,7 @@ def evaluate(
     one = one.with_hard_labels() if hard else one
     result = evaluating.evaluate(
         one.with_augmentation(augmentation) if augmentation else one,
-        data.load(source, common.seed),
+        data.load(source),
         protocol=protocol,
         nets=names(nets),
         networks=networks,
@@ -97,7 +97,7 @@ def judge(
     reporter = common.start()
     judgement = judging.judge(
         distilled,
-        data.load(source, common.seed),
+        data.load(source),
         nets=names(nets),
         augmentations=names(augmentations),
         protocol=protocol,
@@ -144,7 +144,7 @@ def plan(
     known = source in DATASETS and DATASETS[source].hub and data == _DATA
     summary.print_plan(
         planning.plan(
-            source if known else data.load(source, common.seed),
+            source if known else data.load(source),
             sets=sets,
             nets=names(nets),
             networks=networks,
@@ -195,7 +195,7 @@ def compare(
 
     reporter = common.start()
     comparison = comparing.compare(
-        data.load(source, common.seed),
+        data.load(source),
         methods=names(methods),
         ipc=numbers(ipc, "--ipc"),
         recipe=recipe,
@@ -285,7 +285,7 @@ def tune(
     from dstill import tuning
 
     reporter = common.start()
-    real = data.load(source, common.seed)
+    real = data.load(source)
     print(
         tuning.tune(
             real,

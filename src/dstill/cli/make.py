@@ -55,7 +55,7 @@ def run(
 
     reporter = common.start()
     result = commands.run(
-        data.load(source, common.seed),
+        data.load(source),
         out=out,
         sets=sets,
         nets=names(nets),
@@ -95,7 +95,7 @@ def train_experts(
 
     reporter = common.start()
     chosen = numbers(only, "--only") or None
-    real = data.load(source, common.seed)
+    real = data.load(source)
     trajectories = commands.train_experts(real, only=chosen, **choice.arguments(), **common.arguments(reporter))
     print(trajectories.summary())
 
@@ -136,7 +136,7 @@ def distill(
 
     reporter = common.start()
     commands.distill(
-        data.load(source, common.seed),
+        data.load(source),
         experts=experts,
         init=init,
         out=out,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import io
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dstill.data.catalog import DATASETS, Entry
+from dstill.data.hub import load_dataset
+from dstill.data.local import TEST_NAMES, VALIDATION_NAMES, splits_of
 from dstill.errors import DstillError, suggest
 
-_VALIDATION_NAMES = ("val", "valid", "validation")
-_TEST_NAMES = ("test", *_VALIDATION_NAMES)
 _GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
 _IMAGENET_CLASSES = 1000
 _FITS = ("pad", "resize", "crop", "error")
@@ -90,7 +88,7 @@ def _from_arrays(splits: Mapping[str, Any]) -> Raw:
         parts[key] = RawSplit(pixels, ids.to(torch.int64), ())
     if "train" not in parts:
         raise DstillError(f"in-memory data needs a 'train' split, got {', '.join(parts) or 'nothing'}")
-    test = next((parts[key] for key in _TEST_NAMES if key in parts), None)
+    test = next((parts[key] for key in TEST_NAMES if key in parts), None)
     return Raw("in-memory", parts["train"], test, tuple(parts))
 
 
@@ -108,30 +106,9 @@ def _digits() -> Raw:
     return Raw("digits", train, test, ("train", "test"))
 
 
-@contextlib.contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keeps `datasets` from writing bars to the terminal."""
-    import datasets
-
-    quiet = not datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not quiet:
-            datasets.enable_progress_bars()
-
-
-def _load_dataset(*args: Any, **kwargs: Any) -> Any:
-    import datasets
-
-    with without_progress_bars():
-        return datasets.load_dataset(*args, **kwargs)
-
-
 def _from_hub(name: str, entry: Entry) -> Raw:
     try:
-        splits = _load_dataset(entry.hub, entry.config)
+        splits = load_dataset(entry.hub, entry.config)
     except Exception as error:  # the hub client raises many unrelated types for "no network" and "not found"
         raise DstillError(
             f"{name!r} could not be fetched from the Hugging Face hub ({type(error).__name__}). Without a network, "
@@ -140,83 +117,9 @@ def _from_hub(name: str, entry: Entry) -> Raw:
     return _decode_splits(name, splits, entry)
 
 
-def _load_local(pattern: str) -> Any:
-    """Parquet files or an image folder, through `datasets`."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        files = sorted(path.rglob("*.parquet"))
-        if not files:
-            return _load_image_folder(path)
-    elif path.is_file():
-        files = _siblings(path)
-    else:
-        files = sorted(Path(match) for match in glob.glob(str(path)))
-    if not files:
-        raise DstillError(f"{path} does not exist: pass Parquet files or the root of an image folder")
-    wrong = next((file for file in files if file.suffix != ".parquet"), None)
-    if wrong is not None:
-        raise DstillError(f"{wrong} is not a Parquet file: pass Parquet files or the root of an image folder")
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        folder = file.parent.name if path.is_dir() and file.parent != path else ""
-        by_split.setdefault(_split_of(file.stem) or _split_of(folder) or "train", []).append(file)
-    for shards in by_split.values():
-        _check_shards(shards)
-    # One call a split: in a common call `datasets` reads every split with the class names of the first file.
-    return {
-        split: _load_dataset("parquet", data_files=[str(file) for file in shards], split="train")
-        for split, shards in by_split.items()
-    }
-
-
-def _load_image_folder(path: Path) -> Any:
-    if not any(child.is_dir() for child in path.iterdir()):
-        raise DstillError(f"{path} has neither Parquet files nor class folders: expected {path}/train/<class>/<image>")
-    _check_links(path)
-    splits = _load_dataset("imagefolder", data_dir=str(path))
-    if any("label" not in split.features for split in splits.values()):
-        raise DstillError(f"{path} does not have two class folders or more at one depth: expected {path}/train/<class>/<image>")
-    return splits
-
-
-def _check_links(root: Path) -> None:
-    """Refuses links that `datasets` would pass over without a word, and the images behind them with it."""
-    for folder, folders, names in os.walk(root):
-        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        lost = [name for name in names if not os.path.exists(os.path.join(folder, name))]
-        for name, reason in [*((name, "a link to a folder") for name in linked), *((name, "a broken link") for name in lost)]:
-            raise DstillError(f"{folder}/{name} is {reason}, whose images would be left out: copy them here, or remove it")
-
-
-def _check_shards(files: list[Path]) -> None:
-    """Refuses to join files of different data sets, whose classes would be mixed up."""
-    import pyarrow.parquet as pq
-
-    first, *others = [(file, pq.read_schema(file)) for file in files]
-    for file, schema in others:
-        ours, theirs = (dict(s.metadata or {}).get(b"huggingface") for s in (first[1], schema))
-        if ours != theirs or not schema.equals(first[1]):
-            raise DstillError(
-                f"{first[0]} and {file} differ in columns or classes, so they are not parts of one data set: pass the "
-                "files of one, for example with a pattern such as 'cifar10-*.parquet'"
-            )
-
-
-def _split_of(name: str) -> str | None:
-    """The split that a file or a folder is named after."""
-    words = name.lower().replace("_", "-").replace(".", "-").split("-")
-    return next((word for word in words if word in ("train", *_TEST_NAMES)), None)
-
-
-def _siblings(file: Path) -> list[Path]:
-    """`x-train.parquet` also finds `x-test.parquet` or `x-val.parquet` beside it."""
-    others = [file.with_name(file.name.replace("train", word)) for word in _TEST_NAMES] if "train" in file.name else []
-    return [file, *[other for other in others if other.exists()][:1]]
-
-
 def _from_path(name: str, path: str, entry: Entry) -> Raw:
     try:
-        return _decode_splits(name, _load_local(path), entry)
+        return _decode_splits(name, splits_of(path), entry)
     except (DstillError, MemoryError):
         raise
     except Exception as error:  # pyarrow and datasets raise many unrelated types for damaged files
@@ -230,7 +133,7 @@ def _decode_splits(name: str, splits: Any, entry: Entry) -> Raw:
     if "train" not in splits:
         raise DstillError(f"{name} has no train split (found: {', '.join(found)})")
     # Of a test and a validation split one is taken, never both: the one that the catalogue names, else the test split.
-    order = (*_VALIDATION_NAMES, "test") if entry.test in _VALIDATION_NAMES else _TEST_NAMES
+    order = (*VALIDATION_NAMES, "test") if entry.test in VALIDATION_NAMES else TEST_NAMES
     wanted = [key for key in (entry.test, *order) if key in splits and key != "train"]
     parts = [_Decoder(name, splits[key], entry) for key in ("train", *wanted[:1])]
     mode = "RGB" if any(part.mode() == "RGB" for part in parts) else "L"
@@ -305,7 +208,7 @@ class _Decoder:
             names = tuple(names[c] for c in self.entry.imagenet_ids) if names else ()
         pixels: np.ndarray | None = None
         for row, record in enumerate(self.split[self.image]):
-            image = _fitted(_eight_bit(self._open(record)).convert(mode), self.entry.size, self.entry.fit)
+            image = _fitted(_opaque(_eight_bit(self._open(record))).convert(mode), self.entry.size, self.entry.fit)
             array = np.asarray(image)
             if pixels is None:
                 pixels = np.empty((len(labels), *array.shape), dtype=np.uint8)
@@ -327,6 +230,15 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Transparent pixels as they look on white; the colour that they hide is nobody's intention."""
+    if not image.has_transparency_data:
+        return image
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image.convert("RGBA"))
+    return canvas.convert("RGB")
 
 
 def resize(images: Tensor, size: int, fit: str) -> Tensor:

@@ -1,0 +1,207 @@
+"""Image folders and Parquet files on disk, as splits of `datasets`. What cannot be placed is refused, not left out."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import mimetypes
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dstill.data.hub import load_dataset
+from dstill.errors import DstillError
+
+VALIDATION_NAMES = ("val", "valid", "validation", "dev")
+TEST_NAMES = ("test", "eval", "evaluation", *VALIDATION_NAMES)
+_SPLITS = {name: name for name in ("train", *TEST_NAMES)} | {"training": "train", "testing": "test"}
+_UNREADABLE = (".heic", ".heif", ".avif", ".jxl")
+
+
+def splits_of(pattern: str) -> dict[str, Any]:
+    """The splits of an image folder, a Parquet file, a folder of Parquet files or a pattern of them, by name."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        files = sorted(path.rglob("*.parquet"))
+        if not files:
+            return _image_folder(path)
+    elif path.is_file():
+        files = _siblings(path)
+    else:
+        files = sorted(Path(match) for match in glob.glob(str(path)))
+    if not files:
+        raise DstillError(f"{path} does not exist: pass Parquet files or the root of an image folder")
+    wrong = next((file for file in files if file.suffix != ".parquet"), None)
+    if wrong is not None:
+        raise DstillError(f"{wrong} is not a Parquet file: pass Parquet files or the root of an image folder")
+    # One call a split: in a common call `datasets` reads every split with the class names of the first file.
+    return {
+        split: load_dataset("parquet", data_files=[glob.escape(str(file)) for file in shards], split="train")
+        for split, shards in _by_split(path, files).items()
+    }
+
+
+# --- Parquet files ----------------------------------------------------------------------------------------------------
+
+
+def _by_split(root: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """The files of each split; a file that names none is a training file only where no other names one."""
+    named = [(_split_of(file.stem) or (_split_of(file.parent.name) if file.parent != root else None), file) for file in files]
+    lost = next((file for split, file in named if split is None), None)
+    if lost is not None and any(named_one for named_one, _ in named):
+        raise DstillError(
+            f"{lost} does not say which split it is, while others beside it do: put train or test into its name, or pass a "
+            "pattern such as 'cifar10-*.parquet' that leaves it out"
+        )
+    by_split: dict[str, list[Path]] = {}
+    for split, file in named:
+        by_split.setdefault(split or "train", []).append(file)
+    for shards in by_split.values():
+        _check_shards(shards)
+    return by_split
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a file or a folder is named after, also one that is never read, such as extra-00000-of-00001."""
+    words = re.split(r"[-_.]", name.lower())
+    known = next((_SPLITS[word] for word in words if word in _SPLITS), None)
+    shard = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}.*", name.lower())
+    return known or (shard and shard[1])
+
+
+def _check_shards(files: list[Path]) -> None:
+    """Refuses to join files of different data sets, whose classes would be mixed up."""
+    import pyarrow.parquet as pq
+
+    first, *others = [(file, pq.read_schema(file)) for file in files]
+    for file, schema in others:
+        ours, theirs = (dict(s.metadata or {}).get(b"huggingface") for s in (first[1], schema))
+        if ours != theirs or not schema.equals(first[1]):
+            raise DstillError(
+                f"{first[0]} and {file} differ in columns or classes, so they are not parts of one data set: pass the "
+                "files of one, for example with a pattern such as 'cifar10-*.parquet'"
+            )
+
+
+def _siblings(file: Path) -> list[Path]:
+    """`x-train.parquet` also finds `x-test.parquet` or `x-val.parquet` beside it."""
+    others = [file.with_name(file.name.replace("train", word)) for word in TEST_NAMES] if "train" in file.name else []
+    return [file, *[other for other in others if other.exists()][:1]]
+
+
+# --- image folders ----------------------------------------------------------------------------------------------------
+
+
+def _image_folder(root: Path) -> dict[str, Any]:
+    """`root/<split>/<class>/…` or `root/<class>/…`.
+
+    Only folders of the first level can be splits, and only those with folders of their own: a class may be called `train`, too.
+    """
+    folders = _folders(root)
+    if not folders:
+        raise DstillError(f"{root} has neither Parquet files nor class folders: expected {root}/train/<class>/<image>")
+    _check_links(root)
+    by_split: dict[str, list[Path]] = {}
+    for folder in folders:
+        if folder.name.lower() in _SPLITS and _folders(folder):
+            by_split.setdefault(_SPLITS[folder.name.lower()], []).append(folder)
+    if not by_split:
+        by_split["train"] = [root]
+    placed = [folder for parts in by_split.values() for folder in parts]
+    for folder in folders:
+        if root not in placed and folder not in placed and any(_is_image(file) for file in _files(folder)):
+            raise DstillError(
+                f"{folder} has images that are of no split and no class, beside {placed[0]}/<class>: move it, or remove it"
+            )
+    splits = {split: found for split, parts in by_split.items() if (found := _split(parts)) is not None}
+    if "train" in splits and splits["train"].features["label"].num_classes < 2:
+        raise DstillError(f"{root} does not have two class folders or more: expected {root}/train/<class>/<image>")
+    return splits
+
+
+def _split(parts: list[Path]) -> Any:
+    """A `datasets.Dataset` of the images in the class folders of these folders, None where there is no image."""
+    import datasets
+
+    found = sorted((str(image), folder.name) for part in parts for folder in _class_folders(part) for image in _images(folder))
+    if not found:
+        return None
+    names = sorted({name for _, name in found})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    columns = {"image": [path for path, _ in found], "label": [names.index(name) for _, name in found]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _class_folders(part: Path) -> list[Path]:
+    loose = next((file for file in sorted(part.iterdir()) if _visible(file) and file.is_file() and _is_image(file)), None)
+    if loose is not None:
+        raise DstillError(f"{loose} lies beside the class folders and so has no class: move it into one, or remove it")
+    return _folders(part)
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images of a class, at any depth."""
+    files = list(_files(folder))
+    images = [file for file in files if _is_image(file)]
+    if files and not images:
+        raise DstillError(f"{folder} holds no image that can be read, only files such as {files[0].name}: remove it")
+    inner = next((part for file in images for part in file.relative_to(folder).parents if part.name.lower() in _SPLITS), None)
+    if inner is not None:
+        raise DstillError(f"{folder / inner} looks like a split inside of a class: pass {folder} itself, or rename it")
+    return images
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for inner, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(inner, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if _visible(child) and child.is_dir())
+
+
+def _visible(path: Path) -> bool:
+    return not path.name.startswith(".")
+
+
+def _is_image(file: Path) -> bool:
+    """By suffix; by content where the suffix says nothing.
+
+    Raises:
+        DstillError: an image of a kind that cannot be read.
+    """
+    if file.suffix.lower() in _readable():
+        return True
+    kind = mimetypes.guess_type(file.name)[0]
+    if file.suffix.lower() in _UNREADABLE or (kind or "").startswith("image/"):
+        raise DstillError(
+            f"{file} is an image of a kind that cannot be read here: convert it, to PNG for example, or remove it"
+        )
+    return kind is None and _opens(file)
+
+
+@functools.cache
+def _readable() -> frozenset[str]:
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+def _opens(file: Path) -> bool:
+    try:
+        with Image.open(file):
+            return True
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def _check_links(root: Path) -> None:
+    """Refuses links to folders, which may go in circles, and links to nothing, whose images would be left out."""
+    for folder, folders, names in os.walk(root):
+        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        lost = [name for name in names if not os.path.exists(os.path.join(folder, name))]
+        for name, reason in [*((name, "a link to a folder") for name in linked), *((name, "a broken link") for name in lost)]:
+            raise DstillError(f"{folder}/{name} is {reason}, whose images would be left out: copy them here, or remove it")
