@@ -80,10 +80,20 @@ def test_other_settings_are_not_reused(compare: Callable[..., Comparison]) -> No
     assert not any("reused" in note for note in notes.notes)
 
 
+def test_a_changed_protocol_is_measured_anew(compare: Callable[..., Comparison], shared: Path) -> None:
+    file = shared / "mine.yaml"
+    for version, passes in ((1, 1), (2, 40)):
+        file.write_text(PROTOCOL.replace("version: 1, passes: 4", f"version: {version}, passes: {passes}"))
+        notes = Notes()
+        row = compare("c", "random", protocol=str(file), whole=False, reporter=notes).rows[0]
+        assert row.result is not None and row.result.protocol.version == version
+        assert not any("reused" in note for note in notes.notes)
+
+
 def test_a_run_that_was_broken_off_does_not_stand_for_the_one_before_it(
     tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = dstill.recipes.resolve("smoke", dstill.recipes.DataShape("x", 3, 8, 3), method="random", ipc=1)[0]
+    recipe = dstill.recipes.resolve("smoke", dstill.recipes.DataShape("x", 3, (8, 8), 3), method="random", ipc=1)[0]
     options = {"sets": 1, "networks": 1, "whole": False, "seed": 0}
     elsewhere = {"cache": tmp_path / "cache"}
     done = run_apart(tiny_real, recipe, tmp_path / "run", options, elsewhere, Notes())

@@ -58,7 +58,7 @@ def test_what_is_left_out_is_neither_planned_nor_run(tiny_real: RealSet, tmp_pat
 
 def test_twice_the_work_takes_twice_as_long(tiny_real: RealSet, tmp_path: Path) -> None:
     real, device = tiny_real, torch.device("cpu")
-    clock = Clock(Shape(real.channels, 8, real.classes, len(real.train), len(real.test)), device)
+    clock = Clock(Shape(real.channels, (8, 8), real.classes, len(real.train), len(real.test)), device)
     net = NetConfig(width=4, depth=1)
     once, twice = (clock.passes(net, Passes("gradient", times, 8)) for times in (1, 2))
     assert twice == 2 * once, "a batch is timed once"
@@ -88,7 +88,7 @@ def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, mon
 
 def test_the_shapes_of_known_data_are_those_that_are_loaded() -> None:
     real, shape = dstill.load_real("digits"), DATASETS["digits"].shape
-    assert shape == (real.channels, real.size[0], real.classes, len(real.train), len(real.test))
+    assert shape == (real.channels, real.size, real.classes, len(real.train), len(real.test))
 
 
 def test_too_little_disk_or_memory_is_said(tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dstill
-from dstill import DstillError
+from dstill import DistilledSet, DstillError
 from dstill.data.real import RealSet
 from dstill.experts.trajectory import Trajectories, recorded_epochs
-from dstill.recipes import load_recipe
+from dstill.recipes import DataShape, load_recipe, resolve
 
 SETTINGS: dict[str, Any] = {
     "method": "ast",
@@ -19,6 +20,10 @@ SETTINGS: dict[str, Any] = {
     "device": "cpu",
     "changes": ["net.width=4", "experts.count=2", "distill.initialisation=representative", "distill.feature_epochs=5"],
 }
+
+
+def changed(*changes: str) -> dict[str, Any]:
+    return {"changes": [*SETTINGS["changes"], *changes]}
 
 
 class _Counting:
@@ -55,6 +60,11 @@ def test_the_expert_that_describes_images_is_trained_once_and_to_its_full_length
         ({"init": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"ipc": 100}, "fewer than the 100"),
         ({"net": "resnet19"}, "unknown network"),
+        (changed("augmentation=crop_flpi"), "flpi"),
+        (changed("experts.epochs=1"), "experts.epochs 1 is too short, matching needs"),
+        (changed("net.norm=group", "distill.precision=bfloat16"), "knows float32 alone"),
+        (changed("net.norm=group", "experts.precision=bfloat16"), "knows float32 alone"),
+        (changed("distill.gradient=graph", "distill.precision=bfloat16"), "gradient graph is plain autograd"),
     ],
 )
 def test_what_is_wrong_is_said_before_an_expert_is_trained(
@@ -76,3 +86,31 @@ def test_a_set_that_starts_from_given_images_needs_no_expert_to_describe_any(tin
     dstill.distill(tiny_real, cache=tmp_path, init=given, **SETTINGS)
     (folder,) = (tmp_path / "experts").iterdir()
     assert Trajectories(folder).epochs == max(recorded_epochs(path) for path in Trajectories(folder).paths) < 5
+
+
+def test_experts_of_other_inputs_are_refused(tiny_real: RealSet, tmp_path: Path) -> None:
+    experts = dstill.train_experts(tiny_real, cache=tmp_path, **SETTINGS)
+    dstill.distill(tiny_real, experts=experts.folder, cache=tmp_path, **SETTINGS)
+    with pytest.raises(DstillError, match=r"other preprocess \(zca, not standardise\): pass --set preprocess=zca"):
+        dstill.distill(tiny_real, experts=experts, cache=tmp_path, **{**SETTINGS, **changed("preprocess=standardise")})
+    with pytest.raises(DstillError, match="other data"):
+        dstill.distill(tiny_real.holdout(0), experts=experts, cache=tmp_path, **SETTINGS)
+
+
+def test_a_selection_by_another_network_is_another_run(tiny_real: RealSet, tmp_path: Path) -> None:
+    def select(seed: int | None, out: str) -> DistilledSet:
+        settings = {"recipe": "smoke", "method": "herding", "changes": ["net.width=4"], "cache": tmp_path / "cache"}
+        return dstill.distill(tiny_real, expert_seed=seed, out=tmp_path / out, **settings)
+
+    first = select(None, "a")
+    assert torch.equal(select(0, "a").images, first.images)
+    with pytest.raises(DstillError, match="expert_seed: 0 there, 1 now"):
+        select(1, "a")
+    assert not torch.equal(select(1, "b").images, first.images)
+
+
+def test_no_whitening_of_images_that_are_small_on_one_side_alone() -> None:
+    def kind(size: tuple[int, int]) -> str:
+        return resolve(None, DataShape("mine", 1, size, 10), method="mtt", ipc=1)[0].preprocess
+
+    assert (kind((32, 32)), kind((32, 1000)), kind((1000, 32))) == ("zca", "standardise", "standardise")

@@ -88,7 +88,7 @@ def row_of(name: str) -> Row:
 
 
 def shape(name: str = "mine", channels: int = 3, side: int = 32, classes: int = 10, memory: float = math.inf) -> DataShape:
-    return DataShape(name, channels, side, classes, memory)
+    return DataShape(name, channels, (side, side), classes, memory)
 
 
 def test_the_grid_of_published_cases_is_complete() -> None:
@@ -559,3 +559,29 @@ def test_unknown_and_mistyped_keys_of_a_methods_settings_are_named() -> None:
         resolve(None, shape(), method="frepo", ipc=1, changes=["distill.net.widht=3"])
     with pytest.raises(DstillError, match=r"unknown key 'distill.student_steps'"):
         resolve(None, shape(), method="random", ipc=1, changes=["distill.student_steps=3"])
+
+
+@pytest.mark.parametrize(
+    ("method", "section", "key", "value"),
+    [
+        ("dc", "distill", "augment", False),
+        ("dc", "distill", "initialisation", "noise"),
+        ("dsa", "distill", "augment", True),
+        ("tesla", "distill", "gradient", "tesla"),
+        ("tesla", "distill", "soft_labels", "expert"),
+        ("ftd", "distill", "image_ema", 0.9995),
+        ("ftd", "experts", "gsam", {"rho": 0.01, "alpha": 1.0}),
+        ("mtt", "experts", "gsam", None),
+    ],
+)
+def test_what_a_recipe_leaves_out_is_as_its_method_has_it(method: str, section: str, key: str, value: object) -> None:
+    recipe = Recipe.model_validate({"data": "mine", "method": method, "ipc": 1})
+    found = recipe.expert_config if section == "experts" else recipe.distill
+    assert found.model_dump()[key] == value
+
+
+@pytest.mark.parametrize("changes", [[], ["distill.image_ema=null"], ["experts.gsam=null", "distill.image_ema=0.5"]])
+def test_what_is_switched_off_stays_off_in_a_file(changes: list[str], tmp_path: Path) -> None:
+    recipe = recipes.changed(recipes.load_recipe("cifar10/ftd-ipc10"), changes, "here")
+    (tmp_path / "mine.yaml").write_text(recipes.dump(recipe))
+    assert recipes.load_recipe(str(tmp_path / "mine.yaml")) == recipe

@@ -117,12 +117,11 @@ class Clock:
 
     def _network(self, net: NetConfig) -> torch.nn.Module:
         shape, generator = self.shape, torch.Generator().manual_seed(0)
-        size = (shape.side, shape.side)
-        return nets.build(net, shape.channels, shape.classes, size, generator).to(self.device)
+        return nets.build(net, shape.channels, shape.classes, shape.size, generator).to(self.device)
 
     def _batch(self, count: int) -> tuple[Tensor, Tensor]:
         shape, generator = self.shape, torch.Generator().manual_seed(0)
-        images = torch.randn(count, shape.channels, shape.side, shape.side, generator=generator)
+        images = torch.randn(count, shape.channels, *shape.size, generator=generator)
         return images.to(self.device), torch.randint(shape.classes, (count,), generator=generator).to(self.device)
 
     def _time(

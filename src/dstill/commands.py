@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.artifacts.result import Cost, Result
+from dstill.artifacts.result import Claim, Cost, Result
 from dstill.artifacts.run import RESULT_NAME
 from dstill.config import Recipe
 from dstill.console import Reporter, Silent
@@ -25,6 +25,7 @@ from dstill.preparation import (
     at_least_one,
     cache_folder,
     check_early,
+    check_experts,
     ensure_experts,
     feature_expert,
     fitted_preprocess,
@@ -132,13 +133,15 @@ def distill(
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     check_early(real, resolved, logs=logs)
     initial = DistilledSet.load(init) if isinstance(init, str | Path) else init
-    if out is not None:
-        refuse_other_run(Path(out), known_identity(real, resolved, seed))
     store = cache_folder(cache)
     trained_with = seed if expert_seed is None else expert_seed
+    known = known_identity(real, resolved, seed, trained_with)
+    if out is not None:
+        refuse_other_run(Path(out), known)
     trajectories: Trajectories | None = None
     if experts is not None:
         trajectories = experts if isinstance(experts, Trajectories) else Trajectories(Path(experts))
+        check_experts(trajectories, real, resolved)
     elif method_info(resolved.method).needs_experts:
         trajectories = ensure_experts(
             real, resolved, trained_with, where, store, reporter, workers=workers, describing=init is None
@@ -150,7 +153,7 @@ def distill(
     cadence = Cadence(checkpoint=checkpoint_every, validate=validate_every, picture=picture_every if out else 0)
     if out is None:
         return run_method(problem, cadence=cadence, observer=Watcher(problem, reporter))
-    return distill_into(Path(out), problem, cadence, reporter, logs)
+    return distill_into(Path(out), problem, known, cadence, reporter, logs)
 
 
 def run(
@@ -214,10 +217,10 @@ def run(
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     check_early(real, resolved, nets, logs)
     folder = Path(out) if out else Path("runs") / f"{real.name}-{resolved.method}-ipc{resolved.ipc}-seed{seed}"
-    for k in range(sets):
-        refuse_other_run(folder / f"set-{k}", known_identity(real, resolved, seed + k))
-    reporter.note(f"run folder: {folder}")
     trained_with = seed if expert_seed is None else expert_seed
+    for k in range(sets):
+        refuse_other_run(folder / f"set-{k}", known_identity(real, resolved, seed + k, trained_with))
+    reporter.note(f"run folder: {folder}")
     trajectories: Trajectories | None = None
     if method_info(resolved.method).needs_experts:
         trajectories = train_experts(
@@ -261,12 +264,7 @@ def run(
     cost = Cost.load(folder / "set-0")
     result = result.model_copy(update={"seconds": time.perf_counter() - started, "stages": stages, "cost": cost})
     result.save(folder / RESULT_NAME)
-    claim = {
-        **result.accuracy.model_dump(include={"mean", "std", "n"}),
-        "protocol": result.protocol.model_dump(),
-        "measured_on": result.measured_on,
-    }
     for k, one in enumerate(distilled):
-        one.with_accuracy(claim).save(folder / f"set-{k}")
+        one.with_accuracy(Claim.of(result)).save(folder / f"set-{k}")
     reporter.note(f"report: {report([folder], folder / REPORT_NAME)}")
     return result

@@ -218,7 +218,7 @@ class Protocol(Settings):
     batch_size: Count
     """Synthetic images a step."""
     loss: Literal["cross-entropy", "squared"] = "cross-entropy"
-    """Cross-entropy, or mean squared error of the outputs to the label probabilities minus 1/K (FRePo)."""
+    """Cross-entropy, or mean squared error of the outputs to the label probabilities minus 1/K, over √(K/10) (FRePo)."""
     optimiser: Literal["sgd", "adam"] = "sgd"
     """`sgd` with `momentum`, or Adam."""
     momentum: Annotated[float, Field(ge=0, lt=1)]

@@ -43,6 +43,17 @@ def ask_for_determinism() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Within it, float32 convolutions of NVIDIA cards multiply float32, not TF32 as is torch's default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def total_memory(device: torch.device) -> float:
     """Bytes of memory of the device; infinite where it cannot be told.
 

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from dstill import seeding
 from dstill.artifacts.distilled import DistilledSet
 from dstill.evaluation.networks import evaluate_set, prepared
@@ -32,14 +30,12 @@ class Cadence:
     Attributes:
         checkpoint: store the state; where iterations are slow also whenever a minute has passed, and where storing is slow
             (half a second and more) not so often that it takes more than a twentieth of the time.
-        validate: train networks on the set so far and measure them on the validation part.
-        networks: how many, under the protocol `quick`.
+        validate: train a network on the set so far, under the protocol `quick`, and measure it on the validation part.
         picture: hand the set so far to the painter, also after the last one.
     """
 
     checkpoint: int = 25
     validate: int = 0
-    networks: int = 1
     picture: int = 0
 
 
@@ -138,7 +134,7 @@ def _validator(problem: Problem, cadence: Cadence) -> Callable[[DistilledSet], f
     protocol = load_protocol("quick")
 
     def validate(distilled: DistilledSet) -> float:
-        scores = evaluate_set(distilled, images, protocol, networks=cadence.networks, seed=problem.seed, stream=("validate",))
-        return float(torch.tensor(scores).mean())
+        (score,) = evaluate_set(distilled, images, protocol, networks=1, seed=problem.seed, stream=("validate",))
+        return score
 
     return validate

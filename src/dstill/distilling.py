@@ -22,6 +22,7 @@ from dstill.data.real import RealSet
 from dstill.devices import resident_memory, watching_memory
 from dstill.distillation import Cadence, run_method
 from dstill.engine import supports
+from dstill.methods import method_info
 from dstill.methods.base import Problem
 from dstill.methods.initialisation import initialisation_map
 from dstill.methods.settings import MatchingConfig
@@ -80,19 +81,30 @@ class Watcher:
             sink.close()
 
 
-def known_identity(real: RealSet, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """What tells a run from others and is known before its experts are trained."""
-    return {"recipe": canonical(recipe, exclude={"note"}), "data": real.fingerprint, "seed": seed}
+def known_identity(real: RealSet, recipe: Recipe, seed: int, expert_seed: int) -> dict[str, Any]:
+    """What tells a run from others and is known before its experts are trained; these know their own seed."""
+    identity = {"recipe": canonical(recipe, exclude={"note"}), "data": real.fingerprint, "seed": seed}
+    return {**identity, "expert_seed": expert_seed} if method_info(recipe.method).needs == "trained network" else identity
 
 
-def distill_into(out: Path, problem: Problem, cadence: Cadence, reporter: Reporter, logs: Sequence[str] = ()) -> DistilledSet:
+def distill_into(
+    out: Path, problem: Problem, known: dict[str, Any], cadence: Cadence, reporter: Reporter, logs: Sequence[str] = ()
+) -> DistilledSet:
     """Distils into a folder, from where an earlier call stopped, and writes what shows the result.
+
+    Args:
+        out: the folder.
+        problem: what is worked on.
+        known: see `known_identity`.
+        cadence: how often what is done.
+        reporter: receives progress.
+        logs: names of sinks.
 
     Raises:
         DstillError: the folder belongs to another run.
     """
-    experts = problem.trajectories.folder.name if problem.trajectories else None
-    identity = {**known_identity(problem.real, problem.recipe, problem.seed), "experts": experts}
+    experts = problem.trajectories
+    identity = {**known, "experts": experts.identity if experts else None, "expert_count": len(experts) if experts else 0}
     if problem.initial is not None:
         identity["initial"] = files.checksum({"images": problem.initial.images})
     folder = RunFolder(out, identity, reporter.note)
@@ -121,11 +133,8 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
         return distilled
     pictures.save_grid(distilled, out / "distilled.png")
     pictures.save_animation(sorted((out / FRAMES).glob("*.png")), out / "distilled.webp")
-    rows = folder.metrics()
-    if rows:
-        pictures.save_curves(
-            rows, out / "curves.png", f"{problem.recipe.method}, {problem.real.name}, IPC {problem.recipe.ipc}"
-        )
+    title = f"{problem.recipe.method}, {problem.real.name}, IPC {problem.recipe.ipc}"
+    pictures.save_curves(folder.metrics(), out / "curves.png", title)
     files.write_text(settings, recipes.dump(problem.recipe))  # last: it says that everything beside the set is there
     folder.finish()
     return distilled
@@ -147,7 +156,8 @@ def _how(problem: Problem) -> str:
     settings = problem.recipe.distill
     if not isinstance(settings, MatchingConfig) or problem.device.type != "cpu":
         return f"distilling on {problem.device}"
-    engine = native.describe() if supports(problem.network()) else "library double backward"
+    library = "library autograd" if settings.gradient == "graph" else "library double backward"
+    engine = native.describe() if supports(problem.network()) and settings.gradient != "graph" else library
     exact = settings.gradient != "tesla" and settings.precision == "float32"
     kind = f"{settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
     return f"distilling on {torch.get_num_threads()} CPU thread(s), {engine}, {kind}"

@@ -20,7 +20,6 @@ from dstill.nets.tangent import Engine, Sum
 from dstill.nets.unit import TensorUnit, Unit
 
 Precision = Literal["float32", "bfloat16-backward", "bfloat16"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16-backward", "bfloat16")
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -163,12 +162,12 @@ class Derivatives:
         """The expert's gradient penalty, E[(|grad_x W(x)| - target)^2], and its exact gradients (paper Eq. 19)."""
         point = self.engine.weights(parameters)
 
-        def work(some: Tensor) -> tangent.FirstOrder:
+        def work(some: Tensor) -> tuple[Tensor, Sum]:
             return tangent.penalty_tangents(self.engine, point, some, pixelwise, target, len(images))
 
         parts = self._each(work, self._cut(images))
-        total = _summed([part.gradient for part in parts])
-        return _added([part.loss for part in parts]), total.parameters(self.engine.second)
+        total = _summed([gradient for _, gradient in parts])
+        return _added([value for value, _ in parts]), total.parameters(self.engine.second)
 
     @torch.no_grad()
     def logits(self, parameters: Sequence[Tensor], images: Tensor) -> Tensor:

@@ -317,8 +317,8 @@ def _remembered(net: NetConfig, work: Sequence[Passes], shape: Shape) -> float:
 
     For a gradient it keeps those of every block, without one it needs room to work: the same within a factor of two.
     """
-    images = max(passes.images for passes in work if passes.kind != "forward")
-    return _FLOATS * images * 4 * (net.width or 128) * shape.side**2
+    images = max((passes.images for passes in work if passes.kind != "forward"), default=0)
+    return _FLOATS * images * 4 * (net.width or 128) * math.prod(shape.size)
 
 
 def _evaluating(
@@ -362,7 +362,7 @@ def _evaluating(
 
 
 def _network(net: NetConfig, shape: Shape) -> torch.nn.Module:
-    return networks_table.build(net, shape.channels, shape.classes, (shape.side, shape.side), torch.Generator())
+    return networks_table.build(net, shape.channels, shape.classes, shape.size, torch.Generator())
 
 
 def _parameters(net: NetConfig, shape: Shape) -> int:
@@ -370,7 +370,7 @@ def _parameters(net: NetConfig, shape: Shape) -> int:
 
 
 def _image_bytes(shape: Shape) -> int:
-    return _FLOATS * shape.channels * shape.side**2
+    return _FLOATS * shape.numbers
 
 
 def _warnings(stages: Sequence[Stage], given: Given) -> list[str]:

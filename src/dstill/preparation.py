@@ -15,17 +15,19 @@ from dstill.artifacts import header as files
 from dstill.config import Recipe, TrainingConfig, evaluation_nets
 from dstill.console import Reporter
 from dstill.data import preprocess as preprocessing
+from dstill.data import siamese
 from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet, check_ipc
 from dstill.devices import total_memory
+from dstill.engine import Precision
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trained import NetworkTask, TrainedNetwork, trained_network
 from dstill.experts.trajectory import Trajectories, missing_experts
 from dstill.methods import method_info
-from dstill.methods.settings import SelectionConfig
+from dstill.methods.settings import MatchingConfig, SelectionConfig
 from dstill.nets import build
 from dstill.sinks import check_sinks
 from dstill.training import EpochReport
@@ -70,7 +72,7 @@ def resolve_recipe(
 
 def shape_of(real: RealSet) -> Shape:
     """What settings and plans must know of the data."""
-    return Shape(real.channels, min(real.size), real.classes, len(real.train), len(real.test))
+    return Shape(real.channels, real.size, real.classes, len(real.train), len(real.test))
 
 
 def resolve_for(
@@ -90,7 +92,7 @@ def resolve_for(
     if isinstance(recipe, Recipe):
         recipes.check_method(recipe, method, "the recipe")
         return recipes.changed(recipe, [*([f"ipc={ipc}"] if ipc is not None else []), *changes], "recipe")
-    described = recipes.DataShape(name, shape.channels, shape.side, shape.classes, total_memory(device))
+    described = recipes.DataShape(name, shape.channels, shape.size, shape.classes, total_memory(device))
     resolved, origin = recipes.resolve(recipe, described, method=method, ipc=ipc, changes=changes)
     reporter.note(f"{resolved.method}, {resolved.ipc} image(s) per class, {name}: {origin}")
     return resolved
@@ -101,10 +103,32 @@ def check_early(real: RealSet, recipe: Recipe, nets: Sequence[str] = (), logs: S
     check_ipc(real, recipe.ipc)
     load_protocol(recipe.protocol)
     check_sinks(logs)
+    siamese.parse(recipe.augmentation)
     for config in (recipe.net, *evaluation_nets(recipe.net, nets)):
         build(config, real.channels, real.classes, real.size, torch.Generator())
     if method_info(recipe.method).family in ("trajectory matching", "gradient matching"):
-        Student(build(recipe.net, real.channels, real.classes, real.size, torch.Generator()))
+        settings, precisions = recipe.distill, list[Precision](["float32"])
+        if isinstance(settings, MatchingConfig):
+            precisions = [settings.precision, recipe.expert_config.precision]
+        for precision in precisions:
+            Student(build(recipe.net, real.channels, real.classes, real.size, torch.Generator()), precision=precision)
+
+
+def check_experts(experts: Trajectories, real: RealSet, recipe: Recipe) -> None:
+    """Refuses experts that somebody names and that were trained on other inputs, as far as their files tell.
+
+    Raises:
+        DstillError: their data or preprocessing are others. Experts of a whole training set, for one, have seen the part of
+            it that a hold-out sets aside.
+    """
+    for key, ours, remedy in (
+        ("data", real.fingerprint, "train experts on these"),
+        ("preprocess", recipe.preprocess, f"pass --set preprocess={experts.headers[0].get('preprocess')}, or train others"),
+    ):
+        others = {header[key] for header in experts.headers if key in header} - {ours}
+        if others:
+            theirs = ", ".join(sorted(others))
+            raise DstillError(f"the experts of {experts.folder} were trained with other {key} ({theirs}, not {ours}): {remedy}")
 
 
 def at_least_one(**values: int | None) -> None:
@@ -131,8 +155,13 @@ def ensure_experts(
     With `only`, no others are trained, and whatever the cache then holds is returned. `describing`: the one that describes
     images for the initialisation is longer at once, where the recipe asks for that, and not trained again afterwards.
     """
-    config = recipe.expert_config
+    config, needed = recipe.expert_config, getattr(recipe.distill, "epochs_needed", 0)
     assert config.epochs is not None
+    if config.epochs < needed:
+        raise DstillError(
+            f"experts.epochs {config.epochs} is too short, matching needs {needed} (T+ + M - 1): raise it, or lower "
+            "distill.max_start_epoch"
+        )
     longer = recipe.describing_expert(config.epochs) if describing and (only is None or 0 in only) else None
     if longer is not None:
         reporter.note(f"expert 0 is trained for {longer.epochs} epochs, to describe images for the initialisation")

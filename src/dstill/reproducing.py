@@ -34,7 +34,7 @@ from dstill.version import __version__
 from dstill.workers import Workers, cores, refuse_import
 
 # What decides how a set is judged, but not how it is distilled.
-_JUDGING = ("networks", "nets", "random", "whole")
+_JUDGING = ("networks", "nets", "random", "whole", "protocol")
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,16 @@ from dstill.commands import run
 from dstill.config import Recipe, canonical
 from dstill.console import Reporter
 from dstill.data.real import RealSet
+from dstill.evaluation.protocols import load_protocol
 from dstill.workers import apart
 
 _REQUEST = "request.json"
 
 
 def request(real: RealSet, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
-    """What decides the numbers of a run, as plain JSON values."""
-    return {"recipe": canonical(recipe, exclude={"note"}), "data": real.fingerprint, **options}
+    """What decides the numbers of a run, as plain JSON values; of the protocol all, since a file of that name can change."""
+    protocol = canonical(load_protocol(recipe.protocol))
+    return {"recipe": canonical(recipe, exclude={"note"}), "data": real.fingerprint, "protocol": protocol, **options}
 
 
 def run_apart(

@@ -51,11 +51,7 @@ def _distilled(path: Path) -> str:
         f"  learning rate {rate}, augmentation {one.augmentation}, {one.preprocess.kind} inputs",
     ]
     if one.accuracy:
-        protocol = one.accuracy["protocol"]
-        lines.append(
-            f"  {one.net.name} reaches {100 * one.accuracy['mean']:.1f} ± {100 * one.accuracy['std']:.1f} % "
-            f"(n = {one.accuracy['n']}, protocol {protocol['name']} v{protocol['version']})"
-        )
+        lines.append(f"  accuracy {one.accuracy}")
     return "\n".join(lines)
 
 

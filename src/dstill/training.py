@@ -132,10 +132,11 @@ def warm_cosine(lr: float, warmup: int, total: int) -> Schedule:
 
 
 def squared_objective(net: nn.Module, batch: Batch) -> Tensor:
-    """Mean squared error of the outputs to the label probabilities minus 1/K."""
+    """Mean squared error of the outputs to the label probabilities minus 1/K, divided by √(K/10): FRePo's targets."""
     outputs = net(batch.images)
     classes = outputs.shape[1]
-    loss = (outputs - (probabilities(batch.labels, classes) - 1 / classes)).square().mean()
+    targets = (probabilities(batch.labels, classes) - 1 / classes) / math.sqrt(classes / 10)
+    loss = (outputs - targets).square().mean()
     loss.backward()
     return loss.detach()
 

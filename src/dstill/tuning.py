@@ -79,11 +79,11 @@ def tune(
         raise DstillError(f"tune searches settings of trajectory matching, and method {base.method!r} is none: take ast or mtt")
     held = real.holdout(seed)
     check_early(held, base)
-    # Experts long enough for the largest T+ of the search serve every candidate; where `experts.epochs` is set, that is it.
-    longest = base.model_copy(
-        update={"distill": base.distill.model_copy(update={"max_start_epoch": 2 * base.distill.max_start_epoch})}
-    )
-    largest = longest.expert_config.epochs - base.distill.expert_epochs + 1
+    # Experts long enough for the largest T+ of the search serve every candidate.
+    largest = 2 * base.distill.max_start_epoch
+    if base.experts and base.experts.epochs is not None:
+        largest = min(largest, base.experts.epochs - base.distill.expert_epochs + 1)
+    longest = base.model_copy(update={"distill": base.distill.model_copy(update={"max_start_epoch": largest})})
     experts = train_experts(held, recipe=longest, seed=seed, device=device, cache=cache, workers=workers, reporter=reporter)
     target = Path(out) if out else Path(f"{real.name}-{base.method}-ipc{base.ipc}.yaml")
     best, tried = base, 0

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from dstill import DistilledSet, DstillError
 from dstill.artifacts import header as files
 from dstill.artifacts.pictures import grid
-from dstill.artifacts.result import Score
+from dstill.artifacts.result import Claim, ProtocolId, Score
 from dstill.config import NetConfig
 from dstill.data import preprocess
 from dstill.data.real import RealSet
@@ -39,7 +39,7 @@ def make(real: RealSet, *, soft: bool = False, alpha: float | None = 0.02, kind:
         data_fingerprint=real.fingerprint,
         recipe=None,
         seed=3,
-        accuracy={"mean": 0.5, "std": 0.1, "n": 5, "protocol": {"name": "ast", "version": 1}},
+        accuracy=Claim(mean=0.5, std=0.1, n=5, net="convnet", protocol=ProtocolId(name="ast", version=1), measured_on="test"),
     )
 
 

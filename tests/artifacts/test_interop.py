@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 import dstill
 from dstill import DistilledSet, DstillError
 from dstill.artifacts.importing import PUBLISHED_STATISTICS, published_preprocess
+from dstill.artifacts.result import Claim, ProtocolId
 from dstill.config import NetConfig
 from dstill.data import preprocess, siamese
 from dstill.data.real import RealSet
@@ -44,7 +45,7 @@ def make(real: RealSet, *, soft: bool = False, alpha: float | None = 0.02, ipc: 
         data_fingerprint=real.fingerprint,
         recipe=None,
         seed=3,
-        accuracy={"mean": 0.5, "std": 0.1, "n": 5, "protocol": {"name": "ast", "version": 1}},
+        accuracy=Claim(mean=0.5, std=0.1, n=5, net="convnet", protocol=ProtocolId(name="ast", version=1), measured_on="test"),
     )
 
 
@@ -63,6 +64,16 @@ def test_an_export_comes_back_exactly(tiny_real: RealSet, tmp_path: Path, kind: 
     assert_equal(one, back)
     if kind != "pt":
         assert back.header() == one.header()
+
+
+@pytest.mark.parametrize("kind", ["hf", "npz"])
+def test_the_file_of_an_export_comes_back_as_its_folder_does_if_it_fits(tiny_real: RealSet, tmp_path: Path, kind: str) -> None:
+    one = make(tiny_real)
+    folder = one.export(kind, tmp_path / kind)
+    file = folder / "distilled.safetensors" if kind == "hf" else folder
+    assert_equal(one, dstill.import_set(file, tiny_real))
+    with pytest.raises(DstillError, match="has the classes"):
+        dstill.import_set(file, dstill.load_real(tiny_real, classes=["stripes", "checks"]))
 
 
 def test_the_hub_folder_is_read_by_datasets_and_its_metadata_are_true(tiny_real: RealSet, tmp_path: Path) -> None:

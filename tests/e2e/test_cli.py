@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dstill import cli, load_recipe
 from dstill.console import ConsoleReporter
@@ -274,3 +276,20 @@ def test_brackets_in_a_note_are_not_taken_for_markup() -> None:
     stream = io.StringIO()
     ConsoleReporter(stream).note("folder [red]x[/red]")
     assert stream.getvalue() == "folder [red]x[/red]\n"
+
+
+def test_what_is_cut_off_for_testing_does_not_depend_on_the_seed(call: Call, tmp_path: Path) -> None:
+    """Else a set judged with another seed than it was made with would meet images that it was made of."""
+    shades = np.arange(40, dtype=np.uint8).reshape(2, 20)
+    for name, row in zip(("cat", "dog"), shades, strict=True):
+        (tmp_path / "pics" / name).mkdir(parents=True)
+        for shade in row:
+            Image.fromarray(np.full((8, 8), 6 * shade, np.uint8)).save(tmp_path / "pics" / name / f"{shade}.png")
+    cut = ["pics", "--test-fraction", "0.2"]
+    settings = ["--method", "random", *FAST[:2], *FAST[4:]]
+    assert call("distill", *cut, *settings, "--seed", "1", "-o", "r")[0] == 0
+    code, _, err = call("evaluate", "r", *cut, "--networks", "1", "--seed", "2")
+    assert code == 0 and "not what the set was distilled from" not in err
+    assert (
+        "not what the set was distilled from" in call("evaluate", "r", "pics", "--test-fraction", "0.3", "--networks", "1")[2]
+    )

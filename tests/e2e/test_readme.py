@@ -74,7 +74,7 @@ def test_a_command_of_the_readme_names_what_exists(tokens: list[str]) -> None:
     if "/" not in source and source:
         assert source in DATASETS
     if tokens[0] in {"run", "train-experts", "distill", "tune"} and not str(recipe).endswith(".yaml"):
-        shape = DataShape(source, 3, 32, 10)
+        shape = DataShape(source, 3, (32, 32), 10)
         changes = given.get("changes", ())
         recipes.resolve(recipe, shape, method=given.get("method"), ipc=given.get("ipc"), changes=changes)
 

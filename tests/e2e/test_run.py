@@ -16,9 +16,10 @@ import torch
 
 import dstill
 from dstill import DistilledSet, DstillError
-from dstill.artifacts.result import Result
+from dstill.artifacts.result import Claim, Result
 from dstill.data.real import RealSet
 from dstill.methods import METHODS
+from dstill.showing import describe
 
 PROTOCOL = (
     "{name: tiny, version: 1, passes: 4, batch_size: 8, momentum: 0.9, weight_decay: 5e-4, lr: 0.05, lr_factor: 0.5, "
@@ -97,7 +98,7 @@ def test_every_method_goes_from_images_to_a_result(method: str, launch: Callable
     assert result.cost is not None and result.cost.seconds > 0
     assert dstill.load_recipe(str(tmp_path / "set-0" / "recipe.yaml")) == one.recipe
     assert one.accuracy is not None
-    assert one.accuracy["mean"] == result.accuracy.mean
+    assert one.accuracy == Claim.of(result)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -375,3 +376,25 @@ def test_what_is_chosen_on_a_holdout_is_measured_on_validation(tiny_real: RealSe
         tiny_real.holdout(0), recipe="smoke", method="mtt", changes=changes, out=tmp_path, cache=shared / "cache"
     )
     assert (result.measured_on, result.random) == ("validation", None)
+
+
+def test_a_set_says_which_networks_were_measured_on_what(tiny_real: RealSet, shared: Path, tmp_path: Path) -> None:
+    changes = [f"protocol={shared / 'tiny.yaml'}", "net.width=4"]
+    held = tiny_real.holdout(0)
+    dstill.run(held, recipe="smoke", method="random", changes=changes, nets=["vgg11"], out=tmp_path, cache=shared / "cache")
+    distilled = DistilledSet.load(tmp_path / "set-0")
+    said = "fresh vgg11 networks on real images held out of the training set"
+    assert said in str(distilled.accuracy)
+    assert said in describe(tmp_path / "set-0")
+    assert said in (distilled.export("hf", tmp_path / "hub") / "README.md").read_text()
+    assert "fresh vgg11 networks" in (tmp_path / "report.html").read_text()
+
+
+def test_judging_on_other_data_than_the_set_was_made_of_is_said(
+    launch: Callable[..., Result], tiny_real: RealSet, tmp_path: Path
+) -> None:
+    launch(tmp_path, "random")
+    watch = Watch()
+    for data in (tiny_real, tiny_real.holdout(0)):
+        dstill.evaluate(tmp_path / "set-0", data, networks=1, random=False, reporter=watch)
+    assert [note for note in watch.notes if "not what the set was distilled from" in note] == watch.notes[-1:]

@@ -69,10 +69,10 @@ def test_the_rate_grows_and_falls_along_a_cosine() -> None:
     assert rates[7] == pytest.approx(0.2 * (1 + math.cos(0.75 * math.pi)), abs=1e-6)
 
 
-def test_squared_loss_aims_at_probabilities_without_their_mean() -> None:
+def test_squared_loss_aims_at_frepos_centred_and_scaled_labels() -> None:
     net = torch.nn.Linear(2, 3)
     images, ids = torch.randn(4, 2), torch.tensor([0, 2, 1, 1])
-    target = torch.eye(3)[ids] - 1 / 3
+    target = (torch.eye(3)[ids] - 1 / 3) / 0.3**0.5
     expected = (net(images) - target).square().mean()
     (gradient,) = torch.autograd.grad(expected, net.weight)
     for labels in (ids, 100 * torch.eye(3)[ids]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import dstill
 from dstill.artifacts import header as files
+from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories, expert_path, save_expert
 
@@ -97,3 +100,21 @@ def test_a_file_of_another_kind_is_refused_by_name(folder: Path) -> None:
     files.save(expert_path(folder, 1), "checkpoint", {"trajectory": trajectory(0)}, {})
     with pytest.raises(DstillError, match=r"expert-001\.safetensors holds a checkpoint"):
         Trajectories(folder)
+
+
+def test_experts_are_the_same_wherever_they_lie(tiny_real: RealSet, tmp_path: Path) -> None:
+    def trained(seed: int) -> Trajectories:
+        changes = ["net.width=4", "experts.count=2", "experts.gsam=null"]
+        return dstill.train_experts(tiny_real, recipe="smoke", method="mtt", changes=changes, seed=seed, cache=tmp_path)
+
+    one, other = trained(0), trained(1)
+    assert one.identity == one.folder.name != other.identity == other.folder.name
+    copied = Trajectories(shutil.copytree(one.folder, tmp_path / "elsewhere"))
+    assert copied.identity == one.identity
+
+
+def test_foreign_experts_are_told_apart_by_their_weights(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copy" / folder.name, ignore=shutil.ignore_patterns("copy"))
+    assert Trajectories(copied).identity == Trajectories(folder).identity
+    save_expert(copied, 1, trajectory(7), {"index": 1, "record": RECORD})
+    assert Trajectories(copied).identity != Trajectories(folder).identity

@@ -74,7 +74,7 @@ def unbalanced(real: RealSet) -> RealSet:
 
 def recipe_of(method: str, real: RealSet, ipc: int, iterations: int) -> Recipe:
     info = methods()[method]
-    shape = recipes.DataShape(real.name, real.channels, min(real.size), real.classes)
+    shape = recipes.DataShape(real.name, real.channels, real.size, real.classes)
     settings = list(QUICK.get(method, ()))
     if info.family != "selection":
         settings.append(f"distill.iterations={iterations}")
@@ -88,10 +88,8 @@ def recipe_of(method: str, real: RealSet, ipc: int, iterations: int) -> Recipe:
 def problem_of(cache: Path) -> Callable[..., Problem]:
     """A problem for a method, with whatever the method needs trained once a session."""
 
-    def make(
-        method: str, real: RealSet, *, ipc: int = 1, iterations: int = 3, seed: int = 0, changes: tuple[str, ...] = ()
-    ) -> Problem:
-        recipe = recipe_of(method, real, ipc, iterations, *changes)
+    def make(method: str, real: RealSet, *, ipc: int = 1, iterations: int = 3, seed: int = 0) -> Problem:
+        recipe = recipe_of(method, real, ipc, iterations)
         needs = methods()[method].needs
         experts = ensure_experts(real, recipe, 0, CPU, cache, Silent()) if needs == "experts" else None
         trained = trained_on_all(real, recipe, 0, CPU, cache, Silent())

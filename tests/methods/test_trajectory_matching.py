@@ -20,6 +20,7 @@ from dstill.config import NetConfig
 from dstill.distillation import run_method
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
+from dstill.methods import trajectory_matching
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.trajectory_matching import TrajectoryMatching
 
@@ -53,20 +54,33 @@ def copied(state: State) -> State:
 
 
 def by_hand(
-    problem: Problem, images: Tensor, alpha: Tensor, points: dict[int, int], *, scale: float, momentum: float
+    problem: Problem,
+    images: Tensor,
+    alpha: Tensor,
+    points: dict[int, int],
+    *,
+    scale: float,
+    momentum: float,
+    soft: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Matching loss of expert 0 from epoch 0, and its gradients by images and α: plain autograd through all steps."""
+    """Matching loss of expert 0 from epoch 0, and its gradients by images and α: plain autograd through all steps.
+
+    `soft`: labels are what the expert says of the images after epoch 3, and the gradient goes through it, too.
+    """
     assert problem.trajectories is not None
     rows = problem.trajectories.rows(0, 0, 4)
     net = problem.network()
     names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()), strict=True)
     images, alpha = images.clone().requires_grad_(), alpha.clone().requires_grad_()
     theta, buffer = rows[0].clone().requires_grad_(), torch.zeros_like(rows[0])
-    loss = torch.zeros(())
+    loss, labels = torch.zeros(()), problem.labels()
+    if soft:
+        expert = {n: p.view(s) for n, p, s in zip(names, rows[3].split([s.numel() for s in shapes]), shapes, strict=True)}
+        labels = functional_call(net, expert, (images,)).softmax(1)
     for n in range(1, 6):
         parts = theta.split([shape.numel() for shape in shapes])
         weights = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
-        inner = scale * F.cross_entropy(functional_call(net, weights, (images,)), problem.labels())
+        inner = scale * F.cross_entropy(functional_call(net, weights, (images,)), labels)
         (gradient,) = torch.autograd.grad(inner, theta, create_graph=True)
         buffer = momentum * buffer + gradient
         theta = theta - alpha * buffer
@@ -329,6 +343,22 @@ def test_soft_labels_are_the_target_experts_logits_on_the_current_images_and_are
     stored = DistilledSet.load(method.result(state).save(tmp_path))
     assert stored.labels.shape == (6, 3)
     assert torch.equal(stored.labels, state["labels"])
+
+
+@pytest.mark.parametrize("block", [4, 256])
+def test_differentiated_labels_equal_plain_autograd(
+    make_problem: MakeProblem, trajectories: Trajectories, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectory_matching, "_BLOCK", block)  # of 6 images
+    experts = Trajectories(trajectories.folder, 1)
+    problem = make_problem(ipc=2, experts=experts, soft_labels="expert-differentiated", image_momentum=0.0, **CERTAIN)
+    method, state = started(problem)
+    before = copied(state)
+    (row,) = steps(method, state, 1)
+    loss, by_images, by_alpha = by_hand(problem, before["images"], before["alpha"], {5: 3}, scale=1.0, momentum=0.0, soft=True)
+    assert row["loss"] == pytest.approx(float(loss), rel=1e-4)
+    torch.testing.assert_close(state["images"], before["images"] - 10.0 * by_images, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(state["alpha"], before["alpha"] - 1e-3 * by_alpha, rtol=1e-3, atol=1e-6)
 
 
 def test_experts_that_are_too_short_are_refused_with_the_remedy(make_problem: MakeProblem) -> None:

@@ -203,6 +203,16 @@ def test_running_statistics_and_dropout_are_refused_with_the_layer_named() -> No
         Student(nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 3)))
 
 
+@pytest.mark.parametrize("mode", ["adjoint", "graph"])
+def test_nvidias_rounding_is_off_inside_and_as_before_outside(mode: str) -> None:
+    case, seen = Case(), list[bool]()
+    case.net = small_net("group")  # without derivatives of our own the module itself is called
+    case.net.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    case.run(mode)
+    assert seen and not any(seen)
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_float32_adjoint_is_as_close_to_float64_as_plain_autograd_is() -> None:
     errors: dict[str, list[float]] = {"adjoint": [], "graph": []}
     for seed in range(20):

@@ -12,27 +12,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dstill.artifacts import header as files
-from dstill.artifacts.result import ProtocolId
+from dstill.artifacts.result import Claim
 from dstill.config import NetConfig, Recipe, canonical
 from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
 from dstill.data.preprocess import Preprocess
+from dstill.data.real import RealSet
 from dstill.errors import DstillError
 
 KIND = "distilled set"
 FILE_NAME = "distilled.safetensors"
 _PREPROCESS = "preprocess."
-
-
-class _Claim(BaseModel):
-    """What `DistilledSet.accuracy` holds."""
-
-    model_config = ConfigDict(extra="allow")
-
-    mean: float
-    std: float
-    n: int
-    protocol: ProtocolId
 
 
 class _Header(BaseModel):
@@ -50,7 +40,7 @@ class _Header(BaseModel):
     data_fingerprint: str
     recipe: Recipe | None
     seed: int
-    accuracy: _Claim | None
+    accuracy: Claim | None
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class DistilledSet:
         data_fingerprint: fingerprint of the real set.
         recipe: the resolved settings, or None for a foreign set.
         seed: master seed.
-        accuracy: `{"mean", "std", "n", "protocol"}` once it has been evaluated.
+        accuracy: what the run that it comes from measured, once it has.
 
     Raises:
         DstillError: images and labels have not these types and shapes, or a class id is out of range.
@@ -90,7 +80,7 @@ class DistilledSet:
     data_fingerprint: str
     recipe: Recipe | None
     seed: int
-    accuracy: dict[str, Any] | None = None
+    accuracy: Claim | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -131,13 +121,24 @@ class DistilledSet:
         """What to give `torch.optim.SGD`: the learned rate (0.01 where there is none), momentum and decay of the evaluation."""
         return {"lr": self.alpha or 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
+    def check_fits(self, real: RealSet) -> None:
+        """Raises `DstillError` where real data have other classes or another image size."""
+        if self.class_names != real.class_names:
+            raise DstillError(
+                f"the distilled set has the classes {', '.join(self.class_names[:4])}…, {real.name} has "
+                f"{', '.join(real.class_names[:4])}…: evaluate it on the data it was distilled from"
+            )
+        ours, theirs = tuple(self.images.shape[1:]), (real.channels, *real.size)
+        if ours != theirs:
+            raise DstillError(f"distilled images are {ours}, real ones {theirs} (channels, height, width): pass --image-size")
+
     def export(self, kind: str, folder: str | Path) -> Path:
         """Writes the set for programs that do not know dstill; see `dstill.artifacts.exporting.export`."""
         from dstill.artifacts.exporting import export
 
         return export(self, kind, folder)
 
-    def with_accuracy(self, accuracy: dict[str, Any]) -> DistilledSet:
+    def with_accuracy(self, accuracy: Claim) -> DistilledSet:
         return replace(self, accuracy=accuracy)
 
     def with_hard_labels(self) -> DistilledSet:
@@ -191,7 +192,7 @@ class DistilledSet:
             "data_fingerprint": self.data_fingerprint,
             "recipe": canonical(self.recipe) if self.recipe else None,
             "seed": self.seed,
-            "accuracy": self.accuracy,
+            "accuracy": self.accuracy.model_dump() if self.accuracy else None,
         }
 
     @classmethod
@@ -231,7 +232,7 @@ class DistilledSet:
                 data_fingerprint=said.data_fingerprint,
                 recipe=said.recipe,
                 seed=said.seed,
-                accuracy=said.accuracy.model_dump() if said.accuracy else None,
+                accuracy=said.accuracy,
             )
             siamese.parse(one.augmentation)
             fits = one.preprocess.invert(one.images[:1]).shape == one.images[:1].shape

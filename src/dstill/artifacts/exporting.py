@@ -129,11 +129,7 @@ def _card(distilled: DistilledSet) -> str:
         f"- Labels: {'soft, as probabilities in `soft_label`' if distilled.labels.is_floating_point() else 'class ids'}",
     ]
     if distilled.accuracy:
-        score, protocol = distilled.accuracy, distilled.accuracy["protocol"]
-        lines.append(
-            f"- Accuracy of fresh networks on real test images: {100 * score['mean']:.1f} ± {100 * score['std']:.1f} % "
-            f"(n = {score['n']}, protocol {protocol['name']} v{protocol['version']})"
-        )
+        lines.append(f"- Accuracy: {distilled.accuracy}")
     return "\n".join(lines) + "\n"
 
 

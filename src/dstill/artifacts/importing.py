@@ -77,12 +77,10 @@ def import_set(
         DstillError: no such file, not such a file, too large, holding more than tensors, or not fitting `real`.
     """
     source = Path(path)
-    if source.is_dir() and (source / FILE_NAME).exists():
-        return DistilledSet.load(source)
-    if source.is_dir() and (source / "distilled.npz").exists():
-        return _from_npz(source / "distilled.npz")
-    if source.suffix == ".npz":
-        return _from_npz(source)
+    ours = _own(source)
+    if ours is not None:
+        ours.check_fits(real)
+        return ours
     if source.is_dir():
         source = source / "images_best.pt"
     found = _read(source)
@@ -250,3 +248,16 @@ def _trusted(path: Path) -> Any:
         raise DstillError(
             f"{path} cannot be read as tensors ({reason}): it is damaged, or holds code, which is refused"
         ) from error
+
+
+def _own(source: Path) -> DistilledSet | None:
+    """A set in a file or folder that dstill wrote; None where it did not."""
+    if source.is_dir():
+        kept = [source / name for name in (FILE_NAME, "distilled.npz") if (source / name).exists()]
+        source = kept[0] if kept else source
+    match source.suffix:
+        case ".safetensors":
+            return DistilledSet.load(source)
+        case ".npz":
+            return _from_npz(source)
+    return None

@@ -91,8 +91,8 @@ def save_animation(frames: Sequence[Path], path: Path, milliseconds: int = 200) 
         images[0].save(temporary, format="WEBP", save_all=True, append_images=images[1:], duration=times, loop=0, lossless=True)
 
 
-def save_curves(rows: Sequence[Mapping[str, float | None]], path: Path, title: str) -> Path:
-    """Matching loss, α and, where it was measured, validation accuracy over iterations, as PNG."""
+def save_curves(rows: Sequence[Mapping[str, float | None]], path: Path, title: str) -> None:
+    """Loss, α and validation accuracy over iterations, whichever of them there are, as PNG; no file where there is none."""
     from matplotlib.figure import Figure
 
     panels = [
@@ -101,6 +101,8 @@ def save_curves(rows: Sequence[Mapping[str, float | None]], path: Path, title: s
         ("validation_accuracy", "validation accuracy"),
     ]
     panels = [(key, label) for key, label in panels if any(row.get(key) is not None for row in rows)]
+    if not panels:
+        return
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
     figure.suptitle(title)
     for position, (key, label) in enumerate(panels, 1):
@@ -118,4 +120,3 @@ def save_curves(rows: Sequence[Mapping[str, float | None]], path: Path, title: s
         axes.grid(alpha=0.3)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    return path

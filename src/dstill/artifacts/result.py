@@ -159,3 +159,29 @@ class Result(BaseModel):
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DstillError(f"{path} is not a result of dstill: {error}") from error
+
+
+class Claim(BaseModel):
+    """What a distilled set says of itself: the accuracy of the run it belongs to, pooled over the run's sets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: float
+    std: float
+    n: int
+    net: str
+    """The network that was trained on it, which need not be the one it was distilled with."""
+    protocol: ProtocolId
+    measured_on: str
+    """See `Result.measured_on`."""
+
+    @classmethod
+    def of(cls, result: Result) -> Claim:
+        """The claim that a result supports."""
+        score, net = result.accuracy, next(iter(result.nets))
+        return cls(mean=score.mean, std=score.std, n=score.n, net=net, protocol=result.protocol, measured_on=result.measured_on)
+
+    def __str__(self) -> str:
+        images = "real test images" if self.measured_on == "test" else "real images held out of the training set"
+        how = f"n = {self.n}, protocol {self.protocol.name} v{self.protocol.version}"
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} % ({how}), fresh {self.net} networks on {images}"

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """Colour channels, side in pixels, classes, training images, test images."""
+    """Colour channels, height and breadth in pixels, classes, training images, test images."""
 
     channels: int
-    side: int
+    size: tuple[int, int]
     classes: int
     train: int
     test: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of one image."""
+        return self.channels * math.prod(self.size)
 
 
 @dataclass(frozen=True)
@@ -53,31 +59,33 @@ def _subset(*ids: int) -> Entry:
         fit="crop",
         imagenet_ids=ids,
         note="ten ImageNet classes at 128x128",
-        shape=Shape(3, 128, 10, 13_000, 500),  # about 1,300 a class
+        shape=Shape(3, (128, 128), 10, 13_000, 500),  # about 1,300 a class
     )
 
 
-_GREY = Shape(1, 32, 10, 60_000, 10_000)
+_GREY = Shape(1, (32, 32), 10, 60_000, 10_000)
 
 DATASETS: dict[str, Entry] = {
     "digits": Entry(
         "",
         mirror=False,
         note="1,797 digits of 8x8 grey pixels, embedded in scikit-learn: no network, no file",
-        shape=Shape(1, 8, 10, 1_437, 360),
+        shape=Shape(1, (8, 8), 10, 1_437, 360),
     ),
-    "cifar10": Entry("uoft-cs/cifar10", note="60,000 images of 32x32, 10 classes", shape=Shape(3, 32, 10, 50_000, 10_000)),
+    "cifar10": Entry(
+        "uoft-cs/cifar10", note="60,000 images of 32x32, 10 classes", shape=Shape(3, (32, 32), 10, 50_000, 10_000)
+    ),
     "cifar100": Entry(
         "uoft-cs/cifar100",
         label="fine_label",
         note="60,000 images of 32x32, 100 classes",
-        shape=Shape(3, 32, 100, 50_000, 10_000),
+        shape=Shape(3, (32, 32), 100, 50_000, 10_000),
     ),
     "tiny-imagenet": Entry(
         "zh-plus/tiny-imagenet",
         "valid",
         note="110,000 images of 64x64, 200 classes",
-        shape=Shape(3, 64, 200, 100_000, 10_000),
+        shape=Shape(3, (64, 64), 200, 100_000, 10_000),
     ),
     "mnist": Entry("ylecun/mnist", mirror=False, size=32, fit="pad", note="70,000 digits, 28x28 padded to 32x32", shape=_GREY),
     "fashion-mnist": Entry(
@@ -88,7 +96,7 @@ DATASETS: dict[str, Entry] = {
         config="cropped_digits",
         mirror=False,
         note="99,289 house numbers of 32x32",
-        shape=Shape(3, 32, 10, 73_257, 26_032),
+        shape=Shape(3, (32, 32), 10, 73_257, 26_032),
     ),
     "nette": _subset(0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
     "woof": _subset(193, 182, 258, 162, 155, 167, 159, 273, 207, 229),

@@ -13,9 +13,13 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dstill.artifacts import header as files
+from dstill.config import digest
 from dstill.errors import DamagedFileError, DstillError
 
 KIND = "expert trajectory"
+
+
+_IDENTITY = ("data", "preprocess", "net", "experts", "augmentation", "seed")
 
 
 class _Record(BaseModel):
@@ -108,6 +112,13 @@ class Trajectories:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def identity(self) -> str:
+        """What these experts are, wherever they lie: their folder's name in the cache; a digest of the weights of others."""
+        parts = [{key: header.get(key) for key in _IDENTITY} for header in self.headers]
+        own = parts[0]["data"] is not None and all(part == parts[0] for part in parts)
+        return digest(parts[0] if own else {"weights": [header["sha256"] for header in self.headers]})
 
     @property
     def epochs(self) -> int:

@@ -50,8 +50,8 @@ def _selection(name: str, needs: Need, paper: str, note: str) -> MethodInfo:
     return MethodInfo(f"dstill.methods.{name.lower()}:{name}", settings, "selection", needs, "hard", paper, note)
 
 
-def _gradients(paper: str, note: str) -> MethodInfo:
-    path, settings = "dstill.methods.gradient_matching:GradientMatching", "dstill.methods.settings:GradientMatchingConfig"
+def _gradients(paper: str, note: str, settings: str = "GradientMatchingConfig") -> MethodInfo:
+    path, settings = "dstill.methods.gradient_matching:GradientMatching", f"dstill.methods.settings:{settings}"
     return MethodInfo(path, settings, "gradient matching", "real images", "hard", paper, note)
 
 
@@ -62,14 +62,14 @@ def _trajectories(
     return MethodInfo(path, settings, "trajectory matching", "experts", labels, paper, note)
 
 
-# DC and DSA are one algorithm, and so are MTT, TESLA, FTD and AST; what tells them apart is in their recipes.
+# DC and DSA are one algorithm, and so are MTT, TESLA, FTD and AST; what tells them apart are the defaults of their settings.
 METHODS: dict[str, MethodInfo] = {
     "random": _selection("Random", "real images", "-", "real images drawn at random"),
     "herding": _selection(
         "Herding", "trained network", "Welling 2009", "real images whose mean feature stays near the class mean"
     ),
     "forgetting": _selection("Forgetting", "trained network", "Toneva et al. 2019", "real images forgotten most often"),
-    "dc": _gradients("Zhao et al. 2021", "gradients of real and synthetic batches agree, class by class"),
+    "dc": _gradients("Zhao et al. 2021", "gradients of real and synthetic batches agree, class by class", settings="DcConfig"),
     "dsa": _gradients("Zhao and Bilen 2021", "DC under one augmentation of both batches"),
     "dm": MethodInfo(
         "dstill.methods.distribution_matching:DistributionMatching",
@@ -99,8 +99,10 @@ METHODS: dict[str, MethodInfo] = {
         "ridge regression on the features of a pool of networks; labels are learned",
     ),
     "mtt": _trajectories("Cazenavette et al. 2022", "segments of plain SGD experts"),
-    "tesla": _trajectories("Cui et al. 2023", "approximate gradient, labels from the target expert", "soft"),
-    "ftd": _trajectories("Du et al. 2023", "flat experts (GSAM), moving average of the images"),
+    "tesla": _trajectories(
+        "Cui et al. 2023", "approximate gradient, labels from the target expert", "soft", settings="TeslaConfig"
+    ),
+    "ftd": _trajectories("Du et al. 2023", "flat experts (GSAM), moving average of the images", settings="FtdConfig"),
     "ast": _trajectories(
         "Shen, Yang, Lam",
         "smooth experts, representative start, balanced loss, intermediate matching, perturbation",

@@ -11,6 +11,8 @@ from dstill.config import Count, DistillConfig, Form, NetConfig, Passes, Positiv
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Initialisation = Literal["random", "representative", "representative-released", "noise"]
+SoftLabels = Literal["off", "expert", "expert-differentiated"]
+Mode = Literal["adjoint", "graph", "tesla"]
 
 
 class SelectionConfig(DistillConfig):
@@ -57,7 +59,7 @@ class InnerConfig(ImageConfig):
 
 
 class GradientMatchingConfig(InnerConfig):
-    """Gradient matching (DC, DSA)."""
+    """Gradient matching. Defaults are DSA's."""
 
     outer_steps: Count | None = None
     """K_o, updates of the images along one network's training; left out: the published table by IPC, see `loops`."""
@@ -85,6 +87,15 @@ class GradientMatchingConfig(InnerConfig):
         share = (ipc - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 0.0
         inner = round(low[1] + share * (high[1] - low[1]))
         return self.outer_steps or min(ipc, 50), inner if self.inner_epochs is None else self.inner_epochs
+
+
+class DcConfig(GradientMatchingConfig):
+    """Gradient matching without augmentation, from noise."""
+
+    initialisation: Literal["random", "noise"] = "noise"
+    """Standard normal noise in preprocessed units, or real images drawn at random."""
+    augment: bool = False
+    """Whether real and synthetic images of a class are augmented, as in DSA."""
 
 
 class DistributionMatchingConfig(ImageConfig):
@@ -228,12 +239,12 @@ class MatchingConfig(DistillConfig):
     """Which start the denominators of Eq. 22 are measured from."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the student's starting weights set to zero after the perturbation (Fig. 11)."""
-    soft_labels: Literal["off", "expert", "expert-differentiated"] = "off"
+    soft_labels: SoftLabels = "off"
     """Class ids; logits of the target expert on the current images, renewed every iteration and held constant in the gradient
     (TESLA); or the same with the gradient going through the expert to the images (ours)."""
     image_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the moving average of the images that is the result (FTD); left out: the images themselves."""
-    gradient: Literal["adjoint", "graph", "tesla"] = "adjoint"
+    gradient: Mode = "adjoint"
     """Exact in the memory of one step; exact by plain autograd; or TESLA's approximation."""
     memory: Literal["auto", "keep", "recompute"] = "auto"
     """What the adjoint keeps of the forward sweep: as much as half of the free memory holds, everything, or nothing. The
@@ -259,6 +270,8 @@ class MatchingConfig(DistillConfig):
             raise ValueError(f"min_start_epoch {self.min_start_epoch} must be below max_start_epoch {self.max_start_epoch}")
         if self.student_steps < self.expert_epochs:
             raise ValueError(f"student_steps {self.student_steps} must be at least expert_epochs {self.expert_epochs}")
+        if self.gradient == "graph" and self.precision != "float32":
+            raise ValueError(f"gradient graph is plain autograd in float32, precision {self.precision} is for the adjoint")
         return self
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
@@ -278,6 +291,29 @@ class MatchingConfig(DistillConfig):
     def epochs_needed(self) -> int:
         """Expert epochs that matching reads: T+ + M - 1."""
         return self.max_start_epoch + self.expert_epochs - 1
+
+
+class TeslaConfig(MatchingConfig):
+    """Trajectory matching by TESLA's gradient, with its labels."""
+
+    iterations: Count = 10_000
+    """Segments matched, one update of the images each."""
+    soft_labels: SoftLabels = "expert"
+    """Logits of the target expert, held constant."""
+    gradient: Mode = "tesla"
+    """Without the Hessian term."""
+
+
+class FtdConfig(MatchingConfig):
+    """Trajectory matching with flat experts, whose result is a moving average."""
+
+    image_ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.9995
+    """Decay of the moving average of the images."""
+
+    @classmethod
+    def expert_defaults(cls) -> dict[str, Any]:
+        """Plain SGD with GSAM."""
+        return {**super().expert_defaults(), "gsam": {}}
 
 
 class AstConfig(MatchingConfig):

@@ -21,6 +21,7 @@ from dstill.training import student_batches
 from dstill.unroll import Step, Student, Unrolled, sgd_step, unroll
 
 _MIN_SKIPS = 10
+_BLOCK = 256  # images whose labels are worked out at once: no more memory than a step needs
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
@@ -150,16 +151,20 @@ class TrajectoryMatching:
     def _labels(self, state: State, segment: Segment) -> Tensor:
         if self.settings.soft_labels == "off":
             return self.problem.labels()
-        state["labels"] = self.student.logits(segment.targets[-1], state["images"])
+        target = segment.targets[-1]
+        state["labels"] = torch.cat([self.student.logits(target, block) for block in state["images"].split(_BLOCK)])
         return state["labels"]
 
     def _through_labels(self, images: Tensor, segment: Segment, unrolled: Unrolled) -> Tensor:
         """What the labels' dependence on the images adds to the gradient: labels are the target expert's logits."""
         assert unrolled.grads.labels is not None
-        images = images.detach().requires_grad_()
-        with torch.enable_grad():
-            labels = self.student.logits(segment.targets[-1], images)
-        return torch.autograd.grad(labels, images, unrolled.grads.labels)[0]
+        parts = list[Tensor]()
+        for block, by_labels in zip(images.split(_BLOCK), unrolled.grads.labels.split(_BLOCK), strict=True):
+            block = block.detach().requires_grad_()
+            with torch.enable_grad():
+                labels = self.student.logits(segment.targets[-1], block)
+            parts.append(torch.autograd.grad(labels, block, by_labels)[0])
+        return torch.cat(parts)
 
     def _update(self, state: State, unrolled: Unrolled, by_images: Tensor, iteration: int) -> bool:
         """One SGD step on images and α; returns whether it was taken."""

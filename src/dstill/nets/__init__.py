@@ -63,8 +63,9 @@ def build(config: NetConfig, channels: int, classes: int, size: tuple[int, int],
     if refused:
         raise DstillError(f"network {config.name!r} takes no option {', '.join(refused)}: remove it from the recipe's net")
     with torch.random.fork_rng(devices=[]):
-        # Module constructors draw from torch's global generator; fork_rng restores it afterwards.
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        # Modules are built on the CPU, from torch's global generator there, which fork_rng restores; those of accelerators keep
+        # their state.
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         try:
             return cls(channels, classes, size, **options)
         except ValueError as error:

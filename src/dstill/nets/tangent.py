@@ -279,7 +279,9 @@ def cross_entropy_tangents(
     return SecondOrder(dloss, Sum(filters, [u.tangent_gradients() for u in units], classifier), dimages, dlabels)
 
 
-def penalty_tangents(engine: Engine, point: Weights, images: Tensor, pixelwise: bool, target: float, count: int) -> FirstOrder:
+def penalty_tangents(
+    engine: Engine, point: Weights, images: Tensor, pixelwise: bool, target: float, count: int
+) -> tuple[Tensor, Sum]:
     """Two-sided gradient penalty (|grad_x W(x)| - target)^2, W the sum of the logits, and its exact gradient (Eq. 19).
 
     Summed over the images and divided by `count`. With J = grad_x W and u = 2 (|J| - target) / |J| J held constant, the
@@ -309,5 +311,4 @@ def penalty_tangents(engine: Engine, point: Weights, images: Tensor, pixelwise: 
     filters, _ = _tangent_backward(engine, point, None, units, inputs, dinputs, torch.zeros_like(dy), by_images=False)
     by_weight = dy.flatten(1).sum(0).expand_as(weight).clone()
     classifier = (by_weight, torch.zeros_like(point.classifier[1]))
-    outputs = F.linear(features.flatten(1), *point.classifier)
-    return FirstOrder(penalty, Sum(filters, [u.tangent_gradients() for u in units], classifier), units, outputs)
+    return penalty, Sum(filters, [u.tangent_gradients() for u in units], classifier)

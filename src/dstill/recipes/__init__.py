@@ -27,13 +27,18 @@ _FOREIGN = 100.0  # added to the distance of other data: more than any two cases
 
 @dataclass(frozen=True)
 class DataShape:
-    """What settings depend on: name, colour channels, side in pixels, classes, bytes of memory at hand."""
+    """What settings depend on: name, colour channels, height and breadth in pixels, classes, bytes of memory at hand."""
 
     name: str
     channels: int
-    side: int
+    size: tuple[int, int]
     classes: int
     memory: float = math.inf
+
+    @property
+    def side(self) -> int:
+        """The shorter one: what the depth of a network depends on."""
+        return min(self.size)
 
 
 def recipe_names() -> list[str]:
@@ -204,13 +209,13 @@ def _augmentation(strategy: str, mirror: bool) -> str:
 
 def _preprocess(kind: Literal["standardise", "zca"], shape: DataShape) -> Literal["standardise", "zca"]:
     """ZCA takes the square of the pixels in memory and their cube in time: only for small images."""
-    return kind if shape.channels * shape.side**2 <= _ZCA_MAX_PIXELS else "standardise"
+    return kind if shape.channels * math.prod(shape.size) <= _ZCA_MAX_PIXELS else "standardise"
 
 
 def _steps_in_memory(distill: MatchingConfig, width: int, depth: int, shape: DataShape) -> int:
     """N, so that the kept parameter vectors (two a step with momentum) take at most a quarter of the memory."""
-    side = max(1, shape.side >> depth)
-    parameters = 9 * width * (shape.channels + width * (depth - 1)) + 3 * width * depth + (width * side**2 + 1) * shape.classes
+    last = math.prod(max(1, side >> depth) for side in shape.size)
+    parameters = 9 * width * (shape.channels + width * (depth - 1)) + 3 * width * depth + (width * last + 1) * shape.classes
     vectors = 2 if distill.student_momentum else 1
     affordable = 0.25 * shape.memory / (4 * parameters * vectors)
     return max(distill.expert_epochs, int(min(distill.student_steps, affordable)))
@@ -226,8 +231,9 @@ def _smoke(recipe: Recipe) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """A recipe as YAML text that `load_recipe` reads back."""
-    return yamls.dump(canonical(recipe, exclude_none=True))
+    """A recipe as YAML text that `load_recipe` reads back; nulls where leaving a key out would mean the method's default."""
+    short = canonical(recipe, exclude_none=True)
+    return yamls.dump(short if Recipe.model_validate(short) == recipe else canonical(recipe))
 
 
 def changed(recipe: Recipe, changes: Sequence[str], where: str) -> Recipe:

@@ -60,7 +60,6 @@ class Shown:
         pictures: of that set.
         left_out: how many images are not shown.
         settings: the recipe as YAML.
-        command: what makes it again.
         map: the initialisation map as SVG; empty where there is none.
     """
 
@@ -70,7 +69,6 @@ class Shown:
     pictures: tuple[Picture, ...]
     left_out: int
     settings: str
-    command: str
     map: Markup
 
 
@@ -135,20 +133,12 @@ def _shown(name: str, folder: Path) -> Shown:
         pictures=_pictures(distilled, initial, rows),
         left_out=len(distilled.images) - len(rows),
         settings=yamls.dump(record.recipe),
-        command=_command(distilled, record),
         map=_map(record),
     )
 
 
 def _map(record: RunRecord) -> Markup:
     return svg(figures.initialisation(record), "Real images, and those chosen to start from") if record.map else Markup("")
-
-
-def _command(distilled: DistilledSet, record: RunRecord) -> str:
-    """What makes the run again from the settings beside it."""
-    sets = record.result.sets if record.result else 1
-    flags = f"--seed {distilled.seed}" + (f" --sets {sets}" if sets > 1 else "")
-    return f"dstill run {distilled.data} --recipe set-0/recipe.yaml {flags}"
 
 
 def _rows(distilled: DistilledSet) -> Tensor:

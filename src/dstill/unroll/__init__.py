@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dstill.devices import available_memory
+from dstill.devices import available_memory, full_precision
 from dstill.errors import DstillError, suggest
 from dstill.unroll.adjoint import adjoint
 from dstill.unroll.graph import graph
@@ -58,31 +58,24 @@ def unroll(
             the convolutions' outputs of every step, about a fifth faster; `auto`: those of as many steps as fit half of the
             memory that is available now. The numbers are the same to the last bit.
 
+    NVIDIA cards round the inputs of convolutions to TF32 by torch's default; here they do not.
+
     Raises:
         DstillError: α is zero or not finite, a target lies outside 1 … N, or none is given, or `gradient` is unknown.
     """
     if not math.isfinite(float(alpha)) or float(alpha) == 0:
         raise DstillError(f"the student learning rate α must be finite and not zero, got {float(alpha)}: lower lr_alpha")
+    if gradient not in ("adjoint", "graph", "tesla"):
+        raise DstillError(f"unknown gradient {gradient!r}; {suggest(gradient, ('adjoint', 'graph', 'tesla'))}")
     outside = [n for n in targets if not 1 <= n <= len(steps)]
     if outside or not targets:
         raise DstillError(f"matching points must lie in 1 … {len(steps)} and exist, got {sorted(targets)}")
-    if gradient == "graph":
-        return graph(student, theta0, images, labels, steps, alpha, targets, loss_scale=loss_scale, momentum=momentum)
-    if gradient not in ("adjoint", "tesla"):
-        raise DstillError(f"unknown gradient {gradient!r}; {suggest(gradient, ('adjoint', 'graph', 'tesla'))}")
-    return adjoint(
-        student,
-        theta0,
-        images,
-        labels,
-        steps,
-        alpha,
-        targets,
-        loss_scale=loss_scale,
-        momentum=momentum,
-        hessian=gradient == "adjoint",
-        keep=_kept_steps(student, theta0, steps, memory),
-    )
+    arguments = (student, theta0, images, labels, steps, alpha, targets)
+    with full_precision():
+        if gradient == "graph":
+            return graph(*arguments, loss_scale=loss_scale, momentum=momentum)
+        kept = _kept_steps(student, theta0, steps, memory)
+        return adjoint(*arguments, loss_scale=loss_scale, momentum=momentum, hessian=gradient == "adjoint", keep=kept)
 
 
 def _kept_steps(student: Student, theta: Tensor, steps: Sequence[Step], memory: Memory) -> int:
