@@ -272,6 +272,11 @@ def test_a_pattern_names_the_files_of_one_data_set_among_others(tmp_path: Path):
     assert (real.name, len(real.train), len(real.test)) == ("pets", 6, 2)
 
 
+def test_the_folder_around_a_parquet_file_does_not_name_its_split(tmp_path: Path):
+    path = write_parquet(tmp_path / "test" / "pets.parquet", [plain(v) for v in range(8)], [0, 1] * 4, ["cat", "dog"])
+    assert len(load_real(path, test_fraction=0.25).train) == 6
+
+
 def test_a_third_split_on_the_hub_layout_is_left_alone(tmp_path: Path):
     for split, shade in (("train", 10), ("test", 50), ("extra", 90)):
         write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", [plain(shade), plain(shade + 1)], [0, 1], ["cat", "dog"])
@@ -577,6 +582,12 @@ def test_a_named_set_at_a_path_that_does_not_exist_says_so(tmp_path: Path):
 def test_a_folder_with_neither_parquet_files_nor_class_folders_is_refused(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("nothing to see")
     with pytest.raises(DstillError, match="neither Parquet files nor class folders"):
+        load_real(tmp_path)
+
+
+def test_a_folder_without_an_image_is_refused(tmp_path: Path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(DstillError, match="does not have two class folders or more"):
         load_real(tmp_path)
 
 

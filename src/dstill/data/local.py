@@ -50,9 +50,13 @@ def splits_of(pattern: str) -> dict[str, Any]:
 
 def _by_split(root: Path, files: list[Path]) -> dict[str, list[Path]]:
     """The files of each split; a file that names none is a training file only where no other names one."""
-    named = [(_split_of(file.stem) or (_split_of(file.parent.name) if file.parent != root else None), file) for file in files]
+    inside = root.is_dir()  # then a folder of it may name the split, too
+    named = [
+        (_split_of(file.stem) or (_split_of(file.parent.name) if inside and file.parent != root else None), file)
+        for file in files
+    ]
     lost = next((file for split, file in named if split is None), None)
-    if lost is not None and any(named_one for named_one, _ in named):
+    if lost is not None and any(split for split, _ in named):
         raise DstillError(
             f"{lost} does not say which split it is, while others beside it do: put train or test into its name, or pass a "
             "pattern such as 'cifar10-*.parquet' that leaves it out"
@@ -118,7 +122,7 @@ def _image_folder(root: Path) -> dict[str, Any]:
                 f"{folder} has images that are of no split and no class, beside {placed[0]}/<class>: move it, or remove it"
             )
     splits = {split: found for split, parts in by_split.items() if (found := _split(parts)) is not None}
-    if "train" in splits and splits["train"].features["label"].num_classes < 2:
+    if not splits or ("train" in splits and splits["train"].features["label"].num_classes < 2):
         raise DstillError(f"{root} does not have two class folders or more: expected {root}/train/<class>/<image>")
     return splits
 
@@ -132,7 +136,8 @@ def _split(parts: list[Path]) -> Any:
         return None
     names = sorted({name for _, name in found})
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    columns = {"image": [path for path, _ in found], "label": [names.index(name) for _, name in found]}
+    ids = {name: c for c, name in enumerate(names)}
+    columns = {"image": [path for path, _ in found], "label": [ids[name] for _, name in found]}
     return datasets.Dataset.from_dict(columns, features=features)
 
 
