@@ -61,6 +61,25 @@ class _Job:
         return self.options if index == 0 else {**self.options, "seed": seed + index, "expert_seed": seed}
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of `reproduce`.
+
+    Attributes:
+        reproduction: what is made.
+        folder: where results go.
+        runs: where run folders go.
+        elsewhere: arguments of `run` that do not decide its numbers.
+        reporter: receives progress.
+    """
+
+    reproduction: Reproduction
+    folder: Path
+    runs: Path
+    elsewhere: dict[str, Any]
+    reporter: Reporter
+
+
 def _name(row: Row, case: Case, index: int) -> str:
     """File name of a set of a row, without its ending."""
     return f"{row.name}-{case.name}" + (f"-set{index}" if index else "")
@@ -127,9 +146,10 @@ def reproduce(
     total = sum(job.sets for job in jobs)
     reporter.note(f"{what}, {scale}: about {duration(planned.seconds)} for {len(missing)} of {total} run(s)")
     elsewhere = {"device": device, "cache": cache, "workers": workers, "checkpoint_every": checkpoint_every}
+    call = _Call(reproduction, folder, Path(runs), elsewhere, reporter)
     for job, index in missing:
         reporter.note(f"{what}: {job.row.title}, {job.case}" + (f", set {index}" if index else ""))
-        _work(job, index, reals[job.case.data], folder, Path(runs), elsewhere, reporter, reproduction)
+        _work(call, job, index, reals[job.case.data])
         _write_page(what, reproduction, scale, folder)
     _write_page(what, reproduction, scale, folder)
     return folder
@@ -240,29 +260,21 @@ def _plan_job(job: _Job, sets: int, given: Given, clock: Clock) -> Plan:
     return made.model_copy(update={"title": f"{job.row.title}, {job.case}"})
 
 
-def _work(
-    job: _Job,
-    index: int,
-    real: RealSet,
-    folder: Path,
-    runs: Path,
-    elsewhere: dict[str, Any],
-    reporter: Reporter,
-    reproduction: Reproduction,
-) -> None:
+def _work(call: _Call, job: _Job, index: int, real: RealSet) -> None:
+    """Makes one set of a row, and writes its file."""
     options, name = job.options_of(index), _name(job.row, job.case, index)
     asked = request(real, job.recipe, options)
     # Sets are not distilled twice to be judged in another way.
     distilled = {key: value for key, value in asked.items() if key not in _JUDGING}
-    run = runs / f"{job.case.name}-{job.recipe.method}-{digest(distilled)}"
+    run = call.runs / f"{job.case.name}-{job.recipe.method}-{digest(distilled)}"
     first, following, failure = run / "set-0", list[float](), None
     try:
-        run_apart(real, job.recipe, run, options, elsewhere, reporter)
-        if "accumulated_error" in reproduction.measures:
-            following = _followed(first, job.recipe, elsewhere)
+        run_apart(real, job.recipe, run, options, call.elsewhere, call.reporter)
+        if "accumulated_error" in call.reproduction.measures:
+            following = _followed(first, job.recipe, call.elsewhere)
     except Exception as error:  # whatever it is, it concerns this row alone
         failure = error
-        reporter.note(f"{name} failed: {reason_of(error)}")
+        call.reporter.note(f"{name} failed: {reason_of(error)}")
     picture = f"{name}.png" if index == 0 and (first / "distilled.png").exists() else ""
     entry = Entry(
         row=job.row.name,
@@ -272,11 +284,11 @@ def _work(
         record=RunRecord.read(run, 1, failure),
         following=tuple(following),
         picture=picture,
-        environment=_environment(resolve_device(elsewhere["device"])),
+        environment=_environment(resolve_device(call.elsewhere["device"])),
     )
-    write_text(folder / f"{name}.json", entry.model_dump_json(indent=1) + "\n")
+    write_text(call.folder / f"{name}.json", entry.model_dump_json(indent=1) + "\n")
     if picture:
-        shutil.copyfile(first / "distilled.png", folder / picture)
+        shutil.copyfile(first / "distilled.png", call.folder / picture)
 
 
 def _followed(distilled: Path, recipe: Recipe, elsewhere: dict[str, Any]) -> list[float]:
