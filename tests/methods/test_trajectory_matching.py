@@ -265,6 +265,12 @@ def test_a_step_that_would_make_alpha_non_positive_is_skipped_and_counted(make_p
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
 
 
+def test_the_momentum_that_led_to_a_skipped_step_does_not_lead_to_another(make_problem: MakeProblem) -> None:
+    method, state = started(make_problem())
+    state["alpha.momentum"] = torch.tensor(1e6)  # as after a step that took α almost to zero
+    assert [row["taken"] for row in steps(method, state, 3)] == [0, 1, 1]
+
+
 def test_a_step_to_non_finite_images_is_skipped(make_problem: MakeProblem) -> None:
     method, state = started(make_problem(lr_images=1e300))
     before = state["images"].clone()

@@ -254,7 +254,8 @@ class MatchingConfig(DistillConfig):
     compile: bool = False
     """torch.compile the student's step where native CPU kernels do not run: about a minute, then faster."""
     guard: Literal["on", "off"] = "on"
-    """Skip a step whose loss or gradient is not finite or that would make α non-positive. Off only to study collapse."""
+    """Skip a step whose loss or gradient is not finite or that would make α non-positive, and drop the momentum that led to it.
+    Off only to study collapse."""
     max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The run stops with advice once more than this share of the steps, and at least 10, has been skipped."""
 

@@ -183,6 +183,8 @@ class TrajectoryMatching:
             )
         if settings.guard == "on" and not (finite and float(alpha) > 0):
             state["skipped"] = state["skipped"] + 1
+            for name in ("images.momentum", "alpha.momentum"):  # what led here would lead here again
+                state[name] = torch.zeros_like(state[name])
             self._stop_if_hopeless(int(state["skipped"]), iteration)
             return False
         state["images"], state["images.momentum"] = images, images_momentum
