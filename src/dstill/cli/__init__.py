@@ -64,7 +64,7 @@ def main() -> None:
         sentence = machine_fault(error)
         if debug or sentence is None:
             raise
-        print(f"dstill: {sentence}; what was finished is kept, and the same command continues", file=sys.stderr)
+        print(f"dstill: {sentence}; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(3)
 
 
