@@ -131,7 +131,7 @@ def distill(
     reporter, where = reporter or Silent(), resolve_device(device)
     real = load_real(source)
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
-    check_early(real, resolved, logs=logs)
+    check_early(real, resolved, logs=logs, own_experts=experts is None)
     initial = DistilledSet.load(init) if isinstance(init, str | Path) else init
     store = cache_folder(cache)
     trained_with = seed if expert_seed is None else expert_seed

@@ -156,8 +156,10 @@ def _how(problem: Problem) -> str:
     settings = problem.recipe.distill
     if not isinstance(settings, MatchingConfig) or problem.device.type != "cpu":
         return f"distilling on {problem.device}"
-    library = "library autograd" if settings.gradient == "graph" else "library double backward"
-    engine = native.describe() if supports(problem.network()) and settings.gradient != "graph" else library
+    if settings.gradient == "graph":
+        engine = "library autograd"
+    else:
+        engine = native.describe() if supports(problem.network()) else "library double backward"
     exact = settings.gradient != "tesla" and settings.precision == "float32"
     kind = f"{settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
     return f"distilling on {torch.get_num_threads()} CPU thread(s), {engine}, {kind}"

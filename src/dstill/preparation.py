@@ -20,7 +20,6 @@ from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet, check_ipc
 from dstill.devices import total_memory
-from dstill.engine import Precision
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import ExpertTask, train_missing
@@ -98,8 +97,13 @@ def resolve_for(
     return resolved
 
 
-def check_early(real: RealSet, recipe: Recipe, nets: Sequence[str] = (), logs: Sequence[str] = ()) -> None:
-    """Refuses at once what would otherwise be refused after the experts are trained or the set is distilled."""
+def check_early(
+    real: RealSet, recipe: Recipe, nets: Sequence[str] = (), logs: Sequence[str] = (), *, own_experts: bool = True
+) -> None:
+    """Refuses at once what would otherwise be refused after the experts are trained or the set is distilled.
+
+    `own_experts`: experts are the recipe's, not such as somebody names, which may be longer.
+    """
     check_ipc(real, recipe.ipc)
     load_protocol(recipe.protocol)
     check_sinks(logs)
@@ -107,11 +111,22 @@ def check_early(real: RealSet, recipe: Recipe, nets: Sequence[str] = (), logs: S
     for config in (recipe.net, *evaluation_nets(recipe.net, nets)):
         build(config, real.channels, real.classes, real.size, torch.Generator())
     if method_info(recipe.method).family in ("trajectory matching", "gradient matching"):
-        settings, precisions = recipe.distill, list[Precision](["float32"])
+        settings, student = recipe.distill, build(recipe.net, real.channels, real.classes, real.size, torch.Generator())
+        Student(student)
         if isinstance(settings, MatchingConfig):
-            precisions = [settings.precision, recipe.expert_config.precision]
-        for precision in precisions:
-            Student(build(recipe.net, real.channels, real.classes, real.size, torch.Generator()), precision=precision)
+            Student(student, precision=settings.precision)
+            Student(student, precision=recipe.expert_config.precision)
+            if own_experts:
+                _check_epochs(recipe, settings)
+
+
+def _check_epochs(recipe: Recipe, settings: MatchingConfig) -> None:
+    epochs, needed = recipe.expert_config.epochs, settings.epochs_needed
+    if epochs is not None and epochs < needed:
+        raise DstillError(
+            f"experts.epochs {epochs} is too short, matching needs {needed} (T+ + M - 1): raise it, or lower "
+            "distill.max_start_epoch"
+        )
 
 
 def check_experts(experts: Trajectories, real: RealSet, recipe: Recipe) -> None:
@@ -155,13 +170,8 @@ def ensure_experts(
     With `only`, no others are trained, and whatever the cache then holds is returned. `describing`: the one that describes
     images for the initialisation is longer at once, where the recipe asks for that, and not trained again afterwards.
     """
-    config, needed = recipe.expert_config, getattr(recipe.distill, "epochs_needed", 0)
+    config = recipe.expert_config
     assert config.epochs is not None
-    if config.epochs < needed:
-        raise DstillError(
-            f"experts.epochs {config.epochs} is too short, matching needs {needed} (T+ + M - 1): raise it, or lower "
-            "distill.max_start_epoch"
-        )
     longer = recipe.describing_expert(config.epochs) if describing and (only is None or 0 in only) else None
     if longer is not None:
         reporter.note(f"expert 0 is trained for {longer.epochs} epochs, to describe images for the initialisation")

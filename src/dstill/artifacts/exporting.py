@@ -15,7 +15,7 @@ from torch import Tensor
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.header import atomic, write_bytes, write_text
 from dstill.artifacts.pictures import png_of
-from dstill.data.hub import without_progress_bars
+from dstill.data.quiet import without_progress_bars
 from dstill.errors import DstillError, suggest
 
 _SHARD = "data/train-00000-of-00001.parquet"

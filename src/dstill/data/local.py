@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from dstill.data.hub import load_dataset
+from dstill.data.quiet import load_dataset
 from dstill.errors import DstillError
 
 VALIDATION_NAMES = ("val", "valid", "validation", "dev")
@@ -113,18 +113,22 @@ def _image_folder(root: Path) -> dict[str, Any]:
     for folder in folders:
         if folder.name.lower() in _SPLITS and _folders(folder):
             by_split.setdefault(_SPLITS[folder.name.lower()], []).append(folder)
-    if not by_split:
+    if by_split:
+        _check_placed(folders, [folder for parts in by_split.values() for folder in parts])
+    else:
         by_split["train"] = [root]
-    placed = [folder for parts in by_split.values() for folder in parts]
-    for folder in folders:
-        if root not in placed and folder not in placed and any(_is_image(file) for file in _files(folder)):
-            raise DstillError(
-                f"{folder} has images that are of no split and no class, beside {placed[0]}/<class>: move it, or remove it"
-            )
     splits = {split: found for split, parts in by_split.items() if (found := _split(parts)) is not None}
     if not splits or ("train" in splits and splits["train"].features["label"].num_classes < 2):
         raise DstillError(f"{root} does not have two class folders or more: expected {root}/train/<class>/<image>")
     return splits
+
+
+def _check_placed(folders: list[Path], splits: list[Path]) -> None:
+    for folder in folders:
+        if folder not in splits and any(_is_image(file) for file in _files(folder)):
+            raise DstillError(
+                f"{folder} has images that are of no split and no class, beside {splits[0]}/<class>: move it, or remove it"
+            )
 
 
 def _split(parts: list[Path]) -> Any:

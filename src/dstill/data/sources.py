@@ -15,8 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dstill.data.catalog import DATASETS, Entry
-from dstill.data.hub import load_dataset
 from dstill.data.local import TEST_NAMES, VALIDATION_NAMES, splits_of
+from dstill.data.quiet import load_dataset
 from dstill.errors import DstillError, suggest
 
 _GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L")

@@ -17,8 +17,7 @@ from dstill.config import digest
 from dstill.errors import DamagedFileError, DstillError
 
 KIND = "expert trajectory"
-
-
+# The keys of `dstill.experts.train.expert_identity`, as headers have them.
 _IDENTITY = ("data", "preprocess", "net", "experts", "augmentation", "seed")
 
 

@@ -1,4 +1,4 @@
-"""`datasets.load_dataset` without bars on the terminal."""
+"""`datasets` without bars on the terminal."""
 
 from __future__ import annotations
 
