@@ -57,7 +57,8 @@ def test_rows_are_runs_and_a_second_call_reuses_them(compare: Callable[..., Comp
         assert (row.result.ipc, row.result.method, row.result.protocol.name) == (row.ipc, row.method, "tiny")
         assert dstill.Result.load(shared / "a" / f"{row.method}-ipc{row.ipc}" / "result.json") == row.result
         assert row.result.cost.seconds > 0
-    assert len({str(row.result.random) for row in table.rows if row.result}) == 1, "shared, and not measured twice"
+    assert len({str(row.result.random) for row in table.rows if row.result}) == 1
+    assert sum("random images: trying" in note for note in first.notes) == 1, "shared, and not measured twice"
     again = compare("a", "dm", "dsa", reporter=notes)
     assert sum("reused" in note for note in notes.notes) == 2
     assert notes.stages == set()
@@ -81,13 +82,16 @@ def test_other_settings_are_not_reused(compare: Callable[..., Comparison]) -> No
 
 
 def test_a_changed_protocol_is_measured_anew(compare: Callable[..., Comparison], shared: Path) -> None:
-    file = shared / "mine.yaml"
-    for version, passes in ((1, 1), (2, 40)):
+    """A new version, and also another text under the same one; random images beside it, too."""
+    file, beside = shared / "mine.yaml", list[str]()
+    for version, passes in ((1, 1), (2, 40), (2, 8)):
         file.write_text(PROTOCOL.replace("version: 1, passes: 4", f"version: {version}, passes: {passes}"))
         notes = Notes()
         row = compare("c", "random", protocol=str(file), whole=False, reporter=notes).rows[0]
         assert row.result is not None and row.result.protocol.version == version
+        beside.append(str(row.result.random))
         assert not any("reused" in note for note in notes.notes)
+    assert len(set(beside)) == 3
 
 
 def test_a_run_that_was_broken_off_does_not_stand_for_the_one_before_it(

@@ -25,13 +25,14 @@ import dstill
 from dstill import DistilledSet, DstillError, load_real
 from dstill.artifacts import header as files
 from dstill.artifacts import importing
-from dstill.artifacts.importing import import_experts, import_set
+from dstill.artifacts.importing import import_set
 from dstill.artifacts.result import Result
 from dstill.artifacts.run import RunRecord
 from dstill.config import Settings
 from dstill.data.preprocess import Standardise
 from dstill.data.real import RealSet
 from dstill.evaluation.protocols import load_protocol
+from dstill.experts.importing import import_experts
 from dstill.experts.trajectory import Trajectories
 from dstill.recipes import load_recipe
 from dstill.yamls import dump

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,28 @@ def test_what_is_wrong_is_said_before_an_expert_is_trained(
 ) -> None:
     with pytest.raises(DstillError, match=message):
         dstill.distill(tiny_real, cache=tmp_path, **{**SETTINGS, **wrong})
+    assert not (tmp_path / "experts").exists()
+
+
+def test_what_does_not_fit_is_said_before_anything_is_trained(tiny_real: RealSet, tmp_path: Path) -> None:
+    """Images to start from; experts of another network; a part to set aside of a class with one image."""
+    two = dstill.distill(tiny_real, method="random", recipe="smoke", ipc=2)
+    with pytest.raises(DstillError, match=r"1 of .* are wanted in each"):
+        dstill.distill(tiny_real, init=two, cache=tmp_path, **SETTINGS)
+    rows = torch.cat([(tiny_real.train.labels > 0).nonzero()[:, 0], (tiny_real.train.labels == 0).nonzero()[:1, 0]])
+    lonely = replace(tiny_real, train=tiny_real.train.take(rows), fingerprint="")
+    for command in (dstill.distill, dstill.run):
+        with pytest.raises(DstillError, match="class 0 has 1 image"):
+            command(lonely, validate_every=1, cache=tmp_path, out=tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "experts").exists()
+
+    other = {**SETTINGS, "changes": ["net.width=3", "experts.count=1"]}
+    experts = dstill.train_experts(tiny_real, cache=tmp_path / "other", **other)
+    with pytest.raises(DstillError, match=r"have \d+ parameters, the recipe's network \d+"):
+        dstill.distill(tiny_real, experts=experts, cache=tmp_path, **SETTINGS)
+    longer = {**SETTINGS, **changed("net.width=3", "distill.max_start_epoch=30")}
+    with pytest.raises(DstillError, match=r"matching needs \d+"):
+        dstill.distill(tiny_real, experts=experts, cache=tmp_path, **longer)
     assert not (tmp_path / "experts").exists()
 
 

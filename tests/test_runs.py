@@ -8,7 +8,9 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,15 @@ from dstill.runs import RunFolder
 IDENTITY = {"recipe": {"distill": {"iterations": 5, "lr_images": 100.0}, "method": "ast"}, "seed": 0}
 
 
+def claimed(path: Path, identity: Mapping[str, Any] = IDENTITY) -> RunFolder:
+    """The folder after a first process has worked in it."""
+    folder = RunFolder(path, identity)
+    with folder.locked():
+        return folder
+
+
 def folder_with_rows(path: Path, count: int) -> RunFolder:
-    folder = RunFolder(path, IDENTITY)
+    folder = claimed(path)
     for iteration in range(count):
         folder.log({"iteration": iteration, "loss": iteration / 3})
     return folder
@@ -118,6 +127,25 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> No
     assert len(notes) == 1 and "checkpoint.safetensors is damaged" in notes[0]
 
 
+def test_the_checkpoint_that_a_run_fell_back_to_outlives_a_failed_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_with_rows(tmp_path, 6)
+    for iteration in (2, 4):
+        folder.checkpoint(iteration, {"x": torch.full((200,), float(iteration))})
+    flip(folder.checkpoint_path)
+    assert folder.restore() is not None
+
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+        patched.setattr("dstill.runs.files.save", full)
+        folder.checkpoint(3, {"x": torch.full((200,), 3.0)})
+    restored = folder.restore()
+    assert restored is not None and restored[0] == 2 and restored[1]["x"].eq(2).all()
+
+
 def test_where_no_checkpoint_is_whole_the_files_are_named(tmp_path: Path) -> None:
     folder = folder_with_rows(tmp_path, 2)
     for iteration in (1, 2):
@@ -195,7 +223,7 @@ def test_other_settings_are_refused_and_the_difference_is_named(tmp_path: Path) 
     folder_with_rows(tmp_path, 2)
     other = {"recipe": {"distill": {"iterations": 6, "lr_images": 100.0}, "method": "ast"}, "seed": 1}
     with pytest.raises(DstillError) as caught:
-        RunFolder(tmp_path, other)
+        claimed(tmp_path, other)
     assert "recipe.distill.iterations: 5 there, 6 now" in str(caught.value)
     assert "seed: 0 there, 1 now" in str(caught.value)
     assert "lr_images" not in str(caught.value)
@@ -203,21 +231,30 @@ def test_other_settings_are_refused_and_the_difference_is_named(tmp_path: Path) 
 
 
 def test_a_setting_that_one_side_lacks_is_a_difference(tmp_path: Path) -> None:
-    RunFolder(tmp_path, IDENTITY)
+    claimed(tmp_path)
     with pytest.raises(DstillError, match="experts: None there, abc now"):
-        RunFolder(tmp_path, {**IDENTITY, "experts": "abc"})
+        claimed(tmp_path, {**IDENTITY, "experts": "abc"})
+
+
+def test_of_two_runs_that_found_the_folder_empty_the_first_to_work_there_owns_it(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path, IDENTITY), RunFolder(tmp_path, {**IDENTITY, "seed": 1})
+    with first.locked():
+        first.checkpoint(1, {"x": torch.zeros(2)})
+    with pytest.raises(DstillError, match="seed: 0 there, 1 now"), second.locked():
+        pass
+    assert json.loads((tmp_path / "settings.json").read_text()) == IDENTITY
 
 
 def test_settings_are_compared_as_json_so_that_tuples_equal_lists(tmp_path: Path) -> None:
-    RunFolder(tmp_path, {"names": ("a", "b")})
-    assert RunFolder(tmp_path, {"names": ["a", "b"]}).identity == {"names": ["a", "b"]}
+    claimed(tmp_path, {"names": ("a", "b")})
+    assert claimed(tmp_path, {"names": ["a", "b"]}).identity == {"names": ["a", "b"]}
     assert json.loads((tmp_path / "settings.json").read_text()) == {"names": ["a", "b"]}
 
 
 def test_a_settings_file_of_another_program_is_refused_by_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("theme = dark\n")
     with pytest.raises(DstillError, match="was not written by dstill"):
-        RunFolder(tmp_path, IDENTITY)
+        claimed(tmp_path)
     assert (tmp_path / "settings.json").read_text() == "theme = dark\n"
 
 

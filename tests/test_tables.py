@@ -20,3 +20,8 @@ def test_latex_escapes_what_it_would_take_for_commands() -> None:
         r"\bottomrule",
         r"\end{tabular}",
     ]
+
+
+def test_latex_prints_every_letter_as_it_is() -> None:
+    line = latex([["", "a"], [r"C:\x{1}^2~", "#$"]]).splitlines()[4]
+    assert line == r"C:\textbackslash{}x\{1\}\textasciicircum{}2\textasciitilde{} & \#\$ \\"

@@ -78,6 +78,30 @@ def test_the_best_is_kept_when_the_search_is_interrupted(tmp_path: Path, clock: 
     assert best.distill == seen[2].distill
 
 
+def test_a_search_goes_on_from_where_it_was(tmp_path: Path, clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = (0.3, None, 0.5, 0.4, 0.6, 0.1)
+
+    def tuned(file: str, budget: int, numbers: Callable[[int], float | None]) -> list[Recipe]:
+        seen = scored(monkeypatch, numbers)
+        dstill.tune("digits", budget=budget, recipe="smoke", changes=SHORT, out=tmp_path / file, cache=tmp_path / "a")
+        return seen
+
+    def broken_off(number: int) -> float | None:
+        if number == 4:
+            raise KeyboardInterrupt
+        return scores[number - 1]
+
+    at_once = tuned("whole.yaml", 5, lambda number: scores[number - 1])
+    with pytest.raises(KeyboardInterrupt):
+        tuned("parts.yaml", 5, broken_off)
+    rest = tuned("parts.yaml", 3, lambda number: scores[3 + number - 1])
+    assert rest == at_once[3:]
+    assert (tmp_path / "parts.yaml").read_text() == (tmp_path / "whole.yaml").read_text()
+    lines = (tmp_path / "parts.tried.jsonl").read_text()
+    assert lines == (tmp_path / "whole.tried.jsonl").read_text()
+    assert lines.count("\n") == 6 and '"score": null' in lines
+
+
 def test_a_candidate_that_collapses_is_out(tmp_path: Path, clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def collapse(*_: object, **__: object) -> None:
         raise CollapseError("gone")

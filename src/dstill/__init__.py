@@ -14,13 +14,14 @@ from dstill.version import __version__
 if TYPE_CHECKING:
     from dstill.artifacts.distilled import DistilledSet
     from dstill.artifacts.exporting import export
-    from dstill.artifacts.importing import import_experts, import_set
+    from dstill.artifacts.importing import import_set
     from dstill.artifacts.result import Result
     from dstill.commands import distill, run, train_experts
     from dstill.comparing import Comparison, compare
     from dstill.config import Recipe
     from dstill.data.real import RealSet, load_real
     from dstill.evaluating import evaluate
+    from dstill.experts.importing import import_experts
     from dstill.experts.trajectory import Trajectories
     from dstill.judging import judge
     from dstill.planning import Plan, plan
@@ -75,7 +76,7 @@ _HOME = {
     "distill": "commands",
     "evaluate": "evaluating",
     "export": "artifacts.exporting",
-    "import_experts": "artifacts.importing",
+    "import_experts": "experts.importing",
     "import_set": "artifacts.importing",
     "judge": "judging",
     "load_real": "data.real",

@@ -131,8 +131,8 @@ def distill(
     reporter, where = reporter or Silent(), resolve_device(device)
     real = load_real(source)
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
-    check_early(real, resolved, logs=logs, own_experts=experts is None)
     initial = DistilledSet.load(init) if isinstance(init, str | Path) else init
+    check_early(real, resolved, logs=logs, own_experts=experts is None, validates=validate_every > 0, initial=initial)
     store = cache_folder(cache)
     trained_with = seed if expert_seed is None else expert_seed
     known = known_identity(real, resolved, seed, trained_with)
@@ -215,7 +215,7 @@ def run(
     at_least_one(sets=sets, networks=networks)
     real = load_real(source)
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
-    check_early(real, resolved, nets, logs)
+    check_early(real, resolved, nets, logs, validates=validate_every > 0)
     folder = Path(out) if out else Path("runs") / f"{real.name}-{resolved.method}-ipc{resolved.ipc}-seed{seed}"
     trained_with = seed if expert_seed is None else expert_seed
     for k in range(sets):

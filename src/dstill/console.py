@@ -45,7 +45,7 @@ class ConsoleReporter:
         self._live = self.console.is_terminal and not quiet
         self._stage = ""
         self._begun = self._last = 0.0
-        self._first = 0
+        self._first = self._done = 0
         self._line_open = False
 
     def note(self, text: str) -> None:
@@ -54,9 +54,10 @@ class ConsoleReporter:
 
     def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
         now = time.monotonic()
-        if stage != self._stage:
+        if stage != self._stage or done < self._done:  # another, or the same once more
             self._close_line()
             self._stage, self._begun, self._last, self._first = stage, now, -1e9, done
+        self._done = done
         left = self._left(done, total, now)
         line = printable(f"{stage} {done}/{total}{'  ' + detail if detail else ''}{left}")
         if self._live:

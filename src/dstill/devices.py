@@ -29,7 +29,10 @@ def resolve_device(name: str) -> torch.device:
         raise DstillError(f"unknown device {name!r}: take one of {', '.join(_NAMES)}")
     if not available[kind]:
         raise DstillError(f"this machine has no usable {kind} device: use --device auto or cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise DstillError(f"unknown device {name!r}: take one of {', '.join(_NAMES)}, or one by number like cuda:0") from error
 
 
 def ask_for_determinism() -> None:
@@ -79,7 +82,8 @@ def processor() -> str:
 def available_memory(device: torch.device) -> float:
     """Bytes that can be allocated on the device now; half of the machine's memory where that cannot be told."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch for the next tensor
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
     return min(_machine_available(), _group_available())
 
 

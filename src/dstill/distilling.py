@@ -15,7 +15,7 @@ from dstill.artifacts import header as files
 from dstill.artifacts import pictures
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.result import Cost
-from dstill.artifacts.run import EXPERTS_NAME, MAP_NAME, SETTINGS_NAME
+from dstill.artifacts.run import EXPERTS_NAME, MAP_NAME, RECIPE_NAME, SetRecord
 from dstill.config import Recipe, canonical
 from dstill.console import Reporter, size
 from dstill.data.real import RealSet
@@ -26,6 +26,7 @@ from dstill.methods import method_info
 from dstill.methods.base import Problem
 from dstill.methods.initialisation import initialisation_map
 from dstill.methods.settings import MatchingConfig
+from dstill.reporting import figures
 from dstill.runs import RunFolder
 from dstill.sinks import Sink, open_sinks
 
@@ -128,13 +129,14 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
             seconds = sum(row["seconds"] for row in folder.metrics()) or time.perf_counter() - started
             Cost(seconds=seconds, peak_bytes=peak_bytes()).save(out)
             distilled.save(out)  # before the sinks are closed: whatever they do, it is safe
-    settings = out / SETTINGS_NAME
+    settings = out / RECIPE_NAME
     if settings.exists():
         return distilled
     pictures.save_grid(distilled, out / "distilled.png")
     pictures.save_animation(sorted((out / FRAMES).glob("*.png")), out / "distilled.webp")
     title = f"{problem.recipe.method}, {problem.real.name}, IPC {problem.recipe.ipc}"
-    pictures.save_curves(folder.metrics(), out / "curves.png", title)
+    if (drawn := figures.run_curves(SetRecord.of(folder.metrics()), title)) is not None:
+        figures.save(drawn, out / "curves.png")
     files.write_text(settings, recipes.dump(problem.recipe))  # last: it says that everything beside the set is there
     folder.finish()
     return distilled

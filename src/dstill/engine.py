@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dstill.devices import full_precision
 from dstill.native import Kernels, kernels
 from dstill.native.convolutions import Patches, Winograd
 from dstill.native.unit import NativeUnit
@@ -67,8 +68,9 @@ class Derivatives:
         net: supported by `supports`; its geometry alone is read.
         device: where the tensors will be.
         dtype: their type.
-        precision: `float32`: every product in the tensors' own type. `bfloat16-backward`: convolutions of the second order
-            in bfloat16; `bfloat16`: all of them, but for native kernels on few channels. The latter two are approximations.
+        precision: `float32`: every product in the tensors' own type, also on NVIDIA cards, where torch would round to TF32.
+            `bfloat16-backward`: convolutions of the second order in bfloat16; `bfloat16`: all of them, but for native kernels
+            on few channels. The latter two are approximations.
         threads: pieces at a time on a CPU; torch's own number if left out.
         compiled: `torch.compile` the tensor operations, where native kernels do not run: faster after up to a minute.
         native: False for tensor operations also where native kernels could run.
@@ -185,11 +187,12 @@ class Derivatives:
         return [batch] if self.piece is None else list(batch.tensor_split(-(-len(batch) // self.piece)))
 
     def _each(self, work: Callable[[_Item], _Result], pieces: Iterable[_Item]) -> list[_Result]:
-        if self.threads == 1:
-            return [work(piece) for piece in pieces]
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads)
-        return list(self._pool.map(torch.no_grad()(work), pieces))
+        with full_precision():
+            if self.threads == 1:
+                return [work(piece) for piece in pieces]
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.threads)
+            return list(self._pool.map(torch.no_grad()(work), pieces))
 
 
 @functools.cache

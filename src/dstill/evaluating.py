@@ -6,23 +6,24 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dstill.artifacts import header as files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.result import ProtocolId, Result, Score
 from dstill.artifacts.run import RESULT_NAME
-from dstill.config import NetConfig, canonical, evaluation_nets
+from dstill.config import NetConfig, Protocol, canonical, digest, evaluation_nets
 from dstill.console import Reporter, Silent
 from dstill.data.real import RealSet, load_real
 from dstill.devices import resolve_device
 from dstill.errors import DstillError
 from dstill.evaluation.baselines import random_baseline, whole_set
-from dstill.evaluation.networks import Trial, learning_rate, measure, prepared, trials_of
+from dstill.evaluation.networks import Measured, Trial, learning_rate, measure, prepared, trials_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.nets import network_class
 from dstill.preparation import at_least_one, cache_folder
@@ -95,32 +96,20 @@ def evaluate(
             _check_imported(config.name)
         network_class(config.name)
 
-    scores: dict[str, Score] = {}
-    for config in configs:
-        trials = [
-            trial
-            for i, one in enumerate(sets)
-            for k in range(count)
-            for trial in trials_of(one, 1, net=config, seed=seed, stream=(one.seed, i, k))
-        ]
-        done = itertools.count(1)
-
-        def watch(trial: Trial, score: float, done: Iterator[int] = done, total: int = len(trials)) -> None:
-            reporter.progress(f"evaluating {trial.net.name}", next(done), total, f"{trial.net.name} {score:.1%}")
-
-        measured = measure(trials, test, chosen, workers=workers, progress=watch)
-        values = [one.accuracy for one in measured]
-        if config is configs[0]:
-            confusion = torch.tensor([one.confusion for one in measured]).sum(0)
-        rates = {learning_rate(one, chosen) for one in sets}
-        by_set = [values[i * count : (i + 1) * count] for i in range(len(sets))]
-        scores[config.name] = Score.of(by_set, lr=rates.pop() if len(rates) == 1 else None)
+    measured = {
+        config.name: _measure_sets(sets, config, count, test, chosen, seed=seed, workers=workers, reporter=reporter)
+        for config in configs
+    }
+    rates = {learning_rate(one, chosen) for one in sets}
+    rate = rates.pop() if len(rates) == 1 else None
+    scores = {name: Score.of([[one.accuracy for one in some] for some in by_set], lr=rate) for name, by_set in measured.items()}
+    confusions = [one.confusion for some in measured[configs[0].name] for one in some]
     evaluated = time.perf_counter()
 
     store, shared = cache_folder(cache), _shared_by(first, configs[0], real, seed)
     beside = full = None
     if random and real.judged_on == "test":
-        name = f"random/{shared}-ipc{first.ipc}-{chosen.name}-v{chosen.version}-{count}.json"
+        name = f"random/{shared}-ipc{first.ipc}-{_named(chosen)}-{count}.json"
         beside = _cached(
             store / name,
             lambda: random_baseline(
@@ -128,7 +117,7 @@ def evaluate(
             ),
         )
     if whole:
-        name = f"whole/{shared}-v{load_protocol('whole').version}.json"
+        name = f"whole/{shared}-{_named(load_protocol('whole'))}.json"
         full = _cached(store / name, lambda: whole_set(configs[0], first, real, test, seed=seed))
     stages = {"evaluate": evaluated - started, "baselines": time.perf_counter() - evaluated}
     result = Result(
@@ -143,7 +132,7 @@ def evaluate(
         random=beside,
         whole=full,
         nets=scores,
-        confusion=confusion.tolist(),
+        confusion=torch.tensor(confusions).sum(0).tolist(),
         alpha=first.alpha,
         labels="soft" if first.labels.is_floating_point() else "hard",
         stored_bytes=first.images.numel() + first.labels.numel() * (4 if first.labels.is_floating_point() else 1),
@@ -156,6 +145,33 @@ def evaluate(
         target = Path(out)
         result.save(target if target.suffix == ".json" else target / RESULT_NAME)
     return result
+
+
+def _measure_sets(
+    sets: Sequence[DistilledSet],
+    config: NetConfig,
+    count: int,
+    test: tuple[Tensor, Tensor],
+    protocol: Protocol,
+    *,
+    seed: int,
+    workers: Workers,
+    reporter: Reporter,
+) -> list[list[Measured]]:
+    """For each set, what `count` fresh networks of one kind reach."""
+    trials = [
+        trial
+        for i, one in enumerate(sets)
+        for k in range(count)
+        for trial in trials_of(one, 1, net=config, seed=seed, stream=(one.seed, i, k))
+    ]
+    done = itertools.count(1)
+
+    def watch(trial: Trial, score: float) -> None:
+        reporter.progress(f"evaluating {trial.net.name}", next(done), len(trials), f"{trial.net.name} {score:.1%}")
+
+    measured = measure(trials, test, protocol, workers=workers, progress=watch)
+    return [measured[i * count : (i + 1) * count] for i in range(len(sets))]
 
 
 def _check_imported(net: str) -> None:
@@ -173,6 +189,11 @@ def _shared_by(like: DistilledSet, net: NetConfig, real: RealSet, seed: int) -> 
     settings = "-".join(f"{key}={value}" for key, value in canonical(net, exclude_none=True).items())
     name = f"{real.fingerprint}-{_fitted(like)}-{like.augmentation}-{settings}-seed{seed}"
     return name.replace("/", "_").replace(":", "_")
+
+
+def _named(protocol: Protocol) -> str:
+    """Names a protocol by all that it says, since a file of that name and version can change."""
+    return f"{protocol.name}-{digest(canonical(protocol))}"
 
 
 def _fitted(distilled: DistilledSet) -> str:

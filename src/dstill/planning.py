@@ -144,7 +144,9 @@ def plan(
         shape = shape_of(real)
     at_least_one(sets=sets, networks=networks)
     name = real.name if real is not None else str(source)
-    resolved = resolve_for(name, shape, recipe, method, ipc, net, changes, where, reporter)
+    resolved = resolve_for(
+        name, shape, recipe, method=method, ipc=ipc, net=net, changes=changes, device=where, reporter=reporter
+    )
     if real is not None:
         check_early(real, resolved, nets)
     elif resolved.ipc * shape.classes > shape.train:

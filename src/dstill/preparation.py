@@ -12,13 +12,14 @@ import torch
 
 from dstill import recipes
 from dstill.artifacts import header as files
+from dstill.artifacts.distilled import DistilledSet
 from dstill.config import Recipe, TrainingConfig, evaluation_nets
 from dstill.console import Reporter
 from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
 from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess
-from dstill.data.real import RealSet, check_ipc
+from dstill.data.real import VALIDATION_FRACTION, RealSet, check_ipc, stratified
 from dstill.devices import total_memory
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
@@ -26,6 +27,7 @@ from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trained import NetworkTask, TrainedNetwork, trained_network
 from dstill.experts.trajectory import Trajectories, missing_experts
 from dstill.methods import method_info
+from dstill.methods.initialisation import check_initial
 from dstill.methods.settings import MatchingConfig, SelectionConfig
 from dstill.nets import build
 from dstill.sinks import check_sinks
@@ -66,7 +68,9 @@ def resolve_recipe(
     reporter: Reporter,
 ) -> Recipe:
     """The settings of a run, said in the log."""
-    return resolve_for(real.name, shape_of(real), recipe, method, ipc, net, changes, device, reporter)
+    return resolve_for(
+        real.name, shape_of(real), recipe, method=method, ipc=ipc, net=net, changes=changes, device=device, reporter=reporter
+    )
 
 
 def shape_of(real: RealSet) -> Shape:
@@ -78,6 +82,7 @@ def resolve_for(
     name: str,
     shape: Shape,
     recipe: str | Recipe | None,
+    *,
     method: str | None,
     ipc: int | None,
     net: str | None,
@@ -98,13 +103,31 @@ def resolve_for(
 
 
 def check_early(
-    real: RealSet, recipe: Recipe, nets: Sequence[str] = (), logs: Sequence[str] = (), *, own_experts: bool = True
+    real: RealSet,
+    recipe: Recipe,
+    nets: Sequence[str] = (),
+    logs: Sequence[str] = (),
+    *,
+    own_experts: bool = True,
+    validates: bool = False,
+    initial: DistilledSet | None = None,
 ) -> None:
     """Refuses at once what would otherwise be refused after the experts are trained or the set is distilled.
 
-    `own_experts`: experts are the recipe's, not such as somebody names, which may be longer.
+    Args:
+        real: the real data.
+        recipe: the resolved settings.
+        nets: evaluation networks that somebody names.
+        logs: names of sinks.
+        own_experts: experts are the recipe's, not such as somebody names, which may be longer.
+        validates: a part of the training images is set aside on the way.
+        initial: a set whose images are started from.
     """
     check_ipc(real, recipe.ipc)
+    if validates and real.judged_on == "test":
+        stratified(real.train.labels, real.classes, VALIDATION_FRACTION, torch.Generator())
+    if initial is not None:
+        check_initial(initial, real, recipe.ipc)
     load_protocol(recipe.protocol)
     check_sinks(logs)
     siamese.parse(recipe.augmentation)
@@ -130,12 +153,15 @@ def _check_epochs(recipe: Recipe, settings: MatchingConfig) -> None:
 
 
 def check_experts(experts: Trajectories, real: RealSet, recipe: Recipe) -> None:
-    """Refuses experts that somebody names and that were trained on other inputs, as far as their files tell.
+    """Refuses experts that somebody names and that do not fit, or were trained on other inputs, as far as their files tell.
 
     Raises:
-        DstillError: their data or preprocessing are others. Experts of a whole training set, for one, have seen the part of
-            it that a hold-out sets aside.
+        DstillError: they are of another network, or too short, or their data or preprocessing are others. Experts of a whole
+            training set, for one, have seen the part of it that a hold-out sets aside.
     """
+    if isinstance(recipe.distill, MatchingConfig):
+        net = build(recipe.net, real.channels, real.classes, real.size, torch.Generator())
+        experts.check_fits(sum(parameter.numel() for parameter in net.parameters()), recipe.distill.epochs_needed)
     for key, ours, remedy in (
         ("data", real.fingerprint, "train experts on these"),
         ("preprocess", recipe.preprocess, f"pass --set preprocess={experts.headers[0].get('preprocess')}, or train others"),

@@ -30,10 +30,11 @@ from dstill.preparation import at_least_one, cache_folder, resolve_for, resolve_
 from dstill.reproductions import Case, Reproduction, Row, Scale, ScaleName, load_reproduction
 from dstill.reproductions.table import Entries, Entry, Sets, page
 from dstill.running import request, run_apart
+from dstill.runs import IDENTITY_NAME
 from dstill.version import __version__
 from dstill.workers import Workers, cores, refuse_import
 
-# What decides how a set is judged, but not how it is distilled.
+# What decides how a set is judged, but not how it is distilled; of a protocol its content, the recipe has its name.
 _JUDGING = ("networks", "nets", "random", "whole", "protocol")
 
 
@@ -182,7 +183,9 @@ def plan_reproduction(
         clock = clocks.setdefault(shape, Clock(shape, where))
         for row in rows:
             named = _named(settings, row, case)
-            resolved = resolve_for(case.data, shape, named, row.method, case.ipc, None, [], where, Silent())
+            resolved = resolve_for(
+                case.data, shape, named, method=row.method, ipc=case.ipc, net=None, changes=[], device=where, reporter=Silent()
+            )
             recipe = _changed(resolved, settings, row)
             plans.append(
                 _plan_job(_Job(row, case, recipe, _options(settings, recipe, 0), settings.sets), settings.sets, given, clock)
@@ -293,7 +296,7 @@ def _work(call: _Call, job: _Job, index: int, real: RealSet) -> None:
 
 def _followed(distilled: Path, recipe: Recipe, elsewhere: dict[str, Any]) -> list[float]:
     """The accumulated error along the first of the experts that the set was distilled from."""
-    named = json.loads((distilled / "settings.json").read_text(encoding="utf-8"))["experts"]
+    named = json.loads((distilled / IDENTITY_NAME).read_text(encoding="utf-8"))["experts"]
     config = recipe.expert_config
     trajectories = Trajectories(cache_folder(elsewhere["cache"]) / "experts" / named, config.count, config.epochs)
     return accumulated_error(DistilledSet.load(distilled), trajectories, 0, resolve_device(elsewhere["device"]))

@@ -17,7 +17,7 @@ from dstill.artifacts.run import METRICS_NAME, read_metrics
 from dstill.errors import DamagedFileError, DstillError
 
 _CHECKPOINT = "checkpoint"
-_STAMP = "settings.json"
+IDENTITY_NAME = "settings.json"
 
 
 def refuse_other_run(path: Path, known: Mapping[str, Any]) -> None:
@@ -33,7 +33,7 @@ def refuse_other_run(path: Path, known: Mapping[str, Any]) -> None:
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-    stamp = path / _STAMP
+    stamp = path / IDENTITY_NAME
     if not stamp.exists():
         return None
     try:
@@ -56,11 +56,11 @@ class RunFolder:
 
     Args:
         path: the folder; made if missing.
-        identity: settings that determine the run. A folder with another identity is refused.
+        identity: settings that determine the run.
         note: told what the user should know.
 
     Raises:
-        DstillError: the folder belongs to a run with other settings, or cannot be made.
+        DstillError: the folder cannot be made.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], note: Callable[[str], None] = lambda _: None) -> None:
@@ -72,11 +72,6 @@ class RunFolder:
         self.metrics_path = path / METRICS_NAME
         self.checkpoint_path = path / "checkpoint.safetensors"
         self.earlier_path = path / "checkpoint-before.safetensors"
-        stored = _stored(path)
-        if stored is None:
-            files.write_text(path / _STAMP, json.dumps(self.identity, indent=2) + "\n")
-        else:
-            _refuse_other(path, stored, self.identity)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Appends one line to the metrics; what is not finite becomes null, since JSON has no word for it."""
@@ -90,24 +85,32 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes out, and clears away what one that was killed left half-written.
+        """Makes the folder this run's, keeps other processes out, and clears away what one that was killed left half-written.
 
         The lock is the system's and ends with the process that holds it, however that ends.
 
         Raises:
-            DstillError: another process works in the folder.
+            DstillError: another process works in the folder, or it belongs to a run with another identity.
         """
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
             raise DstillError(f"another process works in {self.path}: wait for it, or pass another -o") from error
-        files.remove_leftovers(self.path)
         try:
+            self._claim()
+            files.remove_leftovers(self.path)
             yield
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
+
+    def _claim(self) -> None:
+        stored = _stored(self.path)
+        if stored is None:
+            files.write_text(self.path / IDENTITY_NAME, json.dumps(self.identity, indent=2) + "\n")
+        else:
+            _refuse_other(self.path, stored, self.identity)
 
     def checkpoint(self, iteration: int, state: Mapping[str, Tensor]) -> None:
         """Stores the state before `iteration`, atomically; the checkpoint before is kept until the next."""
@@ -132,11 +135,15 @@ class RunFolder:
         return iteration, state
 
     def _first_whole(self, paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        for path in paths:
+        for i, path in enumerate(paths):
             try:
-                return files.load(path, _CHECKPOINT)
+                found = files.load(path, _CHECKPOINT)
             except DamagedFileError as error:
                 self.note(f"{error}; falling back to the checkpoint before")
+                continue
+            for damaged in paths[:i]:  # or the next checkpoint would be kept beside it, and this one overwritten
+                damaged.unlink()
+            return found
         names = " and ".join(path.name for path in paths)
         raise DstillError(f"{names} in {self.path} are damaged: remove them to start this run anew")
 

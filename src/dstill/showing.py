@@ -20,7 +20,9 @@ def describe(path: Path) -> str:
     """
     if path.is_dir():
         if (path / RESULT_NAME).exists():
-            sets = [_distilled(folder) for folder in sorted(path.glob("set-*")) if (folder / FILE_NAME).exists()]
+            # A run before may have had more sets.
+            folders = [path / f"set-{k}" for k in range(Result.load(path / RESULT_NAME).sets)]
+            sets = [_distilled(folder) for folder in folders if (folder / FILE_NAME).exists()]
             return "\n".join([_result(path / RESULT_NAME), *sets])
         if (path / FILE_NAME).exists():
             return _distilled(path)

@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 Lines = Sequence[Sequence[str]]
 
 _LATEX = str.maketrans(
-    {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "~": r"\textasciitilde{}", "±": r"$\pm$", "–": "--"}
+    {letter: f"\\{letter}" for letter in "&%_#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--"}
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ import torch
 
 from dstill import recipes, seeding
 from dstill.artifacts.header import write_text
+from dstill.artifacts.run import read_metrics
 from dstill.commands import distill, train_experts
-from dstill.config import Recipe
+from dstill.config import Recipe, canonical, digest
 from dstill.console import Reporter, Silent
 from dstill.data.real import RealSet, load_real
 from dstill.devices import resolve_device
@@ -48,11 +50,11 @@ def tune(
 
     Everything is judged on a stratified tenth of the training images that experts and images never see; the test set is not
     touched. The first candidate is the recipe itself; the others change the three settings by factors around the best so
-    far. A candidate that collapses is out.
+    far. A candidate that collapses is out. What was tried is written beside the recipe, and the same call goes on from there.
 
     Args:
         source: a `RealSet`, or anything `load_real` takes.
-        budget: minutes; the candidate under way when it ends is finished.
+        budget: minutes of this call; the candidate under way when it ends is finished.
         method: must agree with the recipe's; `ast` where there is neither.
         ipc: overrides the recipe's.
         recipe: where to start; left out: the data set's own, else derived.
@@ -66,7 +68,8 @@ def tune(
         reporter: receives progress.
 
     Returns:
-        The recipe file, which `--recipe FILE` takes. It is written after every candidate, the best so far.
+        The recipe file, which `--recipe FILE` takes. It is written after every candidate, the best so far; `<name>.tried.jsonl`
+        has a line for each of them.
 
     Raises:
         DstillError: the method has nothing to tune, every candidate collapsed, or whatever `distill` raises.
@@ -86,21 +89,26 @@ def tune(
     longest = base.model_copy(update={"distill": base.distill.model_copy(update={"max_start_epoch": largest})})
     experts = train_experts(held, recipe=longest, seed=seed, device=device, cache=cache, workers=workers, reporter=reporter)
     target = Path(out) if out else Path(f"{real.name}-{base.method}-ipc{base.ipc}.yaml")
+    journal = _Journal(target, {"recipe": canonical(base, exclude={"note"}), "data": held.fingerprint, "seed": seed})
+    if journal.rows:
+        reporter.note(f"{journal.path} has {len(journal.rows)} candidates of this search: it goes on from there")
     best, tried = base, 0
     best_score: float | None = None
-    for candidate in _candidates(base, seed):
-        if tried and time.monotonic() - started > 60 * budget:
+    for candidate in _candidates(seed):
+        known = tried < len(journal.rows)
+        if tried and not known and time.monotonic() - started > 60 * budget:
             break
         settings = _around(best, candidate, largest) if tried else base
-        score = _judge(settings, held, experts, seed, device, cache)
+        score = journal.rows[tried]["score"] if known else _judge(settings, held, experts, seed, device, cache)
         tried += 1
-        d = _matching(settings)
-        chosen = f"lr_images {d.lr_images:.3g}, T+ {d.max_start_epoch}, α₀ {d.alpha_init:.3g}"
         leads = score is not None and (best_score is None or score > best_score)
-        said = "collapsed" if score is None else f"validation {score:.1%}{' (best so far)' if leads else ''}"
-        reporter.note(f"candidate {tried}: {chosen}: {said}")
         if leads:
             best, best_score = settings, score
+        if known:
+            continue
+        journal.add(settings, score)
+        said = "collapsed" if score is None else f"validation {score:.1%}{' (best so far)' if leads else ''}"
+        reporter.note(f"candidate {tried}: {_named(settings)}: {said}")
         if best_score is not None:
             _write(target, best, real, best_score, tried)
     if best_score is None:
@@ -111,12 +119,33 @@ def tune(
     return target
 
 
+class _Journal:
+    """What was tried, a line a candidate, beside the recipe: a search that was broken off has lost none of it.
+
+    Candidates are drawn from the seed alone, so that the scores of the same search are those of its first candidates.
+    """
+
+    def __init__(self, target: Path, search: dict[str, Any]) -> None:
+        self.path, self.search = target.with_suffix(".tried.jsonl"), digest(search)
+        self.rows = [row for row in read_metrics(self.path) if row.get("search") == self.search]
+
+    def add(self, settings: Recipe, score: float | None) -> None:
+        """Writes down one more."""
+        self.rows.append({"search": self.search, "tried": _named(settings), "score": score})
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+
+
+def _named(settings: Recipe) -> str:
+    distill = _matching(settings)
+    return f"lr_images {distill.lr_images:.3g}, T+ {distill.max_start_epoch}, α₀ {distill.alpha_init:.3g}"
+
+
 def _write(target: Path, best: Recipe, real: RealSet, score: float, tried: int) -> None:
     note = f"{best.note + '; ' if best.note else ''}tuned on the validation part: {score:.1%}, best of {tried} candidates"
     write_text(target, recipes.dump(best.model_copy(update={"data": real.name, "note": note})))
 
 
-def _candidates(base: Recipe, seed: int) -> Iterator[tuple[float, float, float]]:
+def _candidates(seed: int) -> Iterator[tuple[float, float, float]]:
     """Endless factors on (lr_images, T+, α₀), drawn without a memory; the first is ignored."""
     generator = seeding.generator(seed, "tune")
 

@@ -179,6 +179,8 @@ def test_a_buffer_of_experts_is_matched(tiny_real: RealSet, tmp_path: Path) -> N
     expected = torch.cat([tensor.reshape(-1) for tensor in trajectory[2]])
     assert torch.equal(experts.rows(1, 2, 3)[0], expected)
     assert "accuracy" not in experts.summary(), "a buffer does not tell any"
+    with pytest.raises(DstillError, match="holds experts already"):
+        dstill.import_experts([path], folder)
     changes = ["net.width=4", "net.depth=1", "distill.iterations=1", "distill.student_steps=2"]
     one = dstill.distill(tiny_real, experts=folder, recipe="smoke", method="mtt", changes=changes)
     assert torch.isfinite(one.images).all()
@@ -226,7 +228,17 @@ def test_a_set_is_judged_without_its_labels_and_without_its_augmentation(tiny_re
     assert asked == [("soft", "crop_flip"), ("soft", "none"), ("hard", "crop_flip"), ("hard", "none")]
     assert all(row.result.random is not None and row.result.labels == row.labels for row in judgement.rows)
     by_augmentation = {(row.augmentation, str(row.result.random)) for row in judgement.rows}
-    assert len(by_augmentation) == 2, "random images are measured once for each augmentation"
+    assert len(by_augmentation) == 2
+    assert len(list((tmp_path / "cache" / "random").iterdir())) == 2, "measured once for each augmentation"
     own = dstill.evaluate(make(tiny_real, soft=True), tiny_real, random=False, protocol="quick", networks=1)
     assert judgement.rows[0].result.accuracy == own.accuracy
     assert (tmp_path / "judgement.md").read_text().count("\n") == 2 + 4
+
+
+def test_pictures_do_not_join_those_of_a_larger_set(tiny_real: RealSet, tmp_path: Path) -> None:
+    larger, smaller = make(tiny_real, ipc=3), make(tiny_real, ipc=1)
+    for _ in range(2):  # the same once more is no mistake
+        dstill.export(larger, "png", tmp_path)
+    with pytest.raises(DstillError, match=r"holds other images .*001\.png"):
+        dstill.export(smaller, "png", tmp_path)
+    assert len(list(tmp_path.glob("*/*.png"))) == 9

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dstill import DistilledSet
-from dstill.artifacts.pictures import grid, save_curves, save_grid
+from dstill.artifacts.pictures import grid, save_grid
 from dstill.config import NetConfig
 from dstill.data import preprocess
 
@@ -142,18 +142,3 @@ def test_a_saved_grid_is_the_grid(tmp_path: Path) -> None:
     with Image.open(save_grid(one, tmp_path / "x.png")) as picture:
         assert picture.format == "PNG"
         assert np.array_equal(np.asarray(picture), np.asarray(grid(one)))
-
-
-def test_curves_have_a_panel_for_each_thing_that_was_measured(tmp_path: Path) -> None:
-    rows = [{"iteration": i, "loss": 1.0, "alpha": 0.01} for i in range(30)]
-    save_curves(rows, tmp_path / "two.png", "t")
-    with Image.open(tmp_path / "two.png") as two:
-        narrow = two.size
-    rows[10]["validation_accuracy"] = 0.5
-    save_curves(rows, tmp_path / "three.png", "t")
-    with Image.open(tmp_path / "three.png") as three:
-        wide = three.size
-    assert wide[1] == narrow[1]
-    assert wide[0] == pytest.approx(1.5 * narrow[0], abs=2)
-    save_curves([{"iteration": 0, "something else": 1.0}], tmp_path / "none.png", "t")
-    assert not (tmp_path / "none.png").exists()

@@ -738,3 +738,12 @@ def test_cifar10_has_the_published_mean_and_standard_deviation(cifar10: RealSet)
     fitted = Standardise.fit(cifar10.train.images)
     assert fitted.mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=5e-5)
     assert fitted.std.tolist() == pytest.approx([0.2470, 0.2435, 0.2616], abs=5e-5)
+
+
+def test_what_is_no_tensor_of_numbers_is_said() -> None:
+    with pytest.raises(DstillError, match="in-memory labels must be numbers"):
+        load_real((np.zeros((2, 1, 2, 2), np.uint8), ["cat", "dog"]), test_fraction=0.5)
+    with pytest.raises(DstillError, match="in-memory images must be numbers"):
+        load_real(([[object()]], [0, 1]), test_fraction=0.5)  # type: ignore[arg-type]
+    learned = torch.rand(8, 1, 2, 2, requires_grad=True)
+    assert not load_real((learned, [0, 1] * 4), test_fraction=0.5).train.images.requires_grad

@@ -170,7 +170,7 @@ cli.main()
         command, cwd=tmp_path, env={**os.environ, "DSTILL_CACHE": str(tmp_path)}, capture_output=True, text=True
     )
     assert done.returncode == 130
-    assert "what was finished is kept, and the same command goes on from there" in done.stderr
+    assert "what was stored is kept, and the same command goes on from there" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -262,6 +262,28 @@ def test_progress_elsewhere_is_the_first_and_the_last_plain_line() -> None:
     for done in range(1, 101):
         reporter.progress("distilling", done, 100)
     assert stream.getvalue().splitlines() == ["distilling 1/100", "distilling 100/100"]
+
+
+def test_the_time_left_is_that_of_the_stage_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each set of a run is a stage of the same name."""
+    now = [0.0]
+    monkeypatch.setattr("dstill.console.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    reporter = ConsoleReporter(stream)
+    for _ in range(2):
+        for done in range(1, 101):
+            reporter.progress("distilling", done, 100)
+            now[0] += 20.0
+        now[0] += 5000.0
+    left = [line.split("  ")[1] for line in stream.getvalue().splitlines() if line.startswith("distilling 51/")]
+    assert left == ["16 min 20 s left"] * 2
+
+
+@pytest.mark.parametrize("name", ["cpu:x", "gpu", "cuda:first"])
+def test_a_device_that_is_none_is_refused_in_a_sentence(call: Call, name: str) -> None:
+    code, _, err = call("run", "digits", *FAST, "--device", name)
+    assert code == 2
+    assert err.startswith("dstill: ") and "device" in err and err.count("\n") == 1
 
 
 def test_quiet_reports_nothing() -> None:

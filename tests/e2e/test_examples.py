@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import math
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scipy.stats import spearmanr
 
 import dstill
 
@@ -35,8 +36,11 @@ def test_networks_are_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     correlation = example("architecture_search").main(
         "digits", str(tmp_path / "set"), widths=[4, 8], depths=[1], networks=1, protocol="quick"
     )
-    assert -1 <= correlation <= 1 or math.isnan(correlation)
-    assert "rank correlation with the whole set" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    rows = [[float(share) for share in re.findall(r"([\d.]+)%", line)] for line in text.splitlines() if "whole " in line]
+    assert len(rows) == 4 + 1
+    assert correlation == pytest.approx(spearmanr(*zip(*rows[:4], strict=True)).statistic)
+    assert f"distilled {correlation:.2f}" in text
 
 
 def dstill_protocol(path: Path) -> object:

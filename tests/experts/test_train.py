@@ -361,11 +361,12 @@ def test_the_fingerprint_changes_with_what_the_weights_depend_on(make_task: Make
     assert len(names) == len(changed) + 1
 
 
-def test_the_fingerprint_ignores_number_length_storage_and_compilation(make_task: MakeTask) -> None:
+def test_the_fingerprint_ignores_number_length_and_compilation(make_task: MakeTask) -> None:
     name = make_task().fingerprint()
-    ignored = {"count": 9, "epochs": 3, "store": "float16", "compile": True}
+    ignored = {"count": 9, "epochs": 3, "compile": True}
     assert {make_task(**{key: value}).fingerprint() for key, value in ignored.items()} == {name}
-    assert make_task().fingerprint() == name
+    assert make_task(store="float32").fingerprint() == name
+    assert len({make_task(store=store).fingerprint() for store in ("float32", "float16", "bfloat16")}) == 3, "two round"
 
 
 def test_every_setting_of_an_expert_is_either_identity_or_named_as_ignored(make_task: MakeTask) -> None:

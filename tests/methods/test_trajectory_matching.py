@@ -374,7 +374,7 @@ def test_experts_that_are_too_short_are_refused_with_the_remedy(make_problem: Ma
 
 
 def test_experts_of_another_network_are_refused(make_problem: MakeProblem) -> None:
-    with pytest.raises(DstillError, match=r"the experts have 327 parameters, the recipe's network \d+"):
+    with pytest.raises(DstillError, match=r"have 327 parameters, the recipe's network \d+"):
         started(make_problem(net=NetConfig(width=5, depth=2)))
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dstill import native
 from dstill.engine import Derivatives, supports
 from dstill.native import kernels
 from dstill.nets.convnet import ConvNet
@@ -157,10 +158,40 @@ def test_a_cache_that_cannot_be_written_is_no_reason_for_other_kernels(tmp_path:
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DSTILL_NATIVE", raising=False)
-    assert kernels.__wrapped__() is not None
+    find = native._found.__wrapped__
+    assert find()[0] is not None
     monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "other"))
-    assert kernels.__wrapped__() is not None
-    assert [path.suffix for path in (tmp_path / "other" / "native").iterdir()] == [".so"]
+    assert find()[0] is not None
+    (library,) = (tmp_path / "other" / "native").iterdir()
+    assert library.suffix == ".so"
+    damaged = tmp_path / "third" / "native" / library.name  # elsewhere: what is loaded already is not opened again
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"cut off")
+    monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "third"))
+    assert find()[0] is not None
+    assert damaged.stat().st_size > 1000, "built anew"
+
+
+def test_why_there_are_no_kernels_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DSTILL_NATIVE", raising=False)
+    monkeypatch.setenv("DSTILL_CACHE", str(tmp_path))
+    broken = tmp_path / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho no space for you >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    assert native._found.__wrapped__() == (
+        None,
+        f"{broken} could not build them (no space for you); name another compiler in CXX",
+    )
+
+
+def test_a_student_that_diverged_looks_so_in_native_kernels_too() -> None:
+    net = ConvNet(3, 4, (8, 8), width=16)
+    parameters = [p.detach() for p in net.parameters()]
+    images, targets = torch.randn(2, 3, 8, 8), torch.eye(4)[:2]
+    images[0, 0, 0, 0] = float("nan")
+    for flag in (True, False):
+        assert Derivatives(net, torch.device("cpu"), native=flag).gradient(parameters, images, targets).loss.isnan()
 
 
 def test_this_machine_runs_the_native_kernels():

@@ -18,8 +18,10 @@ from PIL import Image
 
 import dstill
 from dstill import DistilledSet, DstillError
+from dstill.artifacts.run import RunRecord
 from dstill.data.real import RealSet
 from dstill.reporting.page import MOST_IMAGES, report
+from dstill.showing import describe
 
 HOSTILE = ("<script>alert(1)</script>", 'a"onload="x', "$x_1$")
 
@@ -120,6 +122,24 @@ def test_soft_labels_are_spelled_out(runs: Path) -> None:
     one, page = DistilledSet.load(runs / "frepo" / "set-0"), Page(runs / "frepo" / "report.html")
     first = one.labels[0].softmax(0)
     assert f"{one.class_names[int(first.argmax())]}: {100 * float(first.max()):.0f} %" in page.text
+
+
+def test_no_id_is_on_a_page_twice(runs: Path) -> None:
+    shutil.copytree(runs / "ast", runs / "again")
+    page = Page(report([runs / "ast", runs / "again"], runs / "twice.html"))
+    assert len(page.all("svg")) == 6, "four figures of both, and a map of each"
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_run_repeated_with_fewer_sets_shows_these_alone(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "random", tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "set-0", tmp_path / "run" / "set-1")
+    assert len(RunRecord.read(runs / "ast").sets) == 1
+    assert "set-1" not in describe(tmp_path / "run")
+    shutil.copytree(runs / "ast", tmp_path / "ast")
+    shutil.copytree(tmp_path / "ast" / "set-0", tmp_path / "ast" / "set-1")
+    assert RunRecord.read(tmp_path / "ast") == RunRecord.read(runs / "ast")
 
 
 def test_several_runs_share_a_table_and_their_curves(runs: Path) -> None:

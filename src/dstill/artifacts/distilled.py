@@ -118,7 +118,7 @@ class DistilledSet:
         return SyntheticDataset(self, augment, seed)
 
     def train_kwargs(self) -> dict[str, float]:
-        """What to give `torch.optim.SGD`: the learned rate (0.01 where there is none), momentum and decay of the evaluation."""
+        """What to give `torch.optim.SGD`: the learned rate (0.01 where there is none), momentum and decay of protocol `ast`."""
         return {"lr": self.alpha or 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
     def check_fits(self, real: RealSet) -> None:

@@ -51,10 +51,15 @@ def _png(distilled: DistilledSet) -> list[bytes]:
 
 
 def _export_png(distilled: DistilledSet, folder: Path) -> None:
-    counts: dict[int, int] = {}
+    counts, files = dict[int, int](), dict[Path, bytes]()
     for content, label in zip(_png(distilled), distilled.class_ids.tolist(), strict=True):
         number = counts[label] = counts.get(label, -1) + 1
-        write_bytes(folder / f"{label:03d}-{safe_name(distilled.class_names[label])}" / f"{number:03d}.png", content)
+        files[folder / f"{label:03d}-{safe_name(distilled.class_names[label])}" / f"{number:03d}.png"] = content
+    others = sorted(set(folder.glob("*/*.png")) - files.keys())
+    if others:
+        raise DstillError(f"{folder} holds other images ({others[0]}): pass another folder, or remove it")
+    for path, content in files.items():
+        write_bytes(path, content)
     distilled.save(folder)
 
 
@@ -113,7 +118,7 @@ def _card(distilled: DistilledSet) -> str:
         "---",
         "task_categories: [image-classification]",
         "tags: [dataset-distillation, synthetic]",
-        f"size_categories: [{'n<1K' if len(distilled.images) < 1000 else '1K<n<10K'}]",
+        f"size_categories: [{_size_category(len(distilled.images))}]",
         "configs: [{config_name: default, data_files: [{split: train, path: data/train-*.parquet}]}]",
         "---",
         "",
@@ -131,6 +136,11 @@ def _card(distilled: DistilledSet) -> str:
     if distilled.accuracy:
         lines.append(f"- Accuracy: {distilled.accuracy}")
     return "\n".join(lines) + "\n"
+
+
+def _size_category(count: int) -> str:
+    """The hub's words for a number of images."""
+    return "n<1K" if count < 1000 else "1K<n<10K" if count < 10_000 else "10K<n<100K" if count < 100_000 else "100K<n<1M"
 
 
 def _croissant(distilled: DistilledSet, folder: Path) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Foreign files: distilled sets and expert buffers that the field's scripts publish. Nothing in them is ever executed."""
+"""Distilled sets that the field's scripts publish. Nothing in their files is ever executed."""
 
 from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from dstill.data import preprocess as preprocessing
 from dstill.data.preprocess import Preprocess, Standardise
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
-from dstill.experts.smooth import step_lengths
-from dstill.experts.trajectory import save_expert
 
 LARGEST_BYTES = 4 * 2**30
 
@@ -129,43 +126,8 @@ def published_preprocess(kind: str, real: RealSet) -> Preprocess:
     return Standardise(*(torch.tensor(values) for values in PUBLISHED_STATISTICS[real.name]))
 
 
-def import_experts(paths: Sequence[str | Path], folder: str | Path) -> Path:
-    """Expert buffers of MTT (`replay_buffer_*.pt`) as a folder that `distill --experts` takes.
-
-    A buffer is a list of trajectories, a trajectory a list of records, a record the list of a network's parameters.
-
-    Raises:
-        DstillError: see `import_set`; or a trajectory has records of different sizes.
-    """
-    target, index = Path(folder), 0
-    for path in map(Path, paths):
-        for stacked in _buffer(path):
-            lengths = step_lengths(stacked).tolist()
-            record = {"accuracy": [], "loss": [], "step_lengths": lengths}  # buffers do not tell
-            save_expert(target, index, stacked, {"index": index, "record": record, "imported": path.name})
-            index += 1
-    return target
-
-
-def _buffer(path: Path) -> list[Tensor]:
-    """The trajectories of one file, each `[epochs + 1, P]`."""
-    try:
-        trajectories = [
-            torch.stack([torch.cat([parameter.reshape(-1).float() for parameter in record]) for record in trajectory])
-            for trajectory in _trusted(path)
-        ]
-    except DstillError:
-        raise
-    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise DstillError(f"{path} is not a buffer of expert trajectories ({error})") from error
-    short = next((len(one) for one in trajectories if len(one) < 2), None)
-    if short is not None:
-        raise DstillError(f"{path} has a trajectory of {short} record: two are needed for a segment to match")
-    return trajectories
-
-
 def _read(path: Path) -> _Found:
-    content = _trusted(path)
+    content = trusted(path)
     if isinstance(content, dict):
         return _from_dc(content, path)
     if not isinstance(content, Tensor):
@@ -173,8 +135,8 @@ def _read(path: Path) -> _Found:
     beside = {kind: path.with_name(path.name.replace("images", kind)) for kind in ("labels", "lr")}
     if beside["labels"] == path or not beside["labels"].exists():
         raise DstillError(f"there are no labels beside {path}: a file named {path.name.replace('images', 'labels')} is wanted")
-    alpha = float(_tensor(_trusted(beside["lr"]), "learning rate", beside["lr"])) if beside["lr"].exists() else None
-    return _Found(content.detach(), _tensor(_trusted(beside["labels"]), "labels", beside["labels"]), alpha)
+    alpha = float(_tensor(trusted(beside["lr"]), "learning rate", beside["lr"])) if beside["lr"].exists() else None
+    return _Found(content.detach(), _tensor(trusted(beside["labels"]), "labels", beside["labels"]), alpha)
 
 
 def _tensor(value: Any, what: str, path: Path) -> Tensor:
@@ -232,7 +194,7 @@ def _check_size(path: Path, count: int) -> None:
         raise DstillError(f"{path} holds {count / 2**30:.1f} GiB, more than a distilled set or a buffer has")
 
 
-def _trusted(path: Path) -> Any:
+def trusted(path: Path) -> Any:
     """The content of a `.pt` file: tensors and plain containers, nothing that runs."""
     if not path.is_file():
         raise DstillError(f"{path} does not exist")

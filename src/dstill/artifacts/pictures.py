@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -89,34 +88,3 @@ def save_animation(frames: Sequence[Path], path: Path, milliseconds: int = 200) 
     times = [milliseconds] * (len(images) - 1) + [8 * milliseconds]
     with atomic(path) as temporary:
         images[0].save(temporary, format="WEBP", save_all=True, append_images=images[1:], duration=times, loop=0, lossless=True)
-
-
-def save_curves(rows: Sequence[Mapping[str, float | None]], path: Path, title: str) -> None:
-    """Loss, α and validation accuracy over iterations, whichever of them there are, as PNG; no file where there is none."""
-    from matplotlib.figure import Figure
-
-    panels = [
-        ("loss", "matching loss"),
-        ("alpha", "student learning rate α"),
-        ("validation_accuracy", "validation accuracy"),
-    ]
-    panels = [(key, label) for key, label in panels if any(row.get(key) is not None for row in rows)]
-    if not panels:
-        return
-    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
-    figure.suptitle(title)
-    for position, (key, label) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), position)
-        points = np.array([(row["iteration"], row[key]) for row in rows if row.get(key) is not None])
-        sparse = key == "validation_accuracy"
-        axes.plot(points[:, 0], points[:, 1], marker="o" if sparse else None, linewidth=1.5 if sparse else 0.8)
-        if key == "loss" and len(points) >= 20:
-            window = max(5, len(points) // 20)
-            mean = np.convolve(points[:, 1], np.ones(window) / window, mode="valid")
-            axes.plot(points[window - 1 :, 0], mean, linewidth=2, label=f"mean of {window}")
-            axes.legend(frameon=False)
-        axes.set_xlabel("iteration")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)

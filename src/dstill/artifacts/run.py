@@ -16,7 +16,7 @@ from dstill.artifacts.result import Cost, Result
 from dstill.errors import CollapseError, DamagedFileError, DstillError, reason_of
 
 RESULT_NAME = "result.json"
-SETTINGS_NAME = "recipe.yaml"
+RECIPE_NAME = "recipe.yaml"
 METRICS_NAME = "metrics.jsonl"
 EXPERTS_NAME = "experts.json"
 MAP_NAME = "initialisation.json"
@@ -159,13 +159,17 @@ class RunRecord(_Record):
 
     @classmethod
     def _read(cls, folder: Path, most: int | None, error: Exception | None) -> RunRecord:
+        finished = folder / RESULT_NAME
+        result = Result.load(finished) if finished.exists() and error is None else None
+        if most is None and result is not None:
+            most = result.sets  # a run before may have had more
         sets = sorted(folder.glob("set-*"), key=lambda path: int(path.name.split("-")[1]))[:most] or [folder]
-        first, finished = sets[0], folder / RESULT_NAME
-        settings, experts, chosen = (first / name for name in (SETTINGS_NAME, EXPERTS_NAME, MAP_NAME))
+        first = sets[0]
+        settings, experts, chosen = (first / name for name in (RECIPE_NAME, EXPERTS_NAME, MAP_NAME))
         metrics = [rows for one in sets if (rows := read_metrics(one / METRICS_NAME))]
         return cls(
             recipe=yamls.read_mapping(settings) if settings.exists() else {},
-            result=Result.load(finished) if finished.exists() and error is None else None,
+            result=result,
             reason=reason_of(error) if error else "",
             collapsed=isinstance(error, CollapseError),
             experts=ExpertCurves.of(json.loads(experts.read_text(encoding="utf-8"))) if experts.exists() else None,

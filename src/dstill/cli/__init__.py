@@ -49,13 +49,13 @@ def main() -> None:
         print(f"dstill: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ndstill: interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        print("\ndstill: interrupted; what was stored is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     except Terminated:
-        print("\ndstill: terminated; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        print("\ndstill: terminated; what was stored is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(143)
     except MemoryError:
-        print("dstill: out of memory; what was finished is kept, and dstill plan says what a run takes", file=sys.stderr)
+        print("dstill: out of memory; what was stored is kept, and dstill plan says what a run takes", file=sys.stderr)
         sys.exit(3)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,7 +64,7 @@ def main() -> None:
         sentence = machine_fault(error)
         if debug or sentence is None:
             raise
-        print(f"dstill: {sentence}; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        print(f"dstill: {sentence}; what was stored is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(3)
 
 

@@ -81,7 +81,7 @@ def import_experts(*buffers: Path, out: Annotated[Path, Parameter(name=["--out",
         out: folder of trajectories.
     """
     from dstill import showing
-    from dstill.artifacts import importing
+    from dstill.experts import importing
 
     print(printable(showing.describe(importing.import_experts(buffers, out))))
 

@@ -72,14 +72,13 @@ def read(source: Any, *, image_size: int | None, fit: str | None) -> Raw:
 def _from_arrays(splits: Mapping[str, Any]) -> Raw:
     parts: dict[str, RawSplit] = {}
     for key, (images, labels) in splits.items():
-        pixels = torch.as_tensor(images)
+        pixels, ids = (_tensor(part, what) for part, what in ((images, "images"), (labels, "labels")))
         if pixels.ndim != 4 or pixels.shape[1] > 4:
             raise DstillError(f"in-memory images must have the shape [N, C, H, W] with C up to 4, got {tuple(pixels.shape)}")
         if pixels.dtype != torch.uint8:
             if not pixels.is_floating_point() or not bool(((pixels >= 0) & (pixels <= 1)).all()):
                 raise DstillError("in-memory images must be uint8, or floats in [0, 1]")
             pixels = (pixels * 255).round().to(torch.uint8)
-        ids = torch.as_tensor(labels)
         if ids.shape != (len(pixels),) or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
             raise DstillError(
                 f"in-memory labels must be one whole number an image: got {tuple(ids.shape)} of {ids.dtype} "
@@ -90,6 +89,13 @@ def _from_arrays(splits: Mapping[str, Any]) -> Raw:
         raise DstillError(f"in-memory data needs a 'train' split, got {', '.join(parts) or 'nothing'}")
     test = next((parts[key] for key in TEST_NAMES if key in parts), None)
     return Raw("in-memory", parts["train"], test, tuple(parts))
+
+
+def _tensor(values: Any, what: str) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DstillError(f"in-memory {what} must be numbers in a tensor or an array ({error})") from error
 
 
 def _digits() -> Raw:

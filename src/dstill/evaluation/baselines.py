@@ -52,7 +52,15 @@ def random_baseline(
     if int(torch.bincount(real.train.labels, minlength=real.classes).min()) < 2:
         tick("a class has a single training image: nothing can be held out, random images take the protocol's rate")
         rates = [protocol.lr]
-    best = _best_rate(rates, like, real, protocol, net, test[0].device, seed, workers, tick) if len(rates) > 1 else rates[0]
+    best = rates[0]
+    if len(rates) > 1:
+        tick(f"random images: trying learning rates {', '.join(f'{rate:.3g}' for rate in rates)}")
+        held = real.holdout(seed)
+        validation = prepared(held.test, like.preprocess, test[0].device)
+        draw = random_set(like, held.train, seeding.generator(seed, "random-rate"))
+        tried = [trial for lr in rates for trial in trials_of(draw, 1, net=net, lr=lr, seed=seed, stream=("random-rate",))]
+        reached = [one.accuracy for one in measure(tried, validation, protocol, workers=workers)]
+        best = max(zip(reached, rates, strict=True), key=lambda pair: pair[0])[1]
     count = networks or protocol.networks
     trials: list[Trial] = []
     for k in range(RANDOM_DRAWS):
@@ -61,27 +69,6 @@ def random_baseline(
     tick(f"random images: {RANDOM_DRAWS} draws, {count} network(s) each")
     scores = [one.accuracy for one in measure(trials, test, protocol, workers=workers)]
     return Score.of([scores[k * count : (k + 1) * count] for k in range(RANDOM_DRAWS)], lr=best)
-
-
-def _best_rate(
-    rates: list[float],
-    like: DistilledSet,
-    real: RealSet,
-    protocol: Protocol,
-    net: NetConfig | None,
-    device: torch.device,
-    seed: int,
-    workers: Workers,
-    tick: Callable[[str], None],
-) -> float:
-    """The rate with which one network trained on one draw does best on the validation part."""
-    held = real.holdout(seed)
-    validation = prepared(held.test, like.preprocess, device)
-    draw = random_set(like, held.train, seeding.generator(seed, "random-rate"))
-    tick(f"random images: trying learning rates {', '.join(f'{rate:.3g}' for rate in rates)}")
-    trials = [trial for rate in rates for trial in trials_of(draw, 1, net=net, lr=rate, seed=seed, stream=("random-rate",))]
-    scores = [one.accuracy for one in measure(trials, validation, protocol, workers=workers)]
-    return max(zip(scores, rates, strict=True), key=lambda pair: pair[0])[1]
 
 
 def whole_set(net: NetConfig, like: DistilledSet, real: RealSet, test: tuple[Tensor, Tensor], *, seed: int) -> Score:

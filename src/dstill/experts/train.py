@@ -49,7 +49,7 @@ class ExpertTask:
     seed: int
 
     def identity(self) -> dict[str, Any]:
-        """What the weights depend on. The number of experts and epochs, storage type and compilation are not part of it."""
+        """What the stored weights depend on. The number of experts and epochs and compilation are not part of it."""
         return expert_identity(self.real.fingerprint, self.preprocess.kind, self.net, self.config, self.augmentation, self.seed)
 
     def fingerprint(self) -> str:
@@ -61,11 +61,13 @@ def expert_identity(
     data: str, preprocess: str, net: NetConfig, config: ExpertConfig, augmentation: str, seed: int
 ) -> dict[str, Any]:
     """See `ExpertTask.identity`; `data` is the real set's fingerprint, `preprocess` the kind."""
+    # A type that rounds is a part of it.
+    apart = {"count", "epochs", "compile"} | ({"store"} if config.store == "float32" else set())
     return {
         "data": data,
         "preprocess": preprocess,
         "net": canonical(net, exclude_none=True),
-        "experts": canonical(config, exclude={"count", "epochs", "store", "compile"}, exclude_none=True),
+        "experts": canonical(config, exclude=apart, exclude_none=True),
         "augmentation": augmentation,
         "seed": seed,
     }

@@ -150,6 +150,19 @@ class Trajectories:
             lines.append(f"  {path.stem}: {header['shape'][0] - 1} epochs, {numbers}")
         return "\n".join(lines)
 
+    def check_fits(self, numel: int, epochs: int) -> None:
+        """Raises `DstillError` for experts of another network than one with `numel` parameters, or of fewer epochs."""
+        if self.numel != numel:
+            raise DstillError(
+                f"the experts of {self.folder} have {self.numel} parameters, the recipe's network {numel}: they were trained "
+                "with another network"
+            )
+        if self.epochs < epochs:
+            raise DstillError(
+                f"the experts of {self.folder} were trained for {self.epochs} epochs, matching needs {epochs} (T+ + M - 1): "
+                "lower distill.max_start_epoch or train longer experts"
+            )
+
     def segment(self, expert: int, epoch: int, span: int) -> Segment:
         """The start at `epoch` and the `span` records after it.
 

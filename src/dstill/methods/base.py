@@ -32,7 +32,7 @@ class Problem:
         recipe: the resolved settings.
         trajectories: expert trajectories, for methods that need them.
         device: where tensors live.
-        seed: recorded in the result.
+        seed: decides every draw; recorded in the result.
         feature_expert: the trajectory whose last epoch describes real images; the first of `trajectories` if left out.
         trained: the recipe's network trained on all real images, for methods that need it.
         initial: a set whose images the synthetic set starts from, instead of the recipe's initialisation.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dstill import seeding, training
 from dstill.artifacts.distilled import DistilledSet
-from dstill.data.real import Split
+from dstill.data.real import RealSet, Split
 from dstill.errors import DstillError
 from dstill.methods.base import Problem
 
@@ -116,23 +116,30 @@ def initialisation_map(problem: Problem, classes: int = 3, points: int = 200) ->
     return found
 
 
-def _images_of(problem: Problem, initial: DistilledSet) -> Tensor:
-    """The images of another set, class by class, in the problem's preprocessing.
+def check_initial(initial: DistilledSet, real: RealSet, ipc: int) -> Tensor:
+    """The class that each image of a set to start from stands for, `[S]`.
 
     With soft labels an image belongs to no class: then the order in the set says which it was made for.
+
+    Raises:
+        DstillError: the set has images of another shape, or not `ipc` of them in each class.
     """
-    classes, expected = problem.real.classes, problem.recipe.ipc
     ids = initial.class_ids
-    if initial.labels.is_floating_point() and len(ids) == classes * expected:
-        ids = torch.arange(classes).repeat_interleave(expected)
-    counts = torch.bincount(ids, minlength=classes)
-    shape = (problem.real.channels, *problem.real.size)
-    if tuple(initial.images.shape[1:]) != shape or bool((counts != expected).any()):
+    if initial.labels.is_floating_point() and len(ids) == real.classes * ipc:
+        ids = torch.arange(real.classes).repeat_interleave(ipc)
+    counts = torch.bincount(ids, minlength=real.classes)
+    shape = (real.channels, *real.size)
+    if tuple(initial.images.shape[1:]) != shape or bool((counts != ipc).any()):
         raise DstillError(
             f"the initial set has {counts.tolist()[:4]}… images of {tuple(initial.images.shape[1:])} in its classes, "
-            f"{expected} of {shape} are wanted in each"
+            f"{ipc} of {shape} are wanted in each"
         )
-    images = initial.images[ids.argsort(stable=True)]
+    return ids
+
+
+def _images_of(problem: Problem, initial: DistilledSet) -> Tensor:
+    """The images of another set, class by class, in the problem's preprocessing."""
+    images = initial.images[check_initial(initial, problem.real, problem.recipe.ipc).argsort(stable=True)]
     before, now = initial.preprocess.tensors(), problem.preprocess.tensors()
     if before.keys() != now.keys() or not all(torch.equal(before[name], now[name]) for name in now):
         images = problem.preprocess.forward(initial.preprocess.invert(images))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dstill.artifacts.distilled import DistilledSet
 from dstill.data import siamese
+from dstill.devices import full_precision
 from dstill.errors import CollapseError, DstillError
 from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
@@ -44,16 +45,7 @@ class TrajectoryMatching:
         self.settings = problem.settings(MatchingConfig)
         self.trajectories: Trajectories = problem.trajectories
         self.student = Student(problem.network(), precision=self.settings.precision, compiled=self.settings.compile)
-        if self.student.numel != self.trajectories.numel:
-            raise DstillError(
-                f"the experts have {self.trajectories.numel} parameters, the recipe's network {self.student.numel}: "
-                "they were trained with another network"
-            )
-        if self.trajectories.epochs < self.settings.epochs_needed:
-            raise DstillError(
-                f"the experts were trained for {self.trajectories.epochs} epochs, matching needs {self.settings.epochs_needed} "
-                "(T+ + M - 1): lower distill.max_start_epoch or train longer experts"
-            )
+        self.trajectories.check_fits(self.student.numel, self.settings.epochs_needed)
 
     def iterations(self) -> int:
         return self.settings.iterations
@@ -148,6 +140,7 @@ class TrajectoryMatching:
         ]
 
     @torch.no_grad()
+    @full_precision()
     def _labels(self, state: State, segment: Segment) -> Tensor:
         if self.settings.soft_labels == "off":
             return self.problem.labels()
@@ -155,6 +148,7 @@ class TrajectoryMatching:
         state["labels"] = torch.cat([self.student.logits(target, block) for block in state["images"].split(_BLOCK)])
         return state["labels"]
 
+    @full_precision()
     def _through_labels(self, images: Tensor, segment: Segment, unrolled: Unrolled) -> Tensor:
         """What the labels' dependence on the images adds to the gradient: labels are the target expert's logits."""
         assert unrolled.grads.labels is not None

@@ -64,28 +64,32 @@ def _argument(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_
     return ctypes.c_void_p(None if value is None else value.data_ptr())  # type: ignore[union-attr]
 
 
-@functools.cache
 def kernels() -> Kernels | None:
     """The compiled kernels; None where there is no working compiler, or where DSTILL_NATIVE=0 asks for none."""
-    if os.environ.get("DSTILL_NATIVE") == "0":
-        return None
-    compiler = _compiler()
-    if compiler is None:
-        return None
-    try:
-        return _loaded(compiler)
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return _found()[0]
 
 
 def describe() -> str:
     """A sentence for the log."""
-    if kernels() is not None:
-        return "native CPU kernels"
+    found, reason = _found()
+    return "native CPU kernels" if found else f"plain tensor operations, several times slower than native CPU kernels: {reason}"
+
+
+@functools.cache
+def _found() -> tuple[Kernels | None, str]:
+    """The kernels, or why there are none."""
     if os.environ.get("DSTILL_NATIVE") == "0":
-        return "plain tensor operations: native CPU kernels are switched off by DSTILL_NATIVE=0"
-    advice = "install a C++ compiler (g++ or clang++), or name one in CXX"
-    return f"plain tensor operations, several times slower than native CPU kernels: {advice}"
+        return None, "these are switched off by DSTILL_NATIVE=0"
+    compiler = _compiler()
+    if compiler is None:
+        return None, "install a C++ compiler (g++ or clang++), or name one in CXX"
+    try:
+        return _loaded(compiler), ""
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip() or str(error)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = str(error)
+    return None, f"{compiler} could not build them ({said.splitlines()[0]}); name another compiler in CXX"
 
 
 def _compiler() -> str | None:
@@ -100,7 +104,8 @@ def _loaded(compiler: str) -> Kernels:
     folder = Path(os.environ.get("DSTILL_CACHE") or Path.home() / ".cache" / "dstill").expanduser() / "native"
     library = folder / f"kernels-{digest}.so"
     if library.exists():
-        return Kernels(library)
+        with contextlib.suppress(OSError):  # damaged, or in a folder that nothing may be run from: built anew
+            return Kernels(library)
     with tempfile.TemporaryDirectory() as scratch:
         code, built = Path(scratch) / "kernels.cpp", Path(scratch) / "kernels.so"
         code.write_text(source, encoding="utf-8")
@@ -110,9 +115,9 @@ def _loaded(compiler: str) -> Kernels:
         try:
             with atomic(library) as temporary:  # two processes may build at once
                 shutil.copyfile(built, temporary)
+            return Kernels(library)
         except OSError:  # a full disk, for instance
             return Kernels(built)  # which stays open when its file is gone
-    return Kernels(library)
 
 
 def _processor() -> str:

@@ -51,6 +51,10 @@ void for_channels(long count, Body body) {
   }
 }
 
+// A comparison that keeps NaN: a student that diverged must not look healthy.
+template <class T>
+Vec<T> relu(Vec<T> a) { return Vec<T>{} > a ? Vec<T>{} : a; }
+
 struct Size {
   long height, width, channels;
   long pixels() const { return height * width; }
@@ -123,8 +127,7 @@ void unit_forward(const T* z, const T* scale, const T* shift, T* y, T* mean, T* 
     pool(s, y + out, [&](T* p, long i, long j) {
       V total{};
       for (long k = 0; k < 4; ++k) {
-        const V a = u.activation(u.normalised(i + k / 2, j + k % 2));
-        total += a > T(0) ? a : V{};
+        total += relu<T>(u.activation(u.normalised(i + k / 2, j + k % 2)));
       }
       u.lanes.store(p, total * T(0.25));
     });
@@ -182,7 +185,7 @@ void unit_tangent(const T* z, const T* mean, const T* r, const T* scale, const T
           const long q = u.at(2 * i + k / 2, 2 * j + k % 2);
           const V n = (u.lanes.load(u.z + q) - u.mean) * u.r, a = u.activation(n);
           const V dn = u.r * (u.lanes.load(dz + full + q) - m - n * p), da = dn * u.scale + n * ds + dh;
-          total += a > T(0) ? a : V{};
+          total += relu<T>(a);
           dtotal += a > T(0) ? da : V{};
         }
         const long out = half + (i * (s.width / 2) + j) * s.channels;

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
 from dstill.artifacts.header import atomic
-from dstill.artifacts.run import RunRecord
+from dstill.artifacts.run import RunRecord, SetRecord
 
 Records = Mapping[str, RunRecord]
 
@@ -46,6 +46,20 @@ def curves(records: Records, key: str, against: Literal["iterations", "seconds"]
     axes.set_xlabel("iteration" if against == "iterations" else "seconds of distilling")
     axes.set_ylabel(LABELS.get(key, key))
     _legend(axes, len(records))
+    return figure
+
+
+def run_curves(record: SetRecord, title: str) -> Figure | None:
+    """Objective, α and validation accuracy of one set over its iterations, whichever there are; None where there is none."""
+    shown = {key: curve for key in ("loss", "alpha", "validation_accuracy") if (curve := record.curves.get(key))}
+    if not shown:
+        return None
+    figure, panels = _figure(len(shown))
+    figure.suptitle(_plain(title))
+    for axes, (key, curve) in zip(panels, shown.items(), strict=True):
+        axes.plot(curve.iterations, curve.values, color=COLOURS[0], marker="o" if len(curve.values) <= 20 else None)
+        axes.set_xlabel("iteration")
+        axes.set_ylabel(LABELS[key])
     return figure
 
 

@@ -133,12 +133,13 @@ def _shown(name: str, folder: Path) -> Shown:
         pictures=_pictures(distilled, initial, rows),
         left_out=len(distilled.images) - len(rows),
         settings=yamls.dump(record.recipe),
-        map=_map(record),
+        map=_map(name, record),
     )
 
 
-def _map(record: RunRecord) -> Markup:
-    return svg(figures.initialisation(record), "Real images, and those chosen to start from") if record.map else Markup("")
+def _map(name: str, record: RunRecord) -> Markup:
+    title = f"Real images, and those chosen to start from, {name}"
+    return svg(figures.initialisation(record), title) if record.map else Markup("")
 
 
 def _rows(distilled: DistilledSet) -> Tensor:
@@ -189,7 +190,7 @@ def _figures(records: Mapping[str, RunRecord]) -> list[tuple[str, Markup]]:
 
 
 def svg(figure: Figure, title: str) -> Markup:
-    """A figure as inline SVG that takes the colours of the page around it, with a text alternative."""
+    """A figure as inline SVG that takes the colours of the page around it; the title, unique there, is its alternative."""
     import matplotlib as mpl
 
     buffer = io.StringIO()

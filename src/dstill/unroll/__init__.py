@@ -58,7 +58,7 @@ def unroll(
             the convolutions' outputs of every step, about a fifth faster; `auto`: those of as many steps as fit half of the
             memory that is available now. The numbers are the same to the last bit.
 
-    NVIDIA cards round the inputs of convolutions to TF32 by torch's default; here they do not.
+    NVIDIA cards round the inputs of convolutions to TF32 by torch's default; here they do not (see `full_precision`).
 
     Raises:
         DstillError: α is zero or not finite, a target lies outside 1 … N, or none is given, or `gradient` is unknown.
@@ -71,11 +71,11 @@ def unroll(
     if outside or not targets:
         raise DstillError(f"matching points must lie in 1 … {len(steps)} and exist, got {sorted(targets)}")
     arguments = (student, theta0, images, labels, steps, alpha, targets)
-    with full_precision():
-        if gradient == "graph":
+    if gradient == "graph":
+        with full_precision():
             return graph(*arguments, loss_scale=loss_scale, momentum=momentum)
-        kept = _kept_steps(student, theta0, steps, memory)
-        return adjoint(*arguments, loss_scale=loss_scale, momentum=momentum, hessian=gradient == "adjoint", keep=kept)
+    kept = _kept_steps(student, theta0, steps, memory)
+    return adjoint(*arguments, loss_scale=loss_scale, momentum=momentum, hessian=gradient == "adjoint", keep=kept)
 
 
 def _kept_steps(student: Student, theta: Tensor, steps: Sequence[Step], memory: Memory) -> int:

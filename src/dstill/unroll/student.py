@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dstill import engine
+from dstill.devices import full_precision
 from dstill.engine import Precision
 from dstill.errors import DstillError
 from dstill.training import cross_entropy, probabilities
@@ -124,6 +125,7 @@ class Student:
     def _targets(self, labels: Tensor, like: Tensor) -> Tensor:
         return probabilities(labels.detach(), self.shapes[-1][0]).to(like.dtype)
 
+    @full_precision()
     def _autograd_gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             theta = theta.requires_grad_()
@@ -131,6 +133,7 @@ class Student:
             (gradient,) = torch.autograd.grad(loss, theta)
         return loss.detach(), gradient
 
+    @full_precision()
     def _autograd_tangents(self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor) -> StepTangents:
         with torch.enable_grad():
             inputs = [theta.requires_grad_(), images.requires_grad_()]

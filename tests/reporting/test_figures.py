@@ -1,0 +1,20 @@
+"""Figures show what was measured, and nothing else."""
+
+from __future__ import annotations
+
+from dstill.artifacts.run import SetRecord
+from dstill.reporting.figures import run_curves
+
+
+def test_curves_have_a_panel_for_each_thing_that_was_measured() -> None:
+    rows = [{"iteration": i, "loss": 1.0 / (i + 1), "alpha": 0.01, "seconds": 0.1} for i in range(30)]
+    two = run_curves(SetRecord.of(rows), "$t$")
+    assert two is not None and [axes.get_ylabel() for axes in two.axes] == ["objective", "student learning rate α"]
+    rows[9]["validation_accuracy"] = 0.5
+    three = run_curves(SetRecord.of(rows), "t")
+    assert three is not None
+    objective, _, validation = three.axes
+    assert objective.lines[0].get_xdata()[[0, -1]].tolist() == [1, 30]
+    assert objective.lines[0].get_ydata()[1] == 0.5
+    assert validation.lines[0].get_xydata().tolist() == [[10, 0.5]]
+    assert run_curves(SetRecord.of([{"iteration": 0, "something else": 1.0, "seconds": 0.1}]), "t") is None
