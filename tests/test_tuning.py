@@ -100,6 +100,9 @@ def test_a_search_goes_on_from_where_it_was(tmp_path: Path, clock: None, monkeyp
     lines = (tmp_path / "parts.tried.jsonl").read_text()
     assert lines == (tmp_path / "whole.tried.jsonl").read_text()
     assert lines.count("\n") == 6 and '"score": null' in lines
+    (tmp_path / "parts.yaml").unlink()
+    assert tuned("parts.yaml", 0, lambda number: scores[6]) == []
+    assert (tmp_path / "parts.yaml").read_text() == (tmp_path / "whole.yaml").read_text(), "written from what was tried"
 
 
 def test_a_candidate_that_collapses_is_out(tmp_path: Path, clock: None, monkeypatch: pytest.MonkeyPatch) -> None:

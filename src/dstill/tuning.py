@@ -115,6 +115,7 @@ def tune(
         raise DstillError(
             f"all of {tried} candidates collapsed: start from a smaller distill.lr_images, or give it more --budget"
         )
+    _write(target, best, real, best_score, tried)
     reporter.note(f"wrote {target}: pass it as --recipe {target}")
     return target
 
@@ -127,12 +128,14 @@ class _Journal:
 
     def __init__(self, target: Path, search: dict[str, Any]) -> None:
         self.path, self.search = target.with_suffix(".tried.jsonl"), digest(search)
-        self.rows = [row for row in read_metrics(self.path) if row.get("search") == self.search]
+        found = read_metrics(self.path)
+        self.rows = [row for row in found if row.get("search") == self.search]
+        self._others = [row for row in found if row.get("search") != self.search]
 
     def add(self, settings: Recipe, score: float | None) -> None:
         """Writes down one more."""
         self.rows.append({"search": self.search, "tried": _named(settings), "score": score})
-        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (*self._others, *self.rows)))
 
 
 def _named(settings: Recipe) -> str:
