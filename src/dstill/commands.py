@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dstill.artifacts import header as files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.result import Claim, Cost, Result
 from dstill.artifacts.run import RESULT_NAME
@@ -136,8 +137,10 @@ def distill(
     store = cache_folder(cache)
     trained_with = seed if expert_seed is None else expert_seed
     known = known_identity(real, resolved, seed, trained_with)
+    files.check_writable(store)
     if out is not None:
         refuse_other_run(Path(out), known)
+        files.check_writable(Path(out))
     trajectories: Trajectories | None = None
     if experts is not None:
         trajectories = experts if isinstance(experts, Trajectories) else Trajectories(Path(experts))
@@ -212,7 +215,7 @@ def run(
         DstillError: whatever the user can put right, in a sentence.
     """
     reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
-    at_least_one(sets=sets, networks=networks)
+    at_least_one(sets=sets, networks=networks, workers=None if workers == "auto" else workers)
     real = load_real(source)
     resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     check_early(real, resolved, nets, logs, validates=validate_every > 0)
@@ -220,6 +223,8 @@ def run(
     trained_with = seed if expert_seed is None else expert_seed
     for k in range(sets):
         refuse_other_run(folder / f"set-{k}", known_identity(real, resolved, seed + k, trained_with))
+    files.check_writable(folder)
+    files.check_writable(cache_folder(cache))
     reporter.note(f"run folder: {folder}")
     trajectories: Trajectories | None = None
     if method_info(resolved.method).needs_experts:

@@ -70,7 +70,10 @@ def evaluate(
         CollapseError: a learned α is not positive.
     """
     reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
-    at_least_one(networks=networks)
+    at_least_one(networks=networks, workers=None if workers == "auto" else workers)
+    target = None if out is None else Path(out) if Path(out).suffix == ".json" else Path(out) / RESULT_NAME
+    if target is not None:
+        files.check_writable(target.parent)
     if isinstance(distilled, str | Path):
         distilled = DistilledSet.load(distilled)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
@@ -85,6 +88,9 @@ def evaluate(
             f"{real.name} is not what the set was distilled from (another size, share, choice of classes or split): if images "
             "tested here were trained on there, the accuracy is too high"
         )
+    unseen = [real.class_names[c] for c in range(real.classes) if not bool((real.test.labels == c).any())]
+    if unseen:
+        reporter.note(f"{real.name} has no test image of {', '.join(unseen)}: the accuracy says nothing of it")
     if len(sets) > 1 and len({(one.method, one.ipc, _fitted(one)) for one in sets}) > 1:
         raise DstillError("several sets are evaluated together only if method, IPC and preprocessing agree")
     chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
@@ -141,9 +147,8 @@ def evaluate(
         stages=stages,
         dstill=__version__,
     )
-    if out is not None:
-        target = Path(out)
-        result.save(target if target.suffix == ".json" else target / RESULT_NAME)
+    if target is not None:
+        result.save(target)
     return result
 
 

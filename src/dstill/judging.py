@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.artifacts.header import write_text
+from dstill.artifacts.header import check_writable, write_text
 from dstill.artifacts.result import Result
 from dstill.console import Reporter, Silent
+from dstill.data import siamese
 from dstill.data.real import load_real
 from dstill.evaluating import evaluate
 from dstill.tables import markdown
@@ -111,6 +112,10 @@ def judge(
     real = load_real(source)
     variants = {"soft": one, "hard": one.with_hard_labels()} if one.labels.is_floating_point() else {"hard": one}
     strategies = list(augmentations) or list(dict.fromkeys([one.augmentation, "none"]))
+    for strategy in strategies:
+        siamese.parse(strategy)
+    if out is not None:
+        check_writable(Path(out))
     rows = []
     chosen = [[net] for net in nets] or [[]]  # nothing: the set's own, which `evaluate` takes with care
     for named, (labels, variant), strategy in itertools.product(chosen, variants.items(), strategies):

@@ -127,6 +127,8 @@ def check_early(
     if validates and real.judged_on == "test":
         stratified(real.train.labels, real.classes, VALIDATION_FRACTION, torch.Generator())
     if initial is not None:
+        if method_info(recipe.method).family == "selection":
+            raise DstillError(f"method {recipe.method!r} chooses real images: it does not start from a set, leave init out")
         check_initial(initial, real, recipe.ipc)
     load_protocol(recipe.protocol)
     check_sinks(logs)
@@ -208,6 +210,8 @@ def ensure_experts(
     wanted = list(range(config.count)) if only is None else list(only)
     if any(index < 0 for index in wanted):
         raise DstillError(f"experts are numbered from 0, got {min(wanted)}")
+    if only is not None and any(index >= config.count for index in wanted):
+        raise DstillError(f"there is no expert {max(wanted)}: the recipe has {config.count}, numbered from 0")
     total = len(wanted) * config.epochs
     missing = len(missing_experts(folder, wanted, config.epochs))
     done = itertools.count(1 + total - missing * config.epochs)

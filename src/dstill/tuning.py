@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dstill import recipes, seeding
-from dstill.artifacts.header import write_text
+from dstill.artifacts.header import check_writable, write_text
 from dstill.artifacts.run import read_metrics
 from dstill.commands import distill, train_experts
 from dstill.config import Recipe, canonical, digest
@@ -80,6 +80,10 @@ def tune(
     base = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
     if not isinstance(base.distill, MatchingConfig):
         raise DstillError(f"tune searches settings of trajectory matching, and method {base.method!r} is none: take ast or mtt")
+    target = Path(out) if out else Path(f"{real.name}-{base.method}-ipc{base.ipc}.yaml")
+    if target.is_dir():
+        raise DstillError(f"{target} is a folder: pass the recipe file to write, such as {target / 'tuned.yaml'}")
+    check_writable(target.absolute().parent)
     held = real.holdout(seed)
     check_early(held, base)
     # Experts long enough for the largest T+ of the search serve every candidate.
@@ -88,7 +92,6 @@ def tune(
         largest = min(largest, base.experts.epochs - base.distill.expert_epochs + 1)
     longest = base.model_copy(update={"distill": base.distill.model_copy(update={"max_start_epoch": largest})})
     experts = train_experts(held, recipe=longest, seed=seed, device=device, cache=cache, workers=workers, reporter=reporter)
-    target = Path(out) if out else Path(f"{real.name}-{base.method}-ipc{base.ipc}.yaml")
     journal = _Journal(target, {"recipe": canonical(base, exclude={"note"}), "data": held.fingerprint, "seed": seed})
     if journal.rows:
         reporter.note(f"{journal.path} has {len(journal.rows)} candidates of this search: it goes on from there")

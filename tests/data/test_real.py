@@ -587,7 +587,7 @@ def test_a_folder_with_neither_parquet_files_nor_class_folders_is_refused(tmp_pa
 
 def test_a_folder_without_an_image_is_refused(tmp_path: Path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
-    with pytest.raises(DstillError, match="does not have two class folders or more"):
+    with pytest.raises(DstillError, match="cat holds no image that can be read: remove it"):
         load_real(tmp_path)
 
 

@@ -19,6 +19,7 @@ from dstill.data import siamese
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
+from dstill.methods import methods
 
 KIND = "distilled set"
 FILE_NAME = "distilled.safetensors"
@@ -204,6 +205,8 @@ class DistilledSet:
         """
         source = Path(path)
         if source.is_dir():
+            if not (source / FILE_NAME).exists() and (source / "set-0").is_dir():
+                raise DstillError(f"{source} is the folder of a run: pass one of its sets, {source / 'set-0'}")
             source = source / FILE_NAME
         header, tensors = files.load(source, KIND)
         return cls.from_parts(header, tensors, source)
@@ -215,6 +218,8 @@ class DistilledSet:
         Raises:
             DstillError: a part is missing or malformed.
         """
+        if header.get("method") not in [*methods()]:  # of a package that is not installed here: its settings mean nothing
+            header = {**header, "recipe": None}
         stored = {name.removeprefix(_PREPROCESS): tensor for name, tensor in tensors.items() if name.startswith(_PREPROCESS)}
         try:
             said = _Header.model_validate(header)

@@ -46,6 +46,21 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Makes a folder that results will be written into, before the work that leads to them.
+
+    Raises:
+        DstillError: it is a file, or below one.
+        OSError: the system does not let it be written: a read-only disk, for instance.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DstillError(f"{folder} is no folder, and none can be made there: pass another one") from error
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
     """Removes what writers left behind that were killed, if it is so many seconds old."""
     for path in folder.glob(f".*{_PART}"):

@@ -156,8 +156,9 @@ def _images(folder: Path) -> list[Path]:
     """The images of a class, at any depth."""
     files = list(_files(folder))
     images = [file for file in files if _is_image(file)]
-    if files and not images:
-        raise DstillError(f"{folder} holds no image that can be read, only files such as {files[0].name}: remove it")
+    if not images:
+        only = f", only files such as {files[0].name}" if files else ""
+        raise DstillError(f"{folder} holds no image that can be read{only}: remove it")
     inner = next((part for file in images for part in file.relative_to(folder).parents if part.name.lower() in _SPLITS), None)
     if inner is not None:
         raise DstillError(f"{folder / inner} looks like a split inside of a class: pass {folder} itself, or rename it")

@@ -60,6 +60,10 @@ class RealSet:
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", _fingerprint(self))
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, (self.channels, *self.size)))
+        return f"RealSet({self.name!r}, {len(self.train)} + {len(self.test)} images of {shape}, {self.classes} classes)"
+
     @property
     def channels(self) -> int:
         return self.train.images.shape[1]
@@ -155,6 +159,8 @@ def load_real(
         DstillError: unknown name, no network, missing split, one class, unreadable image (its path), labels out of
             range, or images of several sizes without `image_size`.
     """
+    if image_size is not None and image_size < 1:
+        raise DstillError(f"image_size must be at least 1 pixel, got {image_size}")
     if isinstance(source, RealSet):
         real = source if image_size is None else _resized(source, image_size, fit or "resize")
     else:
@@ -186,6 +192,8 @@ def _assemble(raw: sources.Raw, test_fraction: float | None, seed: int) -> RealS
         _check_labels(raw.name, train, names)
         rest, part = stratified(train.labels, len(names), test_fraction, seeding.generator(seed, "test-fraction"))
         return RealSet(raw.name, train.take(rest), train.take(part), names)
+    if test_fraction is not None:
+        raise DstillError(f"{raw.name} has a test split of its own: leave test_fraction out (--test-fraction)")
     test = Split(raw.test.images, raw.test.labels)
     if raw.test.class_names and raw.test.class_names != names:
         # Before the look-up: -1, the usual mark of an unlabelled image, would index the last class.

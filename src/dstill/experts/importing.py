@@ -37,13 +37,14 @@ def import_experts(paths: Sequence[str | Path], folder: str | Path) -> Path:
 
 def _buffer(path: Path) -> list[Tensor]:
     """The trajectories of one file, each `[epochs + 1, P]`."""
+    content = trusted(path)
+    if not isinstance(content, list | tuple) or not all(isinstance(one, list | tuple) for one in content):
+        raise DstillError(f"{path} is not a buffer of expert trajectories: that is a list of lists of records")
     try:
         trajectories = [
             torch.stack([torch.cat([parameter.reshape(-1).float() for parameter in record]) for record in trajectory])
-            for trajectory in trusted(path)
+            for trajectory in content
         ]
-    except DstillError:
-        raise
     except (TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise DstillError(f"{path} is not a buffer of expert trajectories ({error})") from error
     short = next((len(one) for one in trajectories if len(one) < 2), None)

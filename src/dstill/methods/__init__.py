@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Literal
+from typing import Literal, get_args
 
 from dstill.errors import DstillError, suggest
 
@@ -116,16 +116,29 @@ def methods() -> dict[str, MethodInfo]:
     """All methods: dstill's own, and those that installed packages register.
 
     Raises:
-        DstillError: a package registers something else than a `MethodInfo`, or a name that is taken.
+        DstillError: a package registers something else than a `MethodInfo`, or a name that is taken, or cannot be imported.
     """
     found = dict(METHODS)
     for point in metadata.entry_points(group=ENTRY_POINTS):
-        info = point.load()
-        if not isinstance(info, MethodInfo) or point.name in found:
-            reason = "the name is taken" if point.name in found else f"it is a {type(info).__name__}, not a MethodInfo"
+        reason = "the name is taken" if point.name in found else ""
+        try:
+            info = point.load()
+        except Exception as error:  # whatever that package does when it is imported
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            reason = reason or _fault(info)
+        if reason:
             raise DstillError(f"method {point.name!r} of {point.value} cannot be registered: {reason}; uninstall or mend it")
         found[point.name] = info
     return found
+
+
+def _fault(info: object) -> str:
+    if not isinstance(info, MethodInfo):
+        return f"it is a {type(info).__name__}, not a MethodInfo"
+    if info.needs not in get_args(Need):
+        return f"needs is {info.needs!r}, not one of {', '.join(get_args(Need))}"
+    return "" if info.labels in ("hard", "soft") else f"labels is {info.labels!r}, not hard or soft"
 
 
 def method_info(name: str) -> MethodInfo:

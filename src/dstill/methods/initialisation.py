@@ -86,6 +86,11 @@ def _described(problem: Problem, net: nn.Module, rows: Tensor, *, released: bool
 
 
 def _representatives(problem: Problem, features: np.ndarray, generator: torch.Generator, *, released: bool) -> np.ndarray:
+    if not np.isfinite(features).all():
+        raise DstillError(
+            "the expert that describes real images gives features that are not finite: lower experts.lr, or pass "
+            "--set distill.initialisation=random"
+        )
     seed, ipc = int(torch.randint(2**31, (), generator=generator)), problem.recipe.ipc
     return nearest_to_centroids(features, ipc, clusters(ipc, released=released), seed)
 
@@ -110,8 +115,9 @@ def initialisation_map(problem: Problem, classes: int = 3, points: int = 200) ->
     for name, rows in zip(real.class_names[:classes], real.train.by_class(real.classes), strict=False):
         features = _described(problem, net, rows, released=released)
         picks = _representatives(problem, features, generator, released=released)
-        axes = min(2, *features.shape)  # a class of one image has a single one
-        flat = np.pad(PCA(axes, random_state=0).fit_transform(features), ((0, 0), (0, 2 - axes))).round(3)
+        axes = min(2, *features.shape) if len(features) > 1 else 0  # a single image has no spread
+        flat = PCA(axes, random_state=0).fit_transform(features) if axes else features[:, :0]
+        flat = np.pad(flat, ((0, 0), (0, 2 - axes))).round(3)
         found.append({"name": name, "points": flat[:points].tolist(), "chosen": flat[picks].tolist()})
     return found
 

@@ -59,7 +59,8 @@ def build(config: NetConfig, channels: int, classes: int, size: tuple[int, int],
     cls = network_class(config.name)
     options: dict[str, Any] = config.model_dump(exclude={"name"}, exclude_none=True)
     accepted = inspect.signature(cls).parameters
-    refused = [key for key in options if key not in accepted]
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
+    refused = [key for key in options if key not in accepted and not anything]
     if refused:
         raise DstillError(f"network {config.name!r} takes no option {', '.join(refused)}: remove it from the recipe's net")
     with torch.random.fork_rng(devices=[]):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dstill import yamls
-from dstill.config import Recipe, canonical, settings_class
+from dstill.config import ExpertConfig, Recipe, canonical, settings_class
 from dstill.data.catalog import DATASETS
 from dstill.errors import DstillError, suggest
 from dstill.methods import method_info
@@ -53,8 +53,10 @@ def load_recipe(name: str) -> Recipe:
         DstillError: unknown name, unknown key, wrong type.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    if not path.is_file() and path.parent != _FOLDER / Path(name).parent:
+        raise DstillError(f"the recipe file {name} does not exist")
     if not path.is_file():
-        raise DstillError(f"unknown recipe {name!r}; {suggest(name, recipe_names())}")
+        raise DstillError(f"unknown recipe {name!r}; {suggest(name, ['smoke', *recipe_names()])}")
     return yamls.validate(Recipe, yamls.read_mapping(path), f"recipe {name}")
 
 
@@ -88,8 +90,7 @@ def resolve(
         check_method(found, method, f"recipe {recipe}")
     flags = {key: value for key, value in (("method", method), ("ipc", ipc)) if value is not None}
     values = {**found.model_dump(), **flags}
-    for change in changes:
-        _assign(values, change)
+    _assign(values, changes)
     return yamls.validate(Recipe, values, "--set" if changes else origin), origin
 
 
@@ -99,7 +100,14 @@ def check_method(recipe: Recipe, method: str | None, name: str) -> None:
         raise DstillError(f"{name} is for method {recipe.method!r}, not {method!r}: leave one of the two out")
 
 
-def _assign(values: dict[str, Any], change: str) -> None:
+def _assign(values: dict[str, Any], changes: Sequence[str]) -> None:
+    if isinstance(changes, str | Mapping):
+        raise DstillError(f"changes are a list of 'section.key=value', got {changes!r}")
+    for change in changes:
+        _assign_one(values, change)
+
+
+def _assign_one(values: dict[str, Any], change: str) -> None:
     path, separator, text = change.partition("=")
     if not separator:
         raise DstillError(f"{change!r} is not an assignment: write section.key=value, for example distill.iterations=300")
@@ -119,16 +127,12 @@ def _default(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
     if name is not None:
         chosen = _tuned(name)
         return load_recipe(chosen), f"recipe {chosen}" + (f" (as published: {name})" if chosen != name else "")
-    if any(method == other.split("/")[1].rsplit("-ipc")[0] for other in recipe_names()):
+    if _comparable(shape, method):
         return _derived(shape, method, ipc)
     like, _ = _default(shape, "ast", ipc)
-    update = {
-        "data": shape.name,
-        "method": method,
-        "experts": like.experts if method_info(method).needs_experts else None,
-        "distill": settings_class(method)(),
-        "note": "",
-    }
+    settings = settings_class(method)
+    experts = ExpertConfig(**settings.expert_defaults()) if method_info(method).needs_experts else None
+    update = {"data": shape.name, "method": method, "experts": experts, "distill": settings(), "note": ""}
     return like.model_copy(update=update), "the method's own settings; preprocessing, network and augmentation are those of ast"
 
 
@@ -156,17 +160,21 @@ def _distance(shape: DataShape, ipc: int, candidate: Recipe) -> float:
     )
 
 
+def _comparable(shape: DataShape, method: str) -> list[str]:
+    """The method's recipes that settings for these data can be derived from."""
+    return [
+        name
+        for name in recipe_names()
+        if name.split("/")[0] in {*_PUBLISHED, shape.name} and name.split("/")[1].startswith(f"{method}-ipc")
+    ]
+
+
 def _derived(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
     """Settings for a case that no recipe was written for: those of the nearest one, cut to fit.
 
     The data set's own recipe of another IPC is nearest; else published cases are compared by side, classes and IPC.
     """
-    names = [
-        name
-        for name in recipe_names()
-        if name.split("/")[0] in {*_PUBLISHED, shape.name} and name.split("/")[1].startswith(f"{method}-ipc")
-    ]
-    nearest = _tuned(min(names, key=lambda name: _distance(shape, ipc, load_recipe(name))))
+    nearest = _tuned(min(_comparable(shape, method), key=lambda name: _distance(shape, ipc, load_recipe(name))))
     base = load_recipe(nearest)
     depth = max(1, min(5, int(math.log2(shape.side)) - 2)) if shape.side >= 16 else max(1, int(math.log2(shape.side)) - 1)
     mirror = _mirrors(shape.name)
@@ -239,6 +247,5 @@ def dump(recipe: Recipe) -> str:
 def changed(recipe: Recipe, changes: Sequence[str], where: str) -> Recipe:
     """A recipe with `section.key=value` assignments applied and checked."""
     values = recipe.model_dump()
-    for change in changes:
-        _assign(values, change)
+    _assign(values, changes)
     return yamls.validate(Recipe, values, where)
