@@ -59,7 +59,8 @@ def test_every_shared_change_changes_some_row(what: str) -> None:
 def resolved(row: Row, case: Case) -> Recipe:
     shape = DATASETS[case.data].shape
     assert shape is not None
-    return resolve_for(case.data, shape, None, row.method, case.ipc, None, [], torch.device("cpu"), Silent())
+    where, given = torch.device("cpu"), {"method": row.method, "ipc": case.ipc, "net": None, "changes": []}
+    return resolve_for(case.data, shape, None, **given, device=where, reporter=Silent())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("what", ["fig4", "table4"])
