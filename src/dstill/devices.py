@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dstill.errors import DstillError
 
@@ -33,6 +34,13 @@ def resolve_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise DstillError(f"unknown device {name!r}: take one of {', '.join(_NAMES)}, or one by number like cuda:0") from error
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without waiting for the work that a card was given before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)  # from other memory it copies only when all is done
+    return tensor.to(device)
 
 
 def ask_for_determinism() -> None:

@@ -19,6 +19,7 @@ from dstill.nets.convnet import ConvNet
 from dstill.nets.convolution import Convolution, Direct
 from dstill.nets.tangent import Engine, Sum
 from dstill.nets.unit import TensorUnit, Unit
+from dstill.replay import Replayed
 
 Precision = Literal["float32", "bfloat16-backward", "bfloat16"]
 
@@ -74,6 +75,7 @@ class Derivatives:
         threads: pieces at a time on a CPU; torch's own number if left out.
         compiled: `torch.compile` the tensor operations, where native kernels do not run: faster after up to a minute.
         native: False for tensor operations also where native kernels could run.
+        replayed: on an NVIDIA card, record the kernels of each function once and launch them together (see `dstill.replay`).
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Derivatives:
         threads: int | None = None,
         compiled: bool = False,
         native: bool = True,
+        replayed: bool = True,
     ) -> None:
         if not supports(net):
             raise TypeError("only a ConvNet with instance norm has hand-written derivatives")
@@ -104,6 +107,10 @@ class Derivatives:
         budget = _PIECE_BYTES if precision == "float32" else _ROUNDED_PIECE_BYTES
         self.piece = _piece(self.geometry, net.width, dtype, budget) if device.type == "cpu" else None
         self._pool: ThreadPoolExecutor | None = None
+        recorded = replayed and device.type == "cuda"
+        self._gradient = Replayed(self._plain_gradient) if recorded else self._plain_gradient
+        self._tangents = Replayed(self._plain_tangents) if recorded else self._plain_tangents
+        self._penalty = Replayed(self._plain_penalty) if recorded else self._plain_penalty
 
     def kept_bytes(self, images: int) -> int:
         """About what `gradient(keep=True)` holds on to for so many images."""
@@ -115,6 +122,9 @@ class Derivatives:
     @torch.no_grad()
     def gradient(self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, *, keep: bool = False) -> Gradient:
         """Mean cross-entropy with target probabilities `[B, K]`, and its gradients; `keep` for the sake of `tangents`."""
+        return self._gradient(parameters, images, targets, keep)
+
+    def _plain_gradient(self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, keep: bool) -> Gradient:
         point = self.engine.weights(parameters, second=False)
 
         def work(piece: tuple[Tensor, Tensor]) -> tangent.FirstOrder:
@@ -141,6 +151,11 @@ class Derivatives:
 
         `kept` is of `gradient` at the same point and images, and is used up; recomputed where it is None: the same numbers.
         """
+        return self._tangents(parameters, direction, images, targets, kept)
+
+    def _plain_tangents(
+        self, parameters: Sequence[Tensor], direction: Sequence[Tensor], images: Tensor, targets: Tensor, kept: Kept | None
+    ) -> Tangents:
         point, along = self.engine.weights(parameters), self.engine.weights(direction, first=False)
 
         def work(piece: tuple[Tensor, Tensor, list[Unit] | None]) -> tangent.SecondOrder:
@@ -162,6 +177,11 @@ class Derivatives:
         self, parameters: Sequence[Tensor], images: Tensor, *, pixelwise: bool, target: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
         """The expert's gradient penalty, E[(|grad_x W(x)| - target)^2], and its exact gradients (paper Eq. 19)."""
+        return self._penalty(parameters, images, pixelwise, target)
+
+    def _plain_penalty(
+        self, parameters: Sequence[Tensor], images: Tensor, pixelwise: bool, target: float
+    ) -> tuple[Tensor, list[Tensor]]:
         point = self.engine.weights(parameters)
 
         def work(some: Tensor) -> tuple[Tensor, Sum]:
@@ -198,6 +218,8 @@ class Derivatives:
 @functools.cache
 def _compiled_unit() -> type[TensorUnit]:
     """`TensorUnit` with each form compiled by itself: compiling a whole sweep takes ten times as long."""
+    # One for each block and batch size, of experts and students; beyond torch's limit of eight it would compile no more.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     forms = ("forward", "backward", "tangent", "tangent_backward")
     return type("CompiledUnit", (TensorUnit,), {f: torch.compile(getattr(TensorUnit, f), dynamic=False) for f in forms})
 

@@ -109,7 +109,8 @@ def reproduce(
 
     Args:
         what: `table1` … `table8`, `fig3` … `fig11`.
-        scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `paper`, as published.
+        scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `gpu`, minutes on a large card, of `table3`
+            alone; `paper`, as published.
         sources: by data set name, what `load_real` takes instead of the name.
         only: names of rows to run; the others are shown if they are there, else as pending.
         sets: distilled sets a row, the scale's number if left out. A later call with more makes those that `out`
@@ -127,7 +128,7 @@ def reproduce(
         The results folder. A row that fails keeps its reason there; the others go on.
 
     Raises:
-        DstillError: an unknown name of a reproduction, a row or a data set.
+        DstillError: an unknown name of a reproduction, a row or a data set, or a scale that it lacks.
     """
     refuse_import("reproduce")
     reporter, where = reporter or Silent(), resolve_device(device)
@@ -171,7 +172,7 @@ def plan_reproduction(
     Nothing is loaded: the shapes of the data are those of their published versions.
 
     Raises:
-        DstillError: an unknown name of a reproduction or a row.
+        DstillError: an unknown name of a reproduction or a row, or a scale that it lacks.
     """
     where = resolve_device(device)
     _, settings, rows = _chosen(what, scale, only, sets)
@@ -196,6 +197,8 @@ def plan_reproduction(
 def _chosen(what: str, scale: ScaleName, only: Sequence[str], sets: int | None) -> tuple[Reproduction, Scale, list[Row]]:
     at_least_one(sets=sets)
     reproduction = load_reproduction(what)
+    if scale not in reproduction.scales:
+        raise DstillError(f"{what} has no scale {scale!r}: take one of {', '.join(reproduction.scales)}")
     settings = reproduction.scales[scale]
     rows = reproduction.rows_at(scale)
     for name in only:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dstill import nets
 from dstill.data import siamese
+from dstill.devices import sent
 from dstill.engine import Derivatives, derivatives_of
 
 _BLOCK = 512  # images at a time where nothing has to be remembered
@@ -53,7 +54,9 @@ class EpochReport:
 
 def probabilities(labels: Tensor, classes: int) -> Tensor:
     """Target probabilities `[B, K]` of class ids `[B]` (float32), or the softmax of label logits `[B, K]`."""
-    return labels.softmax(1) if labels.is_floating_point() else nn.functional.one_hot(labels, classes).float()
+    if labels.is_floating_point():
+        return labels.softmax(1)
+    return torch.zeros(len(labels), classes, device=labels.device).scatter_(1, labels.unsqueeze(1), 1.0)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -161,7 +164,7 @@ def fit(
     Args:
         net: on the device of `images`.
         images: preprocessed training images `[N, C, H, W]`.
-        labels: class ids `[N]`, or label logits `[N, K]`.
+        labels: class ids `[N]`, or label logits `[N, K]`, on the same device.
         epochs: passes over the images.
         batch_size: images a step.
         optimiser: over `net.parameters()`.
@@ -177,17 +180,20 @@ def fit(
     for epoch in range(begin, epochs):
         if schedule is not None:
             schedule(optimiser, epoch)
-        started, total = time.perf_counter(), torch.zeros((), dtype=torch.float64)
+        started, losses, counts = time.perf_counter(), list[Tensor](), list[int]()
         for rows in shuffled_batches(len(images), batch_size, generator):
-            raw = images[rows.to(images.device)]
+            here = sent(rows, images.device)
+            raw = images[here]
             augmented = siamese.apply(raw, siamese.sample(augmentation, len(raw), generator))
             optimiser.zero_grad(set_to_none=True)
-            loss = objective(net, Batch(augmented, raw, labels[rows.to(labels.device)], rows, epoch))
+            loss = objective(net, Batch(augmented, raw, labels[here], rows, epoch))
             optimiser.step()
-            total += loss.cpu().double() * len(rows)
+            losses.append(loss)  # read at the end: until then the device need not be waited for
+            counts.append(len(rows))
         if observer is not None:
+            total = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True))
             seconds = time.perf_counter() - started
-            observer(EpochReport(epoch + 1, float(total) / len(images), len(images) / seconds))
+            observer(EpochReport(epoch + 1, total / len(images), len(images) / seconds))
 
 
 @torch.no_grad()

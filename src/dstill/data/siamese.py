@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dstill.devices import sent
 from dstill.errors import DstillError, suggest
 
 SCALE_RATIO = 1.2
@@ -163,7 +164,7 @@ def apply(images: Tensor, params: Params | None) -> Tensor:
         return images
     if len(params.values) not in (1, len(images)):
         raise ValueError(f"a draw for {len(params.values)} images cannot be applied to {len(images)}")
-    values = params.values.to(images.device, images.dtype)
+    values = sent(params.values, images.device).to(images.dtype)
     if len(values) == 1 and len(images) > 1:
         values = values.expand(len(images), -1)
     return OPS[params.op].apply(images, values)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dstill.artifacts.distilled import DistilledSet
 from dstill.data import siamese
-from dstill.devices import full_precision
+from dstill.devices import full_precision, sent
 from dstill.errors import CollapseError, DstillError
 from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
@@ -135,7 +135,7 @@ class TrajectoryMatching:
         recipe, settings = self.problem.recipe, self.settings
         count = self.problem.real.classes * recipe.ipc
         return [
-            Step(rows.to(self.problem.device), siamese.sample(recipe.augmentation, len(rows), generator))
+            Step(sent(rows, self.problem.device), siamese.sample(recipe.augmentation, len(rows), generator))
             for rows in student_batches(count, settings.batch_syn, settings.student_steps, generator)
         ]
 

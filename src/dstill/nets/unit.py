@@ -48,67 +48,91 @@ class Unit(Protocol):
 
 
 class TensorUnit:
-    """`Unit` in tensor operations: the formulas as they stand. Any device and type; `torch.compile` fuses each form."""
+    """`Unit` in tensor operations, as few as there are. Any device and type; `torch.compile` fuses each form."""
+
+    KEPT = ("scale", "shift", "z", "mean", "r", "gy")  # what the second order reads of the first
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         self.scale, self.shift = _channel(scale), _channel(shift)
         self.z: Tensor | None = None
+        self.a: Tensor | None = None  # from `forward` to `backward`
 
     def _normalised(self) -> tuple[Tensor, Tensor]:
-        """N, and relu'(a) as ones and zeros."""
+        """n and a."""
         assert self.z is not None
-        n = (self.z - self.mean) * self.r
-        return n, (n * self.scale + self.shift > 0).to(n.dtype)
+        n = (self.z.contiguous() - self.mean) * self.r
+        return n, torch.addcmul(self.shift, n, self.scale)
 
     def forward(self, z: Tensor) -> Tensor:
-        self.z, self.mean = z, _mean(z)
-        self.r = torch.rsqrt(_mean((z - self.mean).square()) + EPSILON)
-        n, mask = self._normalised()
-        return F.avg_pool2d((n * self.scale + self.shift) * mask, 2)
+        batch, channels, height, width = z.shape
+        z = z.contiguous()
+        a, mean, r = torch.native_group_norm(
+            z, self.scale.flatten(), self.shift.flatten(), batch, channels, height * width, channels, EPSILON
+        )
+        self.z, self.a, self.mean, self.r = z, a, mean[..., None, None], r[..., None, None]
+        return F.avg_pool2d(a.relu(), 2)
 
     def backward(self, gy: Tensor) -> Tensor:
-        self.gy = gy
-        n, mask = self._normalised()
-        ga = _unpool(gy, n.shape) * mask
-        self.mean_ga, self.mean_ga_n = _mean(ga), _mean(ga * n)
-        self.by_scale, self.by_shift = (ga * n).sum((0, 2, 3)), ga.sum((0, 2, 3))
-        return self.scale * self.r * (ga - self.mean_ga - n * self.mean_ga_n)
+        assert self.z is not None and self.a is not None
+        batch, channels, height, width = self.z.shape
+        ga = _through_relu(_unpool(gy, self.z), self.a)
+        self.gy, self.a = gy, None
+        gz, self.by_scale, self.by_shift = torch.ops.aten.native_group_norm_backward(
+            ga,
+            self.z,
+            self.mean.flatten(1),
+            self.r.flatten(1),
+            self.scale.flatten(),
+            batch,
+            channels,
+            height * width,
+            channels,
+            [True, True, True],
+        )
+        return gz
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         return self.by_scale, self.by_shift
 
     def tangent(self, dz: Tensor, dscale: Tensor | None, dshift: Tensor | None) -> tuple[Tensor, Tensor]:
-        n, mask = self._normalised()
+        n, a = self._normalised()
+        dz = dz.contiguous()
         projection = _mean(n * dz)
         self.dr = -self.r * self.r * projection
-        self.dn = self.r * (dz - _mean(dz) - n * projection)
+        self.dn = self.r * torch.addcmul(dz - _mean(dz), n, projection, value=-1)
         self.dscale = None if dscale is None else _channel(dscale)
-        da = self.dn * self.scale
         if self.dscale is not None and dshift is not None:
-            da = da + n * self.dscale + _channel(dshift)
-        return F.avg_pool2d((n * self.scale + self.shift) * mask, 2), F.avg_pool2d(da * mask, 2)
+            da = torch.addcmul(torch.addcmul(_channel(dshift), n, self.dscale), self.dn, self.scale)
+        else:
+            da = self.dn * self.scale
+        return F.avg_pool2d(a.relu(), 2), F.avg_pool2d(_through_relu(da, a), 2)
 
     def tangent_backward(self, dgy: Tensor) -> tuple[Tensor, Tensor]:
-        n, mask = self._normalised()
-        ga, dga = _unpool(self.gy, n.shape) * mask, _unpool(dgy, n.shape) * mask
-        product = dga * n + ga * self.dn
+        n, a = self._normalised()
+        ga, dga = (_through_relu(_unpool(g, n), a) for g in (self.gy, dgy))
+        product = torch.addcmul(dga * n, ga, self.dn)
         self.dby_scale, self.dby_shift = product.sum((0, 2, 3)), dga.sum((0, 2, 3))
-        q = ga - self.mean_ga - n * self.mean_ga_n
-        dq = dga - _mean(dga) - self.dn * self.mean_ga_n - n * _mean(product)
-        dgz = self.scale * (self.dr * q + self.r * dq)
+        mean_ga_n = _mean(ga * n)
+        q = torch.addcmul(ga - _mean(ga), n, mean_ga_n, value=-1)
+        dq = torch.addcmul(dga - _mean(dga), self.dn, mean_ga_n, value=-1)
+        dq = torch.addcmul(dq, n, _mean(product), value=-1)
+        dgz = torch.addcmul(self.scale * self.r * dq, q, self.scale * self.dr)
         if self.dscale is not None:
-            dgz = dgz + self.dscale * self.r * q
+            dgz = torch.addcmul(dgz, q, self.dscale * self.r)
         return self.scale * self.r * q, dgz
 
     def tangent_gradients(self) -> tuple[Tensor, Tensor]:
         return self.dby_scale, self.dby_shift
 
 
-def _unpool(y: Tensor, size: torch.Size) -> Tensor:
-    """Transpose of 2x2 average pooling: every input pixel receives a quarter of its output pixel."""
-    x = F.interpolate(y, scale_factor=2.0, mode="nearest") * 0.25
-    bottom, right = size[2] - x.shape[2], size[3] - x.shape[3]
-    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+def _through_relu(g: Tensor, a: Tensor) -> Tensor:
+    """relu'(a) g; the slope at 0 is 0."""
+    return torch.ops.aten.threshold_backward(g, a, 0)
+
+
+def _unpool(y: Tensor, like: Tensor) -> Tensor:
+    """Transpose of 2x2 average pooling: every input pixel, of the shape of `like`, receives a quarter of its output pixel."""
+    return torch.ops.aten.avg_pool2d_backward(y, like, [2, 2], [], [0, 0], False, True, None)
 
 
 def _mean(x: Tensor) -> Tensor:

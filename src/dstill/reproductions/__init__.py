@@ -13,7 +13,7 @@ from dstill.errors import DstillError, suggest
 
 _FOLDER = Path(__file__).parent
 
-ScaleName = Literal["smoke", "cpu", "paper"]
+ScaleName = Literal["smoke", "cpu", "gpu", "paper"]
 Measure = Literal[
     "accuracy",
     "difference",
@@ -112,7 +112,7 @@ class Reproduction(Settings):
     figure: FigureName | None = None
     """What is drawn, if anything."""
     scales: dict[ScaleName, Scale]
-    """What is run at each scale."""
+    """What is run at each scale; all but `gpu` are there for every table and figure."""
     rows: Annotated[list[Row], Field(min_length=1)]
     """In the order of the table; differences are taken from the first."""
 

@@ -13,6 +13,7 @@ from dstill import engine
 from dstill.devices import full_precision
 from dstill.engine import Precision
 from dstill.errors import DstillError
+from dstill.replay import Replayed
 from dstill.training import cross_entropy, probabilities
 
 
@@ -34,6 +35,7 @@ class Student:
         precision: of the convolutions, see `dstill.engine.Derivatives`; other modules know `float32` alone.
         compiled: `torch.compile` the hand-written derivatives where native kernels do not run.
         native: False for tensor operations also where native kernels could run.
+        replayed: False to launch kernels one by one also on an NVIDIA card, see `dstill.replay`.
 
     Raises:
         DstillError: the network has running statistics or dropout: the first would be state outside θ, the second would
@@ -47,6 +49,7 @@ class Student:
         precision: Precision = "float32",
         compiled: bool = False,
         native: bool = True,
+        replayed: bool = True,
     ) -> None:
         for name, module in net.named_modules():
             if getattr(module, "running_mean", None) is not None:
@@ -68,15 +71,17 @@ class Student:
         self.sizes = [parameter.numel() for _, parameter in named]
         self.numel = sum(self.sizes)
         self.precision: Precision = precision
-        self.compiled, self.native = compiled, native
+        self.compiled, self.native, self.replayed = compiled, native, replayed
         self._derivatives: dict[tuple[torch.device, torch.dtype], engine.Derivatives] = {}
+        self._replayed_gradient, self._replayed_tangents = Replayed(self._written_gradient), Replayed(self._written_tangents)
 
     def derivatives(self, like: Tensor) -> engine.Derivatives | None:
         """The hand-written derivatives for tensors like this one; None where the network has none."""
         key = (like.device, like.dtype)
         if self.written and key not in self._derivatives:
+            # What is recorded here is the whole step, splitting and joining θ included.
             self._derivatives[key] = engine.Derivatives(
-                self.net, *key, self.precision, compiled=self.compiled, native=self.native
+                self.net, *key, self.precision, compiled=self.compiled, native=self.native, replayed=False
             )
         return self._derivatives.get(key)
 
@@ -104,8 +109,8 @@ class Student:
         written = self.derivatives(theta)
         if written is None:
             return *self._autograd_gradient(theta.detach(), images.detach(), labels), None
-        loss, gradients, kept, _ = written.gradient(self.split(theta), images, self._targets(labels, theta), keep=keep)
-        return loss, _flat(gradients), kept
+        recorded = self.replayed and theta.device.type == "cuda"
+        return (self._replayed_gradient if recorded else self._written_gradient)(theta, images, labels, keep)
 
     def tangents(
         self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor, kept: engine.Kept | None = None
@@ -118,8 +123,25 @@ class Student:
         written = self.derivatives(theta)
         if written is None:
             return self._autograd_tangents(theta.detach(), v.detach(), images.detach(), labels.detach())
-        targets = self._targets(labels, theta)
-        t = written.tangents(self.split(theta), self.split(v), images.detach(), targets, kept)
+        recorded = self.replayed and theta.device.type == "cuda"
+        return (self._replayed_tangents if recorded else self._written_tangents)(theta, v, images, labels, kept)
+
+    @torch.no_grad()
+    def _written_gradient(
+        self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, engine.Kept | None]:
+        written = self.derivatives(theta)
+        assert written is not None
+        loss, gradients, kept, _ = written.gradient(self.split(theta), images, self._targets(labels, theta), keep=keep)
+        return loss, _flat(gradients), kept
+
+    @torch.no_grad()
+    def _written_tangents(
+        self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor, kept: engine.Kept | None
+    ) -> StepTangents:
+        written = self.derivatives(theta)
+        assert written is not None
+        t = written.tangents(self.split(theta), self.split(v), images, self._targets(labels, theta), kept)
         return StepTangents(t.loss, _flat(t.parameters), t.images, t.labels if labels.is_floating_point() else None)
 
     def _targets(self, labels: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,156 @@
+"""How fast on an NVIDIA card: every engine of the unrolled gradient, and expert training.
+
+    python benchmarks/cuda.py -o results/speed-cuda            # some minutes, most of them torch.compile's
+
+As `speed.py`: what is compared is measured in turns within one process, by medians; plain autograd is the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from speed import CASES, DSA, Case, Plain, problem
+from torch import Tensor
+
+from dstill.data import siamese
+from dstill.experts.smooth import gradient_penalty, smooth_objective
+from dstill.nets.convnet import ConvNet
+from dstill.training import Batch
+from dstill.unroll import Student, unroll
+
+# How the student of each engine is made, and the options of `unroll`. The compiled ones in the cases that say so alone.
+ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "graph": ({}, {"gradient": "graph"}),
+    "double backward": ({"generic": True}, {}),
+    "launched, keep": ({"replayed": False}, {"memory": "keep"}),
+    "replayed, keep": ({}, {"memory": "keep"}),
+    "replayed, recompute": ({}, {"memory": "recompute"}),
+    "replayed, bfloat16-backward": ({"precision": "bfloat16-backward"}, {"memory": "keep"}),
+    "replayed, bfloat16": ({"precision": "bfloat16"}, {"memory": "keep"}),
+    "launched, compiled": ({"compiled": True, "replayed": False}, {"memory": "keep"}),
+    "replayed, compiled": ({"compiled": True}, {"memory": "keep"}),
+    "replayed, compiled, bfloat16": ({"compiled": True, "precision": "bfloat16"}, {"memory": "keep"}),
+}
+HERE = {
+    "a": CASES["a"],
+    "a, DSA": CASES["a, DSA"],
+    "b": CASES["b"],
+    "b, width 32": dataclasses.replace(CASES["b"], width=32, dsa=True),
+}
+
+
+def runner(engine: str, case: Case, device: torch.device) -> Callable[[], Tensor]:
+    """Runs one unrolled gradient at full N; returns that of the images."""
+    net, (theta, images, labels, draws, alpha, targets) = problem(case, case.steps)
+    made, options = ENGINES[engine]
+    made = dict(made)
+    if made.pop("generic", False):
+        net.__class__ = Plain
+    steps = [step._replace(rows=step.rows.to(device)) for step in draws]
+    moved = (theta.to(device), images.to(device), labels.to(device), steps, alpha.to(device))
+    there = {n: (target.to(device), weight) for n, (target, weight) in targets.items()}
+    student = Student(net.to(device), **made)
+    return lambda: unroll(student, *moved, there, **options).grads.images
+
+
+def in_turns(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each until the card is done, after two rounds to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(rounds + 2):
+        for name, function in work.items():
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            function()
+            torch.cuda.synchronize()
+            if turn > 1:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def cases(names: list[str], compiled: list[str], rounds: int, device: torch.device) -> Iterator[tuple[str, Any]]:
+    """Milliseconds of an unrolled gradient, speed against `graph`, difference from it, and peak memory."""
+    for name in names:
+        case = HERE[name]
+        engines = [engine for engine in ENGINES if name in compiled or "compiled" not in engine]
+        work = {engine: runner(engine, case, device) for engine in engines}
+        seconds = in_turns(work, rounds)
+        truth = work["graph"]().double()
+        found = {}
+        for engine in engines:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            error = float((work[engine]().double() - truth).norm() / truth.norm())
+            grown = (torch.cuda.max_memory_allocated() - before) / 2**20
+            found[engine] = {
+                "ms": 1e3 * seconds[engine],
+                "speed": seconds["graph"] / seconds[engine],
+                "difference": error,
+                "MiB": grown,
+            }
+        print(name, json.dumps(found), flush=True)
+        yield name, found
+
+
+def experts(rounds: int, device: torch.device) -> Iterator[tuple[str, Any]]:
+    """Images a second of one training step of 256: library autograd and ours, with and without the gradient penalty."""
+    for width in (32, 128):
+        torch.manual_seed(0)
+        net = ConvNet(3, 10, (32, 32), width=width).to(device)
+        raw, labels = torch.randn(256, 3, 32, 32, device=device), torch.randint(10, (256,), device=device)
+        generator = torch.Generator().manual_seed(0)
+        sgd = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+
+        def step(objective: Callable[[ConvNet, Batch], Any], net: ConvNet = net, sgd: torch.optim.SGD = sgd) -> None:
+            sgd.zero_grad()
+            augmented = siamese.apply(raw, siamese.sample(DSA, len(raw), generator))  # noqa: B023
+            objective(net, Batch(augmented, raw, labels, torch.arange(len(raw)), 0))  # noqa: B023
+            sgd.step()
+
+        def eager(net: ConvNet, batch: Batch) -> None:
+            torch.nn.functional.cross_entropy(net(batch.images), batch.labels).backward()
+
+        def penalised(net: ConvNet, batch: Batch) -> None:
+            loss = torch.nn.functional.cross_entropy(net(batch.images), batch.labels)
+            (loss + gradient_penalty(net, batch.raw, "paper")).backward()
+
+        ways: dict[str, Any] = {"eager": eager, "eager, penalty": penalised}
+        for precision in ("float32", "bfloat16"):
+            ways[f"ours, {precision}"] = smooth_objective(net, "off", "off", precision=precision)
+            ways[f"ours, penalty, {precision}"] = smooth_objective(net, "off", "paper", precision=precision)
+        times = {name: (lambda way=way, step=step: [step(way) for _ in range(25)]) for name, way in ways.items()}
+        found = {name: 25 * len(raw) / seconds for name, seconds in in_turns(times, rounds).items()}
+        print(width, json.dumps(found), flush=True)
+        yield str(width), found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for cuda.json")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each time")
+    parser.add_argument("--cases", default=";".join(HERE), help="joined by semicolons")
+    parser.add_argument("--compiled", default="a", help="cases that are measured compiled too, joined by semicolons")
+    options = parser.parse_args()
+    device = torch.device("cuda")
+    options.out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"machine": {"card": torch.cuda.get_device_name(), "torch": torch.__version__}}
+    parts = {
+        "experts": lambda: experts(options.rounds, device),
+        "cases": lambda: cases(options.cases.split(";"), options.compiled.split(";"), options.rounds, device),
+    }
+    for name, part in parts.items():
+        report[name] = {}
+        for key, found in part():
+            report[name][key] = found
+            (options.out / "cuda.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
