@@ -1,6 +1,6 @@
 """How fast on an NVIDIA card: every engine of the unrolled gradient, and expert training.
 
-    python benchmarks/cuda.py -o results/speed-cuda            # some minutes, most of them torch.compile's
+    python benchmarks/speed_cuda.py -o results/speed-cuda            # some minutes, most of them torch.compile's
 
 As `speed.py`: what is compared is measured in turns within one process, by medians; plain autograd is the reference.
 """
@@ -133,7 +133,7 @@ def experts(rounds: int, device: torch.device) -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for cuda.json")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for speed.json")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each time")
     parser.add_argument("--cases", default=";".join(HERE), help="joined by semicolons")
     parser.add_argument("--compiled", default="a", help="cases that are measured compiled too, joined by semicolons")
@@ -149,7 +149,7 @@ def main() -> None:
         report[name] = {}
         for key, found in part():
             report[name][key] = found
-            (options.out / "cuda.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            (options.out / "speed.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
