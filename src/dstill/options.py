@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from dstill.console import ConsoleReporter
 from dstill.errors import DstillError
@@ -15,6 +16,21 @@ from dstill.errors import DstillError
 if TYPE_CHECKING:
     from dstill.data.real import RealSet
 
+
+def _whole(_: type, tokens: Sequence[Token]) -> int:
+    """Cyclopts would round 1.5."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is not a whole number") from None
+
+
+def _auto_or_whole(hint: type, tokens: Sequence[Token]) -> int | str:
+    return "auto" if tokens[0].value == "auto" else _whole(hint, tokens)
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
+Processes = Annotated[int | Literal["auto"], Parameter(converter=_auto_or_whole)]
 Set = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, negative="")]
 
 
@@ -31,7 +47,7 @@ class Data:
         test_fraction: cut this share off the training images, for data that has no test split; always the same images.
     """
 
-    image_size: int | None = None
+    image_size: Whole | None = None
     fit: Literal["pad", "resize", "crop"] | None = None
     train_fraction: float = 1.0
     classes: str | None = None
@@ -68,11 +84,11 @@ class Common:
         debug: show the traceback of an error.
     """
 
-    seed: int = 0
+    seed: Whole = 0
     device: str = "auto"
     cache: Path | None = None
-    threads: int | None = None
-    workers: int | Literal["auto"] = "auto"
+    threads: Whole | None = None
+    workers: Processes = "auto"
     deterministic: Annotated[bool, Parameter(negative="")] = False
     quiet: bool = False
     debug: bool = False
@@ -108,7 +124,7 @@ class Choice:
     """
 
     method: str | None = None
-    ipc: int | None = None
+    ipc: Whole | None = None
     recipe: str | None = None
     net: str | None = None
     changes: Set = ()

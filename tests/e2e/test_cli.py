@@ -138,12 +138,33 @@ def test_what_cannot_be_done_is_one_sentence_and_code_2(arguments: list[str], se
         (["ls", "recipe"], "recipes"),
         (["run"], "--source requires an argument"),
         (["run", "digits", "--ipc", "many"], "many"),
+        (["run", "digits", "--ipc", "1.5"], "'1.5' is not a whole number"),
+        (["run", "digits", "--workers", "few"], "'few' is not a whole number"),
     ],
 )
 def test_a_mistyped_command_line_is_answered_with_code_2_and_a_hint(arguments: list[str], hint: str, call: Call) -> None:
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
     assert hint in err
+
+
+def test_a_comparison_with_a_row_that_failed_ends_with_code_1(call: Call, tmp_path: Path) -> None:
+    words = [
+        "compare",
+        "digits",
+        "--methods",
+        "random",
+        "--recipe",
+        "smoke",
+        "--ipc",
+        "9999",
+        "-o",
+        str(tmp_path),
+        "--no-whole",
+    ]
+    code, out, _ = call(*words)
+    assert code == 1
+    assert "fewer than the 9999" in " ".join(out.split())
 
 
 def test_debug_raises_what_is_otherwise_a_sentence(call: Call) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from dstill.cli.app import app
-from dstill.options import Choice, Common, Data, Set, assignments, names, numbers
+from dstill.options import Choice, Common, Data, Set, Whole, assignments, names, numbers
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
 
@@ -20,7 +20,7 @@ def evaluate(
     *,
     protocol: str | None = None,
     nets: str | None = None,
-    networks: int | None = None,
+    networks: Whole | None = None,
     augmentation: str | None = None,
     hard: Annotated[bool, Parameter(negative="")] = False,
     random: bool = True,
@@ -72,7 +72,7 @@ def judge(
     nets: str | None = None,
     augmentations: str | None = None,
     protocol: str | None = None,
-    networks: int | None = None,
+    networks: Whole | None = None,
     whole: bool = True,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     data: Data = _DATA,
@@ -114,12 +114,12 @@ def plan(
     source: str,
     *,
     choice: Choice = _CHOICE,
-    sets: int = 1,
+    sets: Whole = 1,
     nets: str | None = None,
-    networks: int | None = None,
+    networks: Whole | None = None,
     random: bool = True,
     whole: bool = False,
-    validate_every: int = 0,
+    validate_every: Whole = 0,
     data: Data = _DATA,
     common: Common = _COMMON,
 ) -> None:
@@ -166,15 +166,16 @@ def compare(
     recipe: str | None = None,
     changes: Set = (),
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
-    sets: int = 1,
-    networks: int | None = None,
+    sets: Whole = 1,
+    networks: Whole | None = None,
     protocol: str = "ast",
     whole: bool = True,
-    checkpoint_every: int = 25,
+    checkpoint_every: Whole = 25,
     data: Data = _DATA,
     common: Common = _COMMON,
 ) -> None:
-    """Run several methods and put them in one table. Interrupted, the same command continues.
+    """Run several methods and put them in one table. Interrupted, the same command continues. The exit code is 1 if a
+    row failed.
 
     Args:
         source: see `dstill run`.
@@ -209,6 +210,8 @@ def compare(
         **common.arguments(reporter),
     )
     summary.print_comparison(comparison)
+    if any(row.result is None for row in comparison.rows):
+        raise SystemExit(1)
 
 
 @app.command
@@ -218,11 +221,11 @@ def reproduce(
     scale: Literal["smoke", "cpu", "gpu", "paper"] = "smoke",
     source: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     only: str | None = None,
-    sets: int | None = None,
+    sets: Whole | None = None,
     plan: Annotated[bool, Parameter(name="--plan", negative="")] = False,
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("results"),
     runs: Path = Path("runs/reproduce"),
-    checkpoint_every: int = 25,
+    checkpoint_every: Whole = 25,
     common: Common = _COMMON,
 ) -> None:
     """Work out a table or figure of the paper, ours beside the published figures. Interrupted, the same command continues.

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dstill.cli.app import app
-from dstill.options import Choice, Common, Data, names, numbers
+from dstill.options import Choice, Common, Data, Whole, names, numbers
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
 
@@ -19,16 +19,16 @@ def run(
     *,
     choice: Choice = _CHOICE,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
-    sets: int = 1,
+    sets: Whole = 1,
     nets: str | None = None,
-    networks: int | None = None,
+    networks: Whole | None = None,
     random: bool = True,
     whole: bool = False,
-    validate_every: int = 0,
-    checkpoint_every: int = 25,
-    picture_every: int = 0,
+    validate_every: Whole = 0,
+    checkpoint_every: Whole = 25,
+    picture_every: Whole = 0,
     log: str | None = None,
-    expert_seed: int | None = None,
+    expert_seed: Whole | None = None,
     data: Data = _DATA,
     common: Common = _COMMON,
 ) -> None:
@@ -108,11 +108,11 @@ def distill(
     experts: Path | None = None,
     init: Path | None = None,
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("distilled"),
-    validate_every: int = 0,
-    checkpoint_every: int = 25,
-    picture_every: int = 0,
+    validate_every: Whole = 0,
+    checkpoint_every: Whole = 25,
+    picture_every: Whole = 0,
     log: str | None = None,
-    expert_seed: int | None = None,
+    expert_seed: Whole | None = None,
     data: Data = _DATA,
     common: Common = _COMMON,
 ) -> None:
