@@ -125,7 +125,7 @@ def check_early(
     """
     check_ipc(real, recipe.ipc)
     if validates and real.judged_on == "test":
-        stratified(real.train.labels, real.classes, VALIDATION_FRACTION, torch.Generator())
+        stratified(real.train.labels, real.class_names, VALIDATION_FRACTION, torch.Generator())
     if initial is not None:
         if method_info(recipe.method).family == "selection":
             raise DstillError(f"method {recipe.method!r} chooses real images: it does not start from a set, leave init out")

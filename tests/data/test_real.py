@@ -522,7 +522,7 @@ def test_a_holdout_depends_on_its_seed_alone(tiny_real: RealSet):
 
 def test_a_holdout_of_a_class_with_one_image_is_refused():
     real = load_real({"train": arrays([0, 0, 1]), "test": arrays([0, 1])})
-    with pytest.raises(DstillError, match=r"class 1 has 1 image\(s\)"):
+    with pytest.raises(DstillError, match=r"class '1' has 1 image\(s\)"):
         real.holdout(seed=0)
 
 
@@ -745,5 +745,9 @@ def test_what_is_no_tensor_of_numbers_is_said() -> None:
         load_real((np.zeros((2, 1, 2, 2), np.uint8), ["cat", "dog"]), test_fraction=0.5)
     with pytest.raises(DstillError, match="in-memory images must be numbers"):
         load_real(([[object()]], [0, 1]), test_fraction=0.5)  # type: ignore[arg-type]
+    with pytest.raises(DstillError, match=r"pairs \(images, labels\), got tuple for the split 'train'"):
+        load_real((np.zeros((2, 1, 2, 2), np.uint8), [0, 1], 1), test_fraction=0.5)  # type: ignore[arg-type]
+    with pytest.raises(DstillError, match="a list of names, got the text 'cat'"):
+        load_real((np.zeros((4, 1, 2, 2), np.uint8), [0, 1, 0, 1]), test_fraction=0.5, classes="cat")
     learned = torch.rand(8, 1, 2, 2, requires_grad=True)
     assert not load_real((learned, [0, 1] * 4), test_fraction=0.5).train.images.requires_grad

@@ -88,7 +88,7 @@ class RealSet:
         Raises:
             DstillError: a class has a single image, so nothing of it can be set aside.
         """
-        fitting, validation = stratified(self.train.labels, self.classes, fraction, seeding.generator(seed, "holdout"))
+        fitting, validation = stratified(self.train.labels, self.class_names, fraction, seeding.generator(seed, "holdout"))
         return replace(
             self,
             train=self.train.take(fitting),
@@ -106,8 +106,10 @@ def _fingerprint(real: RealSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def stratified(labels: Tensor, classes: int, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def stratified(labels: Tensor, names: Sequence[str], fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Splits row numbers into (rest, part), the part holding `fraction` of every class, rounded, at least one image.
+
+    `names` are those of the classes, in the order of their numbers.
 
     Raises:
         DstillError: a class has fewer than two images, or `fraction` is not between 0 and 1.
@@ -116,10 +118,10 @@ def stratified(labels: Tensor, classes: int, fraction: float, generator: torch.G
         raise DstillError(f"the fraction to set aside must be above 0 and below 1, got {fraction}")
     rest: list[Tensor] = []
     part: list[Tensor] = []
-    for c in range(classes):
+    for c, name in enumerate(names):
         rows = (labels == c).nonzero().squeeze(1)
         if len(rows) < 2:
-            raise DstillError(f"class {c} has {len(rows)} image(s): two are needed to set a part of them aside")
+            raise DstillError(f"class {name!r} has {len(rows)} image(s): two are needed to set a part of them aside")
         rows = rows[torch.randperm(len(rows), generator=generator)]
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         part.append(rows[:count])
@@ -165,12 +167,14 @@ def load_real(
         real = source if image_size is None else _resized(source, image_size, fit or "resize")
     else:
         real = _assemble(sources.read(source, image_size=image_size, fit=fit), test_fraction, seed)
+    if isinstance(classes, str):
+        raise DstillError(f"classes must be a list of names, got the text {classes!r}")
     if classes:
         real = _keep_classes(real, classes)
     if not 0 < train_fraction <= 1:
         raise DstillError(f"train_fraction must be above 0 and at most 1, got {train_fraction}")
     if train_fraction < 1:
-        kept = stratified(real.train.labels, real.classes, train_fraction, seeding.generator(seed, "train-fraction"))[1]
+        kept = stratified(real.train.labels, real.class_names, train_fraction, seeding.generator(seed, "train-fraction"))[1]
         real = replace(real, train=real.train.take(kept), fingerprint="")
     if real.classes < 2:
         raise DstillError(f"{real.name} has {real.classes} class: distillation needs at least two")
@@ -190,7 +194,7 @@ def _assemble(raw: sources.Raw, test_fraction: float | None, seed: int) -> RealS
                 "validation, or pass --test-fraction 0.1 to cut one off the training images"
             )
         _check_labels(raw.name, train, names)
-        rest, part = stratified(train.labels, len(names), test_fraction, seeding.generator(seed, "test-fraction"))
+        rest, part = stratified(train.labels, names, test_fraction, seeding.generator(seed, "test-fraction"))
         return RealSet(raw.name, train.take(rest), train.take(part), names)
     if test_fraction is not None:
         raise DstillError(f"{raw.name} has a test split of its own: leave test_fraction out (--test-fraction)")

@@ -71,7 +71,10 @@ def read(source: Any, *, image_size: int | None, fit: str | None) -> Raw:
 
 def _from_arrays(splits: Mapping[str, Any]) -> Raw:
     parts: dict[str, RawSplit] = {}
-    for key, (images, labels) in splits.items():
+    for key, pair in splits.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise DstillError(f"in-memory data are pairs (images, labels), got {type(pair).__name__} for the split {key!r}")
+        images, labels = pair
         pixels, ids = (_tensor(part, what) for part, what in ((images, "images"), (labels, "labels")))
         if pixels.ndim != 4 or pixels.shape[1] > 4:
             raise DstillError(f"in-memory images must have the shape [N, C, H, W] with C up to 4, got {tuple(pixels.shape)}")
