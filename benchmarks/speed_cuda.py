@@ -76,23 +76,21 @@ def in_turns(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 
 
 def cases(names: list[str], compiled: list[str], rounds: int, device: torch.device) -> Iterator[tuple[str, Any]]:
-    """Milliseconds of an unrolled gradient, speed against `graph`, difference from it, and peak memory."""
+    """Milliseconds of an unrolled gradient, speed against `graph`, and peak memory."""
     for name in names:
         case = HERE[name]
         engines = [engine for engine in ENGINES if name in compiled or "compiled" not in engine]
         work = {engine: runner(engine, case, device) for engine in engines}
         seconds = in_turns(work, rounds)
-        truth = work["graph"]().double()
         found = {}
         for engine in engines:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            error = float((work[engine]().double() - truth).norm() / truth.norm())
+            work[engine]()
             grown = (torch.cuda.max_memory_allocated() - before) / 2**20
             found[engine] = {
                 "ms": 1e3 * seconds[engine],
                 "speed": seconds["graph"] / seconds[engine],
-                "difference": error,
                 "MiB": grown,
             }
         print(name, json.dumps(found), flush=True)
@@ -141,6 +139,7 @@ def main() -> None:
     device = torch.device("cuda")
     options.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"machine": {"card": torch.cuda.get_device_name(), "torch": torch.__version__}}
+    report["options"] = {key: value for key, value in vars(options).items() if key != "out"}
     parts = {
         "experts": lambda: experts(options.rounds, device),
         "cases": lambda: cases(options.cases.split(";"), options.compiled.split(";"), options.rounds, device),

@@ -15,6 +15,7 @@ from dstill.config import ExpertConfig, NetConfig, Passes
 from dstill.data.catalog import Shape
 from dstill.engine import derivatives_of
 from dstill.experts.train import expert_objective
+from dstill.replay import CALLS_BEFORE
 from dstill.training import Batch, cross_entropy_objective, fit, predictions
 from dstill.unroll import Student
 
@@ -56,10 +57,9 @@ class Clock:
                 return lambda: predictions(network, images)
             case "library-forward":
                 return torch.no_grad()(lambda: network(images))
-            case "gradient":
-                return lambda: cross_entropy_objective(derivatives_of(network))(network, batch)
-            case "library":
-                return lambda: cross_entropy_objective(None)(network, batch)
+            case "gradient" | "library":
+                objective = cross_entropy_objective(derivatives_of(network) if kind == "gradient" else None)
+                return lambda: objective(network, batch)
         student = Student(network, precision=precision)
         theta = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
         keep = student.written
@@ -127,14 +127,15 @@ class Clock:
     def _time(
         self, key: tuple[Any, ...], make: Callable[[], Callable[[], Any]], threads: int | None = None, most: int = 20
     ) -> float:
-        """The median of a few repetitions, after one that warms up."""
+        """The median of a few repetitions, after those that warm up: on a card, until all that is recorded has been."""
         if key in self._measured:
             return self._measured[key]
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
             work, times = make(), list[float]()
-            work()
+            for _ in range(CALLS_BEFORE + 2 if self.device.type == "cuda" else 1):
+                work()
             self._wait()
             while sum(times) < _PROBE_SECONDS and len(times) < most:
                 started = time.perf_counter()

@@ -17,9 +17,9 @@ from dstill.native.unit import NativeUnit
 from dstill.nets import tangent
 from dstill.nets.convnet import ConvNet
 from dstill.nets.convolution import Convolution, Direct
-from dstill.nets.tangent import Engine, Sum
+from dstill.nets.tangent import Engine, Sum, UnitMaker
 from dstill.nets.unit import TensorUnit, Unit
-from dstill.replay import Replayed
+from dstill.replay import Recorder
 
 Precision = Literal["float32", "bfloat16-backward", "bfloat16"]
 
@@ -100,17 +100,16 @@ class Derivatives:
         # With few channels there is little to multiply, and a copy in another type costs more than it saves.
         rounded: list[Convolution] = [e if isinstance(e, Patches) else Direct(dtype, torch.bfloat16) for e in exact]
         first = rounded if precision == "bfloat16" else exact
-        operations = _compiled_unit() if compiled else TensorUnit
-        unit = operations if compiled_kernels is None else functools.partial(NativeUnit, compiled_kernels)
+        if compiled_kernels is not None:
+            unit: UnitMaker = functools.partial(NativeUnit, compiled_kernels)
+        else:
+            unit = _compiled_unit() if compiled else TensorUnit
         self.engine = Engine(unit, first, exact if precision == "float32" else rounded)
         self.threads = 1 if device.type != "cpu" else threads or torch.get_num_threads()
         budget = _PIECE_BYTES if precision == "float32" else _ROUNDED_PIECE_BYTES
         self.piece = _piece(self.geometry, net.width, dtype, budget) if device.type == "cpu" else None
         self._pool: ThreadPoolExecutor | None = None
-        recorded = replayed and device.type == "cuda"
-        self._gradient = Replayed(self._plain_gradient) if recorded else self._plain_gradient
-        self._tangents = Replayed(self._plain_tangents) if recorded else self._plain_tangents
-        self._penalty = Replayed(self._plain_penalty) if recorded else self._plain_penalty
+        self._recorder = Recorder(replayed)
 
     def kept_bytes(self, images: int) -> int:
         """About what `gradient(keep=True)` holds on to for so many images."""
@@ -122,9 +121,9 @@ class Derivatives:
     @torch.no_grad()
     def gradient(self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, *, keep: bool = False) -> Gradient:
         """Mean cross-entropy with target probabilities `[B, K]`, and its gradients; `keep` for the sake of `tangents`."""
-        return self._gradient(parameters, images, targets, keep)
+        return self._recorder(self._gradient, parameters, images, targets, keep)
 
-    def _plain_gradient(self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, keep: bool) -> Gradient:
+    def _gradient(self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, keep: bool) -> Gradient:
         point = self.engine.weights(parameters, second=False)
 
         def work(piece: tuple[Tensor, Tensor]) -> tangent.FirstOrder:
@@ -151,9 +150,9 @@ class Derivatives:
 
         `kept` is of `gradient` at the same point and images, and is used up; recomputed where it is None: the same numbers.
         """
-        return self._tangents(parameters, direction, images, targets, kept)
+        return self._recorder(self._tangents, parameters, direction, images, targets, kept)
 
-    def _plain_tangents(
+    def _tangents(
         self, parameters: Sequence[Tensor], direction: Sequence[Tensor], images: Tensor, targets: Tensor, kept: Kept | None
     ) -> Tangents:
         point, along = self.engine.weights(parameters), self.engine.weights(direction, first=False)
@@ -177,9 +176,9 @@ class Derivatives:
         self, parameters: Sequence[Tensor], images: Tensor, *, pixelwise: bool, target: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
         """The expert's gradient penalty, E[(|grad_x W(x)| - target)^2], and its exact gradients (paper Eq. 19)."""
-        return self._penalty(parameters, images, pixelwise, target)
+        return self._recorder(self._penalty, parameters, images, pixelwise, target)
 
-    def _plain_penalty(
+    def _penalty(
         self, parameters: Sequence[Tensor], images: Tensor, pixelwise: bool, target: float
     ) -> tuple[Tensor, list[Tensor]]:
         point = self.engine.weights(parameters)
@@ -219,7 +218,7 @@ class Derivatives:
 def _compiled_unit() -> type[TensorUnit]:
     """`TensorUnit` with each form compiled by itself: compiling a whole sweep takes ten times as long."""
     # One for each block and batch size, of experts and students; beyond torch's limit of eight it would compile no more.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     forms = ("forward", "backward", "tangent", "tangent_backward")
     return type("CompiledUnit", (TensorUnit,), {f: torch.compile(getattr(TensorUnit, f), dynamic=False) for f in forms})
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: the kernels of a function, recorded once for each shape of its arguments and from then on launched as one.
+"""CUDA graphs: the kernels of a function, recorded once for each shape of its arguments and from then on launched together.
 
 A small network's derivatives are hundreds of kernels of microseconds each, and launching them one by one takes longer than
 running them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from dstill.nets.unit import TensorUnit
 
 # Recording takes as long as a few dozen calls: it is for those who call often. What is beyond the most shapes runs as ever.
-_CALLS_BEFORE, _MOST_SHAPES = 20, 8
+CALLS_BEFORE, MOST_SHAPES = 20, 16
 
 _Result = TypeVar("_Result")
 
@@ -30,54 +30,71 @@ class _Recording(NamedTuple):
     outputs: Any
 
 
-class Replayed(Generic[_Result]):
-    """A function of tensors on an NVIDIA card, the same numbers at the cost of one launch.
+class Recorder:
+    """Calls functions of tensors: on an NVIDIA card the first times as they are, then what was recorded of them.
 
-    Args:
-        function: of tensors, units, and lists and tuples of these, of one device; everything else among the arguments must be
-            hashable. It returns floating tensors, in such structures. It must neither wait for the card nor depend on anything
-            but its arguments, nor use random numbers.
+    A function's arguments are tensors of one device, units, and lists and tuples of these; everything else among them must be
+    hashable. It returns floating tensors in such structures. It must neither wait for the card nor use random numbers, and it
+    reads nothing else that changes: torch's switches for precision and determinism are those of the recording. One recorder is
+    for functions of different names. `on=False` never records.
     """
 
-    def __init__(self, function: Callable[..., _Result]) -> None:
-        self.function = function
+    def __init__(self, on: bool = True) -> None:
+        self.on = on
+        self.recordings: dict[Any, _Recording | None] = {}
         self._calls: Counter[Any] = Counter()
-        self._recordings: dict[Any, _Recording] = {}
         self._pool: Any = None
 
     @torch.no_grad()
-    def __call__(self, *args: Any) -> _Result:
-        key = _shape(args)
-        if key not in self._recordings:
+    def __call__(self, function: Callable[..., _Result], *args: Any) -> _Result:
+        """`function(*args)`, in tensors of its own."""
+        if not self._on_a_card(args):
+            return function(*args)
+        key = (function.__name__, _shape(args))
+        if key not in self.recordings:
             self._calls[key] += 1
-            if self._calls[key] <= _CALLS_BEFORE or len(self._recordings) == _MOST_SHAPES:
-                return self.function(*args)
-            self._recordings[key] = self._record(args)
-        recording = self._recordings[key]
+            if self._calls[key] <= CALLS_BEFORE or len(self.recordings) == MOST_SHAPES:
+                return function(*args)
+            self.recordings[key] = self._recorded(function, args)
+        recording = self.recordings[key]
+        return function(*args) if recording is None else self._replay(recording, args)
+
+    def _replay(self, recording: _Recording, args: tuple[Any, ...]) -> Any:
         for here, given in zip(recording.inputs, _by_type(tensors(args)), strict=True):
             torch._foreach_copy_(here, given)
         recording.graph.replay()
         # The next replay overwrites what this one wrote. A product is one launch for all, where clones are one each.
         fresh = torch._foreach_mul(list(tensors(recording.outputs)), 1)
-        return cast("_Result", with_tensors(recording.outputs, iter(fresh)))
+        return with_tensors(recording.outputs, iter(fresh))
 
-    def _record(self, args: tuple[Any, ...]) -> _Recording:
+    def _on_a_card(self, args: tuple[Any, ...]) -> bool:
+        return self.on and next(tensors(args)).device.type == "cuda"
+
+    def _recorded(self, function: Callable[..., Any], args: tuple[Any, ...]) -> _Recording | None:
+        """None where the card has no memory for it: a recording keeps that of one step to itself."""
+        try:
+            return self._record(function, args)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _record(self, function: Callable[..., Any], args: tuple[Any, ...]) -> _Recording:
         inputs = [tensor.clone() for tensor in tensors(args)]
 
         def run() -> Any:
-            return self.function(*with_tensors(args, iter(inputs)))
+            return function(*with_tensors(args, iter(inputs)))
 
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries choose their algorithms and workspaces before, not while, recording
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream().wait_stream(aside)
-        # One pool for all: recordings never run side by side, and what they write is copied at once.
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = run()
+        with torch.cuda.device(inputs[0].device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries choose their algorithms and workspaces before, not while, recording
+                for _ in range(2):
+                    run()
+            torch.cuda.current_stream().wait_stream(aside)
+            # One pool for all: recordings never run side by side, and what they write is copied at once.
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+                outputs = run()
         return _Recording(graph, _by_type(inputs), outputs)
 
 
@@ -93,7 +110,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def with_tensors(value: Any, others: Iterator[Tensor]) -> Any:
-    """The same structure with other tensors, in the order of `tensors`."""
+    """The same structure with other tensors, in the order of `tensors`; of a unit, what is kept."""
     if isinstance(value, Tensor):
         return next(others)
     if isinstance(value, (list, tuple)):
@@ -101,6 +118,7 @@ def with_tensors(value: Any, others: Iterator[Tensor]) -> Any:
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, TensorUnit):
         unit = copy.copy(value)
+        vars(unit).clear()
         for name in TensorUnit.KEPT:
             setattr(unit, name, with_tensors(getattr(value, name), others))
         return unit
@@ -118,7 +136,7 @@ def _by_type(values: Iterable[Tensor]) -> list[list[Tensor]]:
 def _shape(value: Any) -> Any:
     """What a recording is bound to: all but the numbers in the tensors."""
     if isinstance(value, Tensor):
-        return value.shape, value.dtype
+        return value.shape, value.dtype, value.device
     if isinstance(value, (list, tuple)):
         return tuple(_shape(item) for item in value)
     if isinstance(value, TensorUnit):

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dstill.data import siamese
+from dstill.engine import derivatives_of
 from dstill.errors import DstillError
 from dstill.methods.base import Problem, State
 from dstill.methods.initialisation import initial_images
 from dstill.methods.settings import ImageConfig, InnerConfig
-from dstill.training import fit
+from dstill.training import cross_entropy_objective, fit
 from dstill.unroll import sgd_step
 
 
@@ -55,6 +56,8 @@ class ClassBatches:
         self.problem, self.size = problem, settings.batch_real
         self.strategy = problem.recipe.augmentation if settings.augment else "none"
         self.rows = problem.real.train.by_class(problem.real.classes)
+        # One for all the networks that a method trains: what is recorded on a card serves them all.
+        self.cross_entropy = cross_entropy_objective(derivatives_of(problem.network()))
 
     def real(self, c: int, generator: torch.Generator, size: int | None = None) -> Tensor:
         """Preprocessed real images of class c, without replacement and without augmentation."""
@@ -83,6 +86,7 @@ def train_on_synthetic(
         batch_size=settings.batch_train,
         optimiser=torch.optim.SGD(net.parameters(), lr=settings.lr_net),
         generator=generator,
+        objective=batches.cross_entropy,
         augmentation=batches.strategy,
     )
 

@@ -56,7 +56,7 @@ def unroll(
             (approximate: the Hessian term dropped, as TESLA publishes it).
         memory: what the adjoint keeps of the forward sweep: `recompute`: nothing but θ_n, the memory of one step; `keep`:
             the convolutions' outputs of every step, about a fifth faster; `auto`: those of as many steps as fit half of the
-            memory that is available now. The numbers are the same to the last bit.
+            memory that is available now. On a CPU the numbers are the same to the last bit.
 
     NVIDIA cards round the inputs of convolutions to TF32 by torch's default; here they do not (see `full_precision`).
 

@@ -13,7 +13,7 @@ from dstill import engine
 from dstill.devices import full_precision
 from dstill.engine import Precision
 from dstill.errors import DstillError
-from dstill.replay import Replayed
+from dstill.replay import Recorder
 from dstill.training import cross_entropy, probabilities
 
 
@@ -71,9 +71,9 @@ class Student:
         self.sizes = [parameter.numel() for _, parameter in named]
         self.numel = sum(self.sizes)
         self.precision: Precision = precision
-        self.compiled, self.native, self.replayed = compiled, native, replayed
+        self.compiled, self.native = compiled, native
+        self._recorder = Recorder(replayed)
         self._derivatives: dict[tuple[torch.device, torch.dtype], engine.Derivatives] = {}
-        self._replayed_gradient, self._replayed_tangents = Replayed(self._written_gradient), Replayed(self._written_tangents)
 
     def derivatives(self, like: Tensor) -> engine.Derivatives | None:
         """The hand-written derivatives for tensors like this one; None where the network has none."""
@@ -109,8 +109,7 @@ class Student:
         written = self.derivatives(theta)
         if written is None:
             return *self._autograd_gradient(theta.detach(), images.detach(), labels), None
-        recorded = self.replayed and theta.device.type == "cuda"
-        return (self._replayed_gradient if recorded else self._written_gradient)(theta, images, labels, keep)
+        return self._recorder(self._written_gradient, theta, images, labels, keep)
 
     def tangents(
         self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor, kept: engine.Kept | None = None
@@ -123,8 +122,7 @@ class Student:
         written = self.derivatives(theta)
         if written is None:
             return self._autograd_tangents(theta.detach(), v.detach(), images.detach(), labels.detach())
-        recorded = self.replayed and theta.device.type == "cuda"
-        return (self._replayed_tangents if recorded else self._written_tangents)(theta, v, images, labels, kept)
+        return self._recorder(self._written_tangents, theta, v, images, labels, kept)
 
     @torch.no_grad()
     def _written_gradient(
