@@ -155,13 +155,18 @@ def _write_beginnings(out: Path, problem: Problem) -> None:
 
 def _how(problem: Problem) -> str:
     """What the numbers are worked out by, in a line."""
-    settings = problem.recipe.distill
-    if not isinstance(settings, MatchingConfig) or problem.device.type != "cpu":
-        return f"distilling on {problem.device}"
+    settings, device = problem.recipe.distill, problem.device
+    where = f"{torch.get_num_threads()} CPU thread(s)" if device.type == "cpu" else str(device)
+    if not isinstance(settings, MatchingConfig):
+        return f"distilling on {where}"
     if settings.gradient == "graph":
         engine = "library autograd"
+    elif not supports(problem.network()):
+        engine = "library double backward"
+    elif device.type == "cpu":
+        engine = native.describe()
     else:
-        engine = native.describe() if supports(problem.network()) else "library double backward"
+        engine = "compiled tensor operations" if settings.compile else "tensor operations (distill.compile fuses them)"
     exact = settings.gradient != "tesla" and settings.precision == "float32"
     kind = f"{settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
-    return f"distilling on {torch.get_num_threads()} CPU thread(s), {engine}, {kind}"
+    return f"distilling on {where}, {engine}, {kind}"
