@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from speed import CASES, DSA, Case, Plain, problem
-from torch import Tensor
+from torch import Tensor, nn
 
 from dstill.data import siamese
+from dstill.engine import Precision
 from dstill.experts.smooth import gradient_penalty, smooth_objective
 from dstill.nets.convnet import ConvNet
-from dstill.training import Batch
+from dstill.training import Batch, Objective, cross_entropy_objective
 from dstill.unroll import Student, unroll
 
 # How the student of each engine is made, and the options of `unroll`. The compiled ones in the cases that say so alone.
@@ -75,58 +77,46 @@ def in_turns(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def cases(names: list[str], compiled: list[str], rounds: int, device: torch.device) -> Iterator[tuple[str, Any]]:
+def gradients(case: Case, compiled: bool, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Milliseconds of an unrolled gradient, speed against `graph`, and peak memory."""
-    for name in names:
-        case = HERE[name]
-        engines = [engine for engine in ENGINES if name in compiled or "compiled" not in engine]
-        work = {engine: runner(engine, case, device) for engine in engines}
-        seconds = in_turns(work, rounds)
-        found = {}
-        for engine in engines:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            work[engine]()
-            grown = (torch.cuda.max_memory_allocated() - before) / 2**20
-            found[engine] = {
-                "ms": 1e3 * seconds[engine],
-                "speed": seconds["graph"] / seconds[engine],
-                "MiB": grown,
-            }
-        print(name, json.dumps(found), flush=True)
-        yield name, found
+    work = {engine: runner(engine, case, device) for engine in ENGINES if compiled or "compiled" not in engine}
+    seconds, found = in_turns(work, rounds), dict[str, dict[str, float]]()
+    for engine, run in work.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        grown = (torch.cuda.max_memory_allocated() - before) / 2**20
+        found[engine] = {"ms": 1e3 * seconds[engine], "speed": seconds["graph"] / seconds[engine], "MiB": grown}
+    return found
 
 
-def experts(rounds: int, device: torch.device) -> Iterator[tuple[str, Any]]:
+def experts(width: int, rounds: int, device: torch.device) -> dict[str, float]:
     """Images a second of one training step of 256: library autograd and ours, with and without the gradient penalty."""
-    for width in (32, 128):
-        torch.manual_seed(0)
-        net = ConvNet(3, 10, (32, 32), width=width).to(device)
-        raw, labels = torch.randn(256, 3, 32, 32, device=device), torch.randint(10, (256,), device=device)
-        generator = torch.Generator().manual_seed(0)
-        sgd = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+    torch.manual_seed(0)
+    net = ConvNet(3, 10, (32, 32), width=width).to(device)
+    raw, labels = torch.randn(256, 3, 32, 32, device=device), torch.randint(10, (256,), device=device)
+    generator = torch.Generator().manual_seed(0)
+    sgd = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
 
-        def step(objective: Callable[[ConvNet, Batch], Any], net: ConvNet = net, sgd: torch.optim.SGD = sgd) -> None:
+    def train(objective: Objective) -> None:
+        for _ in range(25):
             sgd.zero_grad()
-            augmented = siamese.apply(raw, siamese.sample(DSA, len(raw), generator))  # noqa: B023
-            objective(net, Batch(augmented, raw, labels, torch.arange(len(raw)), 0))  # noqa: B023
+            augmented = siamese.apply(raw, siamese.sample(DSA, len(raw), generator))
+            objective(net, Batch(augmented, raw, labels, torch.arange(len(raw)), 0))
             sgd.step()
 
-        def eager(net: ConvNet, batch: Batch) -> None:
-            torch.nn.functional.cross_entropy(net(batch.images), batch.labels).backward()
+    def penalised(net: nn.Module, batch: Batch) -> Tensor:
+        loss = nn.functional.cross_entropy(net(batch.images), batch.labels) + gradient_penalty(net, batch.raw, "paper")
+        loss.backward()
+        return loss.detach()
 
-        def penalised(net: ConvNet, batch: Batch) -> None:
-            loss = torch.nn.functional.cross_entropy(net(batch.images), batch.labels)
-            (loss + gradient_penalty(net, batch.raw, "paper")).backward()
-
-        ways: dict[str, Any] = {"eager": eager, "eager, penalty": penalised}
-        for precision in ("float32", "bfloat16"):
-            ways[f"ours, {precision}"] = smooth_objective(net, "off", "off", precision=precision)
-            ways[f"ours, penalty, {precision}"] = smooth_objective(net, "off", "paper", precision=precision)
-        times = {name: (lambda way=way, step=step: [step(way) for _ in range(25)]) for name, way in ways.items()}
-        found = {name: 25 * len(raw) / seconds for name, seconds in in_turns(times, rounds).items()}
-        print(width, json.dumps(found), flush=True)
-        yield str(width), found
+    ways = {"eager": cross_entropy_objective(None), "eager, penalty": penalised}
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    for precision in precisions:
+        ways[f"ours, {precision}"] = smooth_objective(net, "off", "off", precision=precision)
+        ways[f"ours, penalty, {precision}"] = smooth_objective(net, "off", "paper", precision=precision)
+    seconds = in_turns({name: functools.partial(train, way) for name, way in ways.items()}, rounds)
+    return {name: 25 * len(raw) / taken for name, taken in seconds.items()}
 
 
 def main() -> None:
@@ -140,15 +130,16 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"machine": {"card": torch.cuda.get_device_name(), "torch": torch.__version__}}
     report["options"] = {key: value for key, value in vars(options).items() if key != "out"}
-    parts = {
-        "experts": lambda: experts(options.rounds, device),
-        "cases": lambda: cases(options.cases.split(";"), options.compiled.split(";"), options.rounds, device),
+    compiled = options.compiled.split(";")
+    work: dict[tuple[str, str], Callable[[], Any]] = {
+        ("experts", str(width)): functools.partial(experts, width, options.rounds, device) for width in (32, 128)
     }
-    for name, part in parts.items():
-        report[name] = {}
-        for key, found in part():
-            report[name][key] = found
-            (options.out / "speed.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name in options.cases.split(";"):
+        work["cases", name] = functools.partial(gradients, HERE[name], name in compiled, options.rounds, device)
+    for (part, name), measure in work.items():
+        report.setdefault(part, {})[name] = found = measure()
+        print(part, name, json.dumps(found), flush=True)
+        (options.out / "speed.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
