@@ -53,10 +53,19 @@ class Data:
     classes: str | None = None
     test_fraction: float | None = None
 
-    def load(self, source: str) -> RealSet:
-        """The data, the same whatever the seed of the command: what one judges, another must not have trained on."""
+    def load(self, source: str, out: Path | None = None) -> RealSet:
+        """The data, the same whatever the seed of the command: what one judges, another must not have trained on.
+
+        Raises:
+            DstillError: see `load_real`; or `out`, where results will go, lies inside a folder of images, of which it would be
+                a part the next time.
+        """
         from dstill.data.real import load_real
 
+        folder = Path(source).expanduser()
+        inside = out is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve())
+        if inside and next(folder.rglob("*.parquet"), None) is None:
+            raise DstillError(f"{out} lies inside the images' folder {folder}: pass -o a folder outside it")
         return load_real(
             source,
             image_size=self.image_size,

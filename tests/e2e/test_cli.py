@@ -167,6 +167,19 @@ def test_a_comparison_with_a_row_that_failed_ends_with_code_1(call: Call, tmp_pa
     assert "fewer than the 9999" in " ".join(out.split())
 
 
+@pytest.mark.parametrize("command", ["run", "compare", "distill"])
+def test_results_are_not_put_among_the_images(
+    command: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they would be a class, or a split, the next time."""
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(command, ".")
+    assert code == 2
+    assert "lies inside the images' folder .: pass -o a folder outside it" in err
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "distilled").exists()
+
+
 def test_debug_raises_what_is_otherwise_a_sentence(call: Call) -> None:
     with pytest.raises(DstillError, match="did you mean digits"):
         call("run", "digots", "--debug")

@@ -196,7 +196,7 @@ def compare(
 
     reporter = common.start()
     comparison = comparing.compare(
-        data.load(source),
+        data.load(source, out or Path("runs")),
         methods=names(methods),
         ipc=numbers(ipc, "--ipc"),
         recipe=recipe,

@@ -55,7 +55,7 @@ def run(
 
     reporter = common.start()
     result = commands.run(
-        data.load(source),
+        data.load(source, out or Path("runs")),
         out=out,
         sets=sets,
         nets=names(nets),
@@ -136,7 +136,7 @@ def distill(
 
     reporter = common.start()
     commands.distill(
-        data.load(source),
+        data.load(source, out),
         experts=experts,
         init=init,
         out=out,
