@@ -57,6 +57,15 @@ def test_a_set_comes_back_exactly(tiny_real: RealSet, tmp_path: Path, soft: bool
     assert all(getattr(back, name) == getattr(one, name) for name in plain)
 
 
+def test_a_set_and_its_data_say_in_a_line_what_they_are(tiny_real: RealSet) -> None:
+    shape = "x".join(map(str, (tiny_real.channels, *tiny_real.size)))
+    said = repr(make(tiny_real))
+    assert (
+        said == f"DistilledSet('ast' of {tiny_real.name!r}, {tiny_real.classes} images of {shape}, {tiny_real.classes} classes)"
+    )
+    assert f"images of {shape}, {tiny_real.classes} classes" in repr(tiny_real)
+
+
 @pytest.mark.parametrize("broken", ["images", "alpha"])
 def test_a_set_that_is_not_finite_is_not_saved(tiny_real: RealSet, tmp_path: Path, broken: str) -> None:
     one = make(tiny_real)

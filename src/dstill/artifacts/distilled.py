@@ -96,6 +96,10 @@ class DistilledSet:
         if hard and not bool(((labels >= 0) & (labels < self.classes)).all()):
             raise DstillError(f"class ids reach from {int(labels.min())} to {int(labels.max())} for {self.classes} classes")
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.images.shape[1:]))
+        return f"DistilledSet({self.method!r} of {self.data!r}, {len(self.images)} images of {shape}, {self.classes} classes)"
+
     @property
     def classes(self) -> int:
         return len(self.class_names)
