@@ -109,8 +109,8 @@ def reproduce(
 
     Args:
         what: `table1` … `table8`, `fig3` … `fig11`.
-        scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `gpu`, minutes on a large card, of `table3`
-            alone; `paper`, as published.
+        scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `gpu`, minutes a row on a large card, of
+            `table3` and `fig6` alone; `paper`, as published.
         sources: by data set name, what `load_real` takes instead of the name.
         only: names of rows to run; the others are shown if they are there, else as pending.
         sets: distilled sets a row, the scale's number if left out. A later call with more makes those that `out`

@@ -73,8 +73,7 @@ def test_the_sets_of_table3_are_shown_without_being_distilled_again(what: str) -
     assert changes(what, "ast") == changes("table3", "ast")
 
 
-@pytest.mark.parametrize("what", NAMES)
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("what", "scale"), [(what, scale) for what in NAMES for scale in load_reproduction(what).scales])
 def test_every_scale_can_be_planned(what: str, scale: ScaleName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
     reproduction = load_reproduction(what)
@@ -89,6 +88,8 @@ def test_rows_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [stage.name for stage in plan.stages] == ["Random, digits, IPC 1", "MTT, digits, IPC 1"]
     with pytest.raises(DstillError, match="no row 'mt'"):
         plan_reproduction("table3", only=["mt"], device="cpu", cache=tmp_path)
+    with pytest.raises(DstillError, match="table1 has no scale 'gpu': take one of smoke, cpu, paper"):
+        plan_reproduction("table1", scale="gpu", device="cpu", cache=tmp_path)
 
 
 def test_the_number_of_sets_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

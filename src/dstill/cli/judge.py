@@ -232,8 +232,8 @@ def reproduce(
 
     Args:
         what: table1 to table8, fig3 to fig11 (`dstill ls reproductions`).
-        scale: smoke: seconds on the digits; cpu: hours on a few cores; gpu: minutes on a large card (table3 alone); paper: as
-            published.
+        scale: smoke: seconds on the digits; cpu: hours on a few cores; gpu: minutes a row on a large card (table3, fig6);
+            paper: as published.
         source: NAME=SOURCE for data that are not to be taken from the hub, for example cifar10=data/cifar10-*.parquet.
         only: names of rows to run, joined by commas; the others are shown if they are there.
         sets: distilled sets a row (default: the scale's number); a later call with more goes on from those that are there.
