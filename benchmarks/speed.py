@@ -64,7 +64,8 @@ CASES = {
     "a, DSA": Case(10, 10, 50, dsa=True),
 }
 # How the student of each engine is made, and the options of `unroll`.
-ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+Engines = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+ENGINES: Engines = {
     "graph": ({}, {"gradient": "graph"}),
     "double backward": ({"generic": True}, {}),
     "tensor operations": ({"native": False}, {"memory": "recompute"}),
@@ -75,7 +76,9 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def problem(case: Case, steps: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[ConvNet, tuple[Any, ...]]:
+def problem(
+    case: Case, steps: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[ConvNet, tuple[Any, ...]]:
     """A network and the arguments of `unroll` after the student, from float64 draws."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -89,19 +92,27 @@ def problem(case: Case, steps: int, seed: int = 0, dtype: torch.dtype = torch.fl
         for _ in range(steps)
     ]
     target = theta + 0.02 * torch.randn(len(theta), generator=generator, dtype=torch.float64).to(dtype)
-    return net, (theta, images, labels, draws, torch.tensor(0.02, dtype=dtype), {steps: (target, 1.0)})
+    draws = [step._replace(rows=step.rows.to(device)) for step in draws]
+    alpha, targets = torch.tensor(0.02, dtype=dtype, device=device), {steps: (target.to(device), 1.0)}
+    return net.to(device), (theta.to(device), images.to(device), labels.to(device), draws, alpha, targets)
 
 
 class Plain(ConvNet):
     """The same network, unknown to the hand-written derivatives."""
 
 
-def runner(engine: str, case: Case, steps: int) -> Callable[[], Tensor]:
+def runner(
+    engine: str,
+    case: Case,
+    steps: int,
+    engines: Engines = ENGINES,
+    device: str = "cpu",
+) -> Callable[[], Tensor]:
     """Runs one unrolled gradient; returns that of the images."""
-    net, arguments = problem(case, steps)
+    net, arguments = problem(case, steps, device=device)
     if engine == "torchopt":
         return lambda: through_torchopt(net, *arguments)
-    made, options = ENGINES[engine]
+    made, options = engines[engine]
     made = dict(made)
     if made.pop("generic", False):
         net.__class__ = Plain
@@ -129,14 +140,18 @@ def through_torchopt(
     return gradient
 
 
-def in_turns(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after a round to warm up."""
+def in_turns(
+    work: dict[str, Callable[[], Any]], rounds: int, warm: int = 1, wait: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Median seconds of each, after rounds to warm up; `wait` returns when the device is done."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + warm):
         for name, function in work.items():
+            wait()
             started = time.perf_counter()
             function()
-            if turn:
+            wait()
+            if turn >= warm:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 

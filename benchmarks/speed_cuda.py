@@ -11,14 +11,12 @@ import argparse
 import dataclasses
 import functools
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from speed import CASES, DSA, Case, Plain, problem
+from speed import CASES, DSA, Case, Engines, in_turns, runner
 from torch import Tensor, nn
 
 from dstill.data import siamese
@@ -26,10 +24,9 @@ from dstill.engine import Precision
 from dstill.experts.smooth import gradient_penalty, smooth_objective
 from dstill.nets.convnet import ConvNet
 from dstill.training import Batch, Objective, cross_entropy_objective
-from dstill.unroll import Student, unroll
 
 # How the student of each engine is made, and the options of `unroll`. The compiled ones in the cases that say so alone.
-ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+ENGINES: Engines = {
     "graph": ({}, {"gradient": "graph"}),
     "double backward": ({"generic": True}, {}),
     "launched, keep": ({"replayed": False}, {"memory": "keep"}),
@@ -41,6 +38,7 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "replayed, compiled": ({"compiled": True}, {"memory": "keep"}),
     "replayed, compiled, bfloat16": ({"compiled": True, "precision": "bfloat16"}, {"memory": "keep"}),
 }
+WARM = 2  # rounds: in the first two, kernels are compiled and recorded
 HERE = {
     "a": CASES["a"],
     "a, DSA": CASES["a, DSA"],
@@ -49,38 +47,11 @@ HERE = {
 }
 
 
-def runner(engine: str, case: Case, device: torch.device) -> Callable[[], Tensor]:
-    """Runs one unrolled gradient at full N; returns that of the images."""
-    net, (theta, images, labels, draws, alpha, targets) = problem(case, case.steps)
-    made, options = ENGINES[engine]
-    made = dict(made)
-    if made.pop("generic", False):
-        net.__class__ = Plain
-    steps = [step._replace(rows=step.rows.to(device)) for step in draws]
-    moved = (theta.to(device), images.to(device), labels.to(device), steps, alpha.to(device))
-    there = {n: (target.to(device), weight) for n, (target, weight) in targets.items()}
-    student = Student(net.to(device), **made)
-    return lambda: unroll(student, *moved, there, **options).grads.images
-
-
-def in_turns(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each until the card is done, after two rounds to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(rounds + 2):
-        for name, function in work.items():
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            function()
-            torch.cuda.synchronize()
-            if turn > 1:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def gradients(case: Case, compiled: bool, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+def gradients(case: Case, compiled: bool, rounds: int, device: str) -> dict[str, dict[str, float]]:
     """Milliseconds of an unrolled gradient, speed against `graph`, and peak memory."""
-    work = {engine: runner(engine, case, device) for engine in ENGINES if compiled or "compiled" not in engine}
-    seconds, found = in_turns(work, rounds), dict[str, dict[str, float]]()
+    engines = [engine for engine in ENGINES if compiled or "compiled" not in engine]
+    work = {engine: runner(engine, case, case.steps, ENGINES, device) for engine in engines}
+    seconds, found = in_turns(work, rounds, WARM, torch.cuda.synchronize), dict[str, dict[str, float]]()
     for engine, run in work.items():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -90,7 +61,7 @@ def gradients(case: Case, compiled: bool, rounds: int, device: torch.device) -> 
     return found
 
 
-def experts(width: int, rounds: int, device: torch.device) -> dict[str, float]:
+def experts(width: int, rounds: int, device: str) -> dict[str, float]:
     """Images a second of one training step of 256: library autograd and ours, with and without the gradient penalty."""
     torch.manual_seed(0)
     net = ConvNet(3, 10, (32, 32), width=width).to(device)
@@ -115,7 +86,8 @@ def experts(width: int, rounds: int, device: torch.device) -> dict[str, float]:
     for precision in precisions:
         ways[f"ours, {precision}"] = smooth_objective(net, "off", "off", precision=precision)
         ways[f"ours, penalty, {precision}"] = smooth_objective(net, "off", "paper", precision=precision)
-    seconds = in_turns({name: functools.partial(train, way) for name, way in ways.items()}, rounds)
+    work = {name: functools.partial(train, way) for name, way in ways.items()}
+    seconds = in_turns(work, rounds, WARM, torch.cuda.synchronize)
     return {name: 25 * len(raw) / taken for name, taken in seconds.items()}
 
 
@@ -126,16 +98,15 @@ def main() -> None:
     parser.add_argument("--cases", default=";".join(HERE), help="joined by semicolons")
     parser.add_argument("--compiled", default="a", help="cases that are measured compiled too, joined by semicolons")
     options = parser.parse_args()
-    device = torch.device("cuda")
     options.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"machine": {"card": torch.cuda.get_device_name(), "torch": torch.__version__}}
     report["options"] = {key: value for key, value in vars(options).items() if key != "out"}
     compiled = options.compiled.split(";")
     work: dict[tuple[str, str], Callable[[], Any]] = {
-        ("experts", str(width)): functools.partial(experts, width, options.rounds, device) for width in (32, 128)
+        ("experts", str(width)): functools.partial(experts, width, options.rounds, "cuda") for width in (32, 128)
     }
     for name in options.cases.split(";"):
-        work["cases", name] = functools.partial(gradients, HERE[name], name in compiled, options.rounds, device)
+        work["cases", name] = functools.partial(gradients, HERE[name], name in compiled, options.rounds, "cuda")
     for (part, name), measure in work.items():
         report.setdefault(part, {})[name] = found = measure()
         print(part, name, json.dumps(found), flush=True)

@@ -138,10 +138,10 @@ def test_none_stays_where_no_tensor_was() -> None:
     assert with_tensors([None, (True, torch.ones(1))], iter([torch.zeros(1)])) == [None, (True, torch.zeros(1))]
 
 
-def _network(width: int = 8) -> tuple[ConvNet, torch.device]:
+def _network() -> tuple[ConvNet, torch.device]:
     torch.manual_seed(0)
     device = torch.device("cuda")
-    return ConvNet(3, 10, (16, 16), width=width, depth=2).to(device), device
+    return ConvNet(3, 10, (16, 16), width=8, depth=2).to(device), device
 
 
 def _batches(device: torch.device, count: int) -> Iterator[tuple[Tensor, Tensor]]:

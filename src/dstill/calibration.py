@@ -59,11 +59,13 @@ class Clock:
                 return torch.no_grad()(lambda: network(images))
             case "gradient" | "library":
                 objective = cross_entropy_objective(derivatives_of(network) if kind == "gradient" else None)
-                return lambda: objective(network, batch)
+                return self._recorded(lambda: objective(network, batch))
         student = Student(network, precision=precision)
         theta = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
         keep = student.written
-        return lambda: student.tangents(theta, theta, images, labels, student.gradient(theta, images, labels, keep=keep)[2])
+        return self._recorded(
+            lambda: student.tangents(theta, theta, images, labels, student.gradient(theta, images, labels, keep=keep)[2])
+        )
 
     @staticmethod
     def _scaled(images: int, seconds: Callable[[int], float]) -> float:
@@ -107,7 +109,7 @@ class Clock:
             work = expert_objective(network, config)
             images, labels = self._batch(probe)
             batch = Batch(images, images, labels, torch.arange(probe), config.planned_epochs)
-            return lambda: work(network, batch)
+            return self._recorded(lambda: work(network, batch))
 
         def seconds(probe: int) -> float:
             key = ("expert", probe, net.model_dump_json(), config.model_dump_json(), threads)
@@ -127,15 +129,14 @@ class Clock:
     def _time(
         self, key: tuple[Any, ...], make: Callable[[], Callable[[], Any]], threads: int | None = None, most: int = 20
     ) -> float:
-        """The median of a few repetitions, after those that warm up: on a card, until all that is recorded has been."""
+        """The median of a few repetitions, after one that warms up."""
         if key in self._measured:
             return self._measured[key]
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
             work, times = make(), list[float]()
-            for _ in range(CALLS_BEFORE + 2 if self.device.type == "cuda" else 1):
-                work()
+            work()
             self._wait()
             while sum(times) < _PROBE_SECONDS and len(times) < most:
                 started = time.perf_counter()
@@ -146,6 +147,12 @@ class Clock:
             torch.set_num_threads(before)
         self._measured[key] = statistics.median(times)
         return self._measured[key]
+
+    def _recorded(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """The work, after as many calls as a card records it in: so it runs in training."""
+        for _ in range(CALLS_BEFORE + 1 if self.device.type == "cuda" else 0):
+            work()
+        return work
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
