@@ -114,7 +114,7 @@ def main() -> None:
         "open_files_by_1000_iterations": slope(seen, "open_files"),
         "grown_mib_over_60_iterations_by_number_of_experts": grown,
         "mib_of_200_experts_on_disk": size,
-        "engine": native.describe(),
+        "engine": native.describe(torch.device("cpu")),
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         **seen,

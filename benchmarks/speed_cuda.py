@@ -25,7 +25,7 @@ from dstill.experts.smooth import gradient_penalty, smooth_objective
 from dstill.nets.convnet import ConvNet
 from dstill.training import Batch, Objective, cross_entropy_objective
 
-# How the student of each engine is made, and the options of `unroll`. The compiled ones in the cases that say so alone.
+# How the student of each engine is made, and the options of `unroll`. The compiled one in the cases that say so alone.
 ENGINES: Engines = {
     "graph": ({}, {"gradient": "graph"}),
     "double backward": ({"generic": True}, {}),
@@ -34,9 +34,8 @@ ENGINES: Engines = {
     "replayed, recompute": ({}, {"memory": "recompute"}),
     "replayed, bfloat16-backward": ({"precision": "bfloat16-backward"}, {"memory": "keep"}),
     "replayed, bfloat16": ({"precision": "bfloat16"}, {"memory": "keep"}),
-    "launched, compiled": ({"compiled": True, "replayed": False}, {"memory": "keep"}),
-    "replayed, compiled": ({"compiled": True}, {"memory": "keep"}),
-    "replayed, compiled, bfloat16": ({"compiled": True, "precision": "bfloat16"}, {"memory": "keep"}),
+    "tensor operations, replayed": ({"native": False}, {"memory": "keep"}),
+    "tensor operations, replayed, compiled": ({"native": False, "compiled": True}, {"memory": "keep"}),
 }
 WARM = 2  # rounds: in the first two, kernels are compiled and recorded
 HERE = {

@@ -157,7 +157,8 @@ def test_replayed_derivatives_are_those_launched_one_by_one(precision: Any, comp
     net, device = _network()
     parameters = [parameter.detach() for parameter in net.parameters()]
     direction = [torch.randn_like(parameter) for parameter in parameters]
-    ways = [Derivatives(net, device, precision=precision, compiled=compiled, replayed=replayed) for replayed in (False, True)]
+    made: dict[str, Any] = {"precision": precision, "compiled": compiled, "native": not compiled}
+    ways = [Derivatives(net, device, replayed=replayed, **made) for replayed in (False, True)]
     results: list[list[Tensor]] = [[], []]
     for images, targets in _batches(device, CALLS_BEFORE + 5):
         for found, way in zip(results, ways, strict=True):

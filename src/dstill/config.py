@@ -83,7 +83,7 @@ class ExpertConfig(Settings):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the convolutions' products (ConvNet with instance norm); bfloat16 is an approximation."""
     compile: bool = False
-    """torch.compile the training step where native CPU kernels do not run: about a minute, then faster."""
+    """torch.compile the training step where native kernels do not run: about a minute, then faster."""
 
 
 class TrainingConfig(Settings):

@@ -163,10 +163,8 @@ def _how(problem: Problem) -> str:
         engine = "library autograd"
     elif not supports(problem.network()):
         engine = "library double backward"
-    elif device.type == "cpu":
-        engine = native.describe()
     else:
-        engine = "compiled tensor operations" if settings.compile else "tensor operations (distill.compile fuses them)"
+        engine = native.describe(device, compiled=settings.compile)
     exact = settings.gradient != "tesla" and settings.precision == "float32"
     kind = f"{settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
     return f"distilling on {where}, {engine}, {kind}"

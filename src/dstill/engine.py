@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dstill.devices import full_precision
-from dstill.native import Kernels, kernels
+from dstill.native import Kernels, fused_unit, kernels
 from dstill.native.convolutions import Patches, Winograd
 from dstill.native.unit import NativeUnit
 from dstill.nets import tangent
@@ -103,7 +103,8 @@ class Derivatives:
         if compiled_kernels is not None:
             unit: UnitMaker = functools.partial(NativeUnit, compiled_kernels)
         else:
-            unit = _compiled_unit() if compiled else TensorUnit
+            fused = fused_unit() if native and device.type == "cuda" else None
+            unit = fused or (_compiled_unit() if compiled else TensorUnit)
         self.engine = Engine(unit, first, exact if precision == "float32" else rounded)
         self.threads = 1 if device.type != "cpu" else threads or torch.get_num_threads()
         budget = _PIECE_BYTES if precision == "float32" else _ROUNDED_PIECE_BYTES

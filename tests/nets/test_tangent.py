@@ -185,6 +185,15 @@ def test_why_there_are_no_kernels_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     )
 
 
+def test_what_a_card_runs_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSTILL_NATIVE", "0")
+    assert native._found_fused.__wrapped__() == (None, native._SWITCHED_OFF)
+    monkeypatch.setattr(native, "_found_fused", lambda: (None, "install triton"))
+    said = native.describe(torch.device("cuda"))
+    assert said == "plain tensor operations, slower than fused kernels: install triton"
+    assert native.describe(torch.device("mps"), compiled=True) == "compiled tensor operations"
+
+
 def test_a_student_that_diverged_looks_so_in_native_kernels_too() -> None:
     net = ConvNet(3, 4, (8, 8), width=16)
     parameters = [p.detach() for p in net.parameters()]

@@ -252,7 +252,7 @@ class MatchingConfig(DistillConfig):
     precision: Literal["float32", "bfloat16-backward", "bfloat16"] = "float32"
     """Exact; bfloat16 convolutions in the backward sweep; or everywhere. The last two are approximations."""
     compile: bool = False
-    """torch.compile the student's step where native CPU kernels do not run: about a minute, then faster."""
+    """torch.compile the student's step where native kernels do not run: about a minute, then faster."""
     guard: Literal["on", "off"] = "on"
     """Skip a step whose loss or gradient is not finite or that would make α non-positive, and drop the momentum that led to it.
     Off only to study collapse."""

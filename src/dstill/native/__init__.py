@@ -1,8 +1,8 @@
-"""Fused CPU kernels, compiled on first use with the machine's own C++ compiler and cached.
+"""Native kernels: for a CPU built on first use with the machine's own C++ compiler and cached, for NVIDIA cards by Triton.
 
-One small source without dependencies, built in a few seconds for the CPU at hand and called through `ctypes`, which
-releases the interpreter's lock. Where there is no compiler, `kernels()` says so by returning None and everything runs on
-plain tensor operations instead: the same numbers up to rounding, more slowly.
+Those for a CPU are one small source without dependencies, built in a few seconds for the CPU at hand and called through
+`ctypes`, which releases the interpreter's lock. Where there are none, everything runs on plain tensor operations instead: the
+same numbers up to rounding, more slowly.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from dstill.artifacts.header import atomic
+from dstill.nets.unit import TensorUnit
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-Wno-psabi")
+_SWITCHED_OFF = "these are switched off by DSTILL_NATIVE=0"
 _SUFFIXES = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -69,17 +71,30 @@ def kernels() -> Kernels | None:
     return _found()[0]
 
 
-def describe() -> str:
-    """A sentence for the log."""
-    found, reason = _found()
-    return "native CPU kernels" if found else f"plain tensor operations, several times slower than native CPU kernels: {reason}"
+def fused_unit() -> type[TensorUnit] | None:
+    """The `Unit` in Triton's kernels for NVIDIA cards; None where Triton does not work, or DSTILL_NATIVE=0 asks for none."""
+    return _found_fused()[0]
+
+
+def describe(device: torch.device, *, compiled: bool = False) -> str:
+    """What derivatives on this device run on, for the log."""
+    plain = "compiled tensor operations" if compiled else "plain tensor operations"
+    found: object
+    match device.type:
+        case "cpu":
+            (found, reason), kind = _found(), "native CPU kernels"
+        case "cuda":
+            (found, reason), kind = _found_fused(), "fused kernels"
+        case _:
+            return plain
+    return kind if found else f"{plain}, slower than {kind}: {reason}"
 
 
 @functools.cache
 def _found() -> tuple[Kernels | None, str]:
     """The kernels, or why there are none."""
     if os.environ.get("DSTILL_NATIVE") == "0":
-        return None, "these are switched off by DSTILL_NATIVE=0"
+        return None, _SWITCHED_OFF
     compiler = _compiler()
     if compiler is None:
         return None, "install a C++ compiler (g++ or clang++), or name one in CXX"
@@ -90,6 +105,24 @@ def _found() -> tuple[Kernels | None, str]:
     except (OSError, subprocess.SubprocessError) as error:
         said = str(error)
     return None, f"{compiler} could not build them ({said.splitlines()[0]}); name another compiler in CXX"
+
+
+@functools.cache
+def _found_fused() -> tuple[type[TensorUnit] | None, str]:
+    """The unit, or why there is none."""
+    if os.environ.get("DSTILL_NATIVE") == "0":
+        return None, _SWITCHED_OFF
+    try:
+        from dstill.native.fused import FusedUnit
+
+        one = torch.ones(1, device="cuda")
+        FusedUnit(one, one).forward(one.expand(1, 1, 2, 2))
+    except ImportError:
+        return None, "install triton"
+    except Exception as error:  # whatever Triton lacks to build a kernel: a C compiler, Python's headers, a card it knows
+        said = str(error).strip() or type(error).__name__
+        return None, f"Triton could not build them ({said.splitlines()[0]})"
+    return FusedUnit, ""
 
 
 def _compiler() -> str | None:

@@ -9,7 +9,8 @@ step-size term), and, with a direction in the *input*, the exact gradient of the
 
 Why by hand: library double backward also forms the gradient by the primal weights, keeps a graph, and treats the
 convolution bias, whose effect an instance norm removes exactly. A block is a `Convolution` followed by a `Unit`; both have
-a form in plain tensor operations, for any device and type, and one in native CPU kernels (`dstill.native`).
+a form in plain tensor operations, for any device and type, and native ones (`dstill.native`): both for a CPU, the unit for
+NVIDIA cards.
 
 A pass has two halves, so that the first may run long before the second. `cross_entropy_gradient` is the first order:
 forward and backward. It leaves one `Unit` a block, holding what is dear to recompute: the convolution's output z and the
