@@ -21,7 +21,7 @@ def forms(unit: TensorUnit, z: Tensor, dz: Tensor, gy: Tensor, dgy: Tensor, dire
     return [*first, *unit.tangent(dz, *direction), *unit.tangent_backward(dgy), *unit.tangent_gradients()]
 
 
-# 1 to 64 rows a program; rows that do not fill the last one; sides that are no powers of two, odd, or too large for a program.
+# 1 to 256 rows a program; rows that do not fill the last one; sides that are no powers of two, odd, or too large for a program.
 @pytest.mark.parametrize("shape", [(3, 5, 8, 8), (1, 2, 6, 10), (7, 11, 2, 2), (3, 2, 32, 32), (2, 1, 7, 6), (1, 1, 130, 128)])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
@@ -48,3 +48,12 @@ def test_the_kernels_do_what_tensor_operations_do(
     for expected, value in zip(truth, found, strict=True):
         assert value.shape == expected.shape and value.dtype == dtype
         assert (value.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    from dstill.native.fused import FusedUnit
+
+    z = torch.zeros(2, 3, 4, 4, device="cuda" if CUDA else "cpu")
+    z[0, 1, 2, 2] = float("nan")
+    y = FusedUnit(z.new_ones(3), z.new_ones(3)).forward(z)
+    assert y.isnan().any(3).any(2).tolist() == [[False, True, False], [False, False, False]]

@@ -47,6 +47,11 @@ def _mean(x, H: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def _pool(x):
+    return tl.sum(x, 2) / 4
+
+
+@triton.jit
 def _per_row(pointer, index, exists):
     return tl.load(pointer + index, exists, 0.0)[:, None, None]
 
@@ -62,7 +67,7 @@ def _forward(
     centred = tl.where(mask, z - mean, 0.0)
     r = 1.0 / tl.sqrt(_mean(centred * centred, H, W) + EPS)
     a = centred * r * _per_row(scale_in, row % channels, exists) + _per_row(shift_in, row % channels, exists)
-    tl.store(y_out + pooled, tl.sum(tl.maximum(a, 0.0), 2) / 4, there)
+    tl.store(y_out + pooled, _pool(tl.where(a <= 0, 0.0, a)), there)  # NaN stays NaN
     tl.store(mean_out + row, tl.reshape(mean, [ROWS]), exists)
     tl.store(r_out + row, tl.reshape(r, [ROWS]), exists)
 
@@ -97,8 +102,8 @@ def _tangent(
     da = r * (dz - dmean - n * projection) * scale
     if AFFINE:
         da += n * _per_row(dscale_in, row % channels, exists) + _per_row(dshift_in, row % channels, exists)
-    tl.store(y_out + pooled, tl.sum(tl.maximum(a, 0.0), 2) / 4, there)
-    tl.store(dy_out + pooled, tl.sum(tl.where(a > 0, da, 0.0), 2) / 4, there)
+    tl.store(y_out + pooled, _pool(tl.where(a <= 0, 0.0, a)), there)
+    tl.store(dy_out + pooled, _pool(tl.where(a > 0, da, 0.0)), there)
     tl.store(rows_out + row, tl.reshape(dmean, [ROWS]), exists)
     tl.store(rows_out + count + row, tl.reshape(projection, [ROWS]), exists)
 
