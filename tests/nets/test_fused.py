@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dstill.engine import Derivatives
+from dstill.nets.convnet import ConvNet
 from dstill.nets.unit import TensorUnit
 
 CUDA = torch.cuda.is_available()
@@ -57,3 +59,12 @@ def test_what_is_not_a_number_stays_so() -> None:
     z[0, 1, 2, 2] = float("nan")
     y = FusedUnit(z.new_ones(3), z.new_ones(3)).forward(z)
     assert y.isnan().any(3).any(2).tolist() == [[False, True, False], [False, False, False]]
+
+
+@pytest.mark.skipif(not CUDA, reason="derivatives take these kernels on NVIDIA cards alone")
+def test_derivatives_take_the_kernels_on_a_card() -> None:
+    from dstill.native.fused import FusedUnit
+
+    net, device = ConvNet(3, 10, (8, 8), width=4, depth=2), torch.device("cuda")
+    assert Derivatives(net, device).engine.unit is FusedUnit
+    assert Derivatives(net, device, native=False).engine.unit is TensorUnit
