@@ -110,7 +110,7 @@ def _tangent(
 
 @triton.jit
 def _tangent_backward(
-    gy_in, dgy_in, dz_in, z_in, mean_in, r_in, rows_in, scale_in, shift_in, dscale_in, gz_out, dgz_out, sums_out,
+    gy_in, dgy_in, dz_in, rows_in, z_in, mean_in, r_in, scale_in, shift_in, dscale_in, gz_out, dgz_out, sums_out,
     count, channels,
     AFFINE: tl.constexpr, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +152,7 @@ class FusedUnit(TensorUnit):
         if not _fits(self.z):
             return super().backward(gy)
         self.gy, gz, sums = gy.contiguous(), torch.empty_like(self.z), _sums(self.z)
-        _launch(_backward, self.z, self.gy, *self._norm(), gz, sums)
+        _launch(_backward, self.z, self.gy, self.z, *self._norm(), gz, sums)
         self.by_scale, self.by_shift = sums.sum(1)
         return gz
 
@@ -165,7 +165,7 @@ class FusedUnit(TensorUnit):
         y, dy = _pooled(z), _pooled(z)
         affine = dscale is not None
         direction = (dscale, dshift) if affine else (z, z)  # not read
-        _launch(_tangent, z, self.dz, *self._norm(), *direction, y, dy, self.rows, AFFINE=affine)
+        _launch(_tangent, z, self.dz, z, *self._norm(), *direction, y, dy, self.rows, AFFINE=affine)
         return y, dy
 
     def tangent_backward(self, dgy: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,16 +173,15 @@ class FusedUnit(TensorUnit):
         if not _fits(z := self.z):
             return super().tangent_backward(dgy)
         gz, dgz, sums = torch.empty_like(z), torch.empty_like(z), _sums(z)
-        _, mean, r, scale, shift = self._norm()
         affine = self.dscale is not None
         direction = self.dscale if affine else z  # not read
-        given = (self.gy, dgy.contiguous(), self.dz, z, mean, r, self.rows, scale, shift, direction)
+        given = (self.gy, dgy.contiguous(), self.dz, self.rows, z, *self._norm(), direction)
         _launch(_tangent_backward, z, *given, gz, dgz, sums, AFFINE=affine)
         self.dby_scale, self.dby_shift = sums.sum(1)
         return gz, dgz
 
-    def _norm(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-        return self.z, self.mean, self.r, self.scale, self.shift
+    def _norm(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.mean, self.r, self.scale, self.shift
 
 
 def _fits(z: Tensor) -> bool:
@@ -200,12 +199,13 @@ def _sums(z: Tensor) -> Tensor:
     return z.new_empty(2, *z.shape[:2])
 
 
-def _launch(kernel: Any, z: Tensor, *tensors: Tensor | None, **constants: Any) -> None:
-    batch, channels, height, width = z.shape
+def _launch(kernel: Any, like: Tensor, *tensors: Tensor | None, **constants: Any) -> None:
+    """Over all rows of tensors that are shaped like `like`."""
+    batch, channels, height, width = like.shape
     count, pooled = batch * channels, triton.next_power_of_2(height * width // 4)
     rows = max(1, _BLOCK // (4 * pooled))
     warps = min(16, max(1, 4 * rows * pooled // 256))
-    with torch.cuda.device_of(z):
+    with torch.cuda.device_of(like):
         kernel[(triton.cdiv(count, rows),)](
             *tensors, count, channels, **constants, H=height, W=width, ROWS=rows, POOLED=pooled, num_warps=warps
         )
