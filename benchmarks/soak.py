@@ -15,16 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dstill import native, nets
-from dstill.config import Recipe
-from dstill.console import Silent
+from dstill.api.job import fitted_preprocess, resolve_recipe
+from dstill.artifacts.run_folder import RunFolder
+from dstill.config.settings import Recipe
 from dstill.data.real import RealSet, load_real
-from dstill.devices import resident_memory
-from dstill.distillation import make_method, run_method
+from dstill.derivatives import build as native
+from dstill.distillation.loop import make_method, run_method
 from dstill.experts.trajectory import Trajectories, save_expert
 from dstill.methods.base import Metrics, Problem
-from dstill.preparation import fitted_preprocess, resolve_recipe
-from dstill.runs import RunFolder
+from dstill.nets import networks as nets
+from dstill.support.console import Silent
+from dstill.support.devices import resident_memory
 
 CPU = torch.device("cpu")
 WIDTH, EPOCHS, EVERY = 32, 20, 50

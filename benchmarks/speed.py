@@ -25,21 +25,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dstill import native
+from dstill.config.recipes import load_recipe
 from dstill.data import preprocess, siamese
 from dstill.data.real import RealSet, Split
-from dstill.devices import processor
-from dstill.distillation import make_method
-from dstill.engine import Precision
+from dstill.derivatives import build as native
+from dstill.derivatives.engine import Precision
+from dstill.distillation.loop import make_method
 from dstill.experts.smooth import gradient_penalty, smooth_objective
 from dstill.experts.trajectory import Trajectories, save_expert
 from dstill.methods import trajectory_matching
 from dstill.methods.base import Problem
 from dstill.methods.settings import MatchingConfig
 from dstill.nets.convnet import ConvNet
-from dstill.recipes import load_recipe
-from dstill.training import Batch, predictions
-from dstill.unroll import Step, Student, unroll
+from dstill.support.devices import processor
+from dstill.training.fit import Batch, predictions
+from dstill.unrolling.student import Student
+from dstill.unrolling.types import Step
+from dstill.unrolling.unroll import unroll
 
 DSA = "colour_crop_cutout_flip_scale_rotate"
 

@@ -20,10 +20,10 @@ from speed import CASES, DSA, Case, Engines, in_turns, runner
 from torch import Tensor, nn
 
 from dstill.data import siamese
-from dstill.engine import Precision
+from dstill.derivatives.engine import Precision
 from dstill.experts.smooth import gradient_penalty, smooth_objective
 from dstill.nets.convnet import ConvNet
-from dstill.training import Batch, Objective, cross_entropy_objective
+from dstill.training.fit import Batch, Objective, cross_entropy_objective
 
 # How the student of each engine is made, and the options of `unroll`. The compiled one in the cases that say so alone.
 ENGINES: Engines = {

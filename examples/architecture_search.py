@@ -15,7 +15,7 @@ import itertools
 from scipy.stats import spearmanr
 
 import dstill
-from dstill.config import NetConfig
+from dstill.config.settings import NetConfig
 
 
 def main(source: str, folder: str, widths: list[int], depths: list[int], networks: int, protocol: str) -> float:

@@ -23,19 +23,18 @@ from safetensors.torch import save_file
 
 import dstill
 from dstill import DistilledSet, DstillError, load_real
-from dstill.artifacts import header as files
-from dstill.artifacts import importing
+from dstill.artifacts import files, importing
 from dstill.artifacts.importing import import_set
+from dstill.artifacts.record import RunRecord
 from dstill.artifacts.result import Result
-from dstill.artifacts.run import RunRecord
-from dstill.config import Settings
+from dstill.config.recipes import load_recipe
+from dstill.config.settings import Settings
+from dstill.config.yamls import dump
 from dstill.data.preprocess import Standardise
 from dstill.data.real import RealSet
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.importing import import_experts
 from dstill.experts.trajectory import Trajectories
-from dstill.recipes import load_recipe
-from dstill.yamls import dump
 
 # What somebody may write where something else is wanted.
 SCALARS = st.one_of(

@@ -12,24 +12,25 @@ from dstill.errors import DstillError
 from dstill.version import __version__
 
 if TYPE_CHECKING:
+    from dstill.api.compare import Comparison, compare
+    from dstill.api.evaluate import evaluate
+    from dstill.api.judge import judge
+    from dstill.api.run import distill, run, train_experts
+    from dstill.api.tune import tune
     from dstill.artifacts.distilled import DistilledSet
     from dstill.artifacts.exporting import export
     from dstill.artifacts.importing import import_set
     from dstill.artifacts.result import Result
-    from dstill.commands import distill, run, train_experts
-    from dstill.comparing import Comparison, compare
-    from dstill.config import Recipe
+    from dstill.config.recipes import load_recipe
+    from dstill.config.settings import Recipe
     from dstill.data.real import RealSet, load_real
-    from dstill.evaluating import evaluate
     from dstill.experts.importing import import_experts
     from dstill.experts.trajectory import Trajectories
-    from dstill.judging import judge
-    from dstill.planning import Plan, plan
-    from dstill.recipes import load_recipe
+    from dstill.planning.plan import Plan, plan
     from dstill.reporting.page import report
-    from dstill.reproducing import reproduce
-    from dstill.tuning import tune
-    from dstill.unroll import Step, Student, Unrolled
+    from dstill.reproductions.run import reproduce
+    from dstill.unrolling.student import Student
+    from dstill.unrolling.types import Step, Unrolled
 
 __all__ = [
     "Comparison",
@@ -62,31 +63,31 @@ __all__ = [
 ]
 
 _HOME = {
-    "Comparison": "comparing",
+    "Comparison": "api.compare",
     "DistilledSet": "artifacts.distilled",
-    "Plan": "planning",
+    "Plan": "planning.plan",
     "RealSet": "data.real",
-    "Recipe": "config",
+    "Recipe": "config.settings",
     "Result": "artifacts.result",
-    "Step": "unroll",
-    "Student": "unroll",
+    "Step": "unrolling.types",
+    "Student": "unrolling.student",
     "Trajectories": "experts.trajectory",
-    "Unrolled": "unroll",
-    "compare": "comparing",
-    "distill": "commands",
-    "evaluate": "evaluating",
+    "Unrolled": "unrolling.types",
+    "compare": "api.compare",
+    "distill": "api.run",
+    "evaluate": "api.evaluate",
     "export": "artifacts.exporting",
     "import_experts": "experts.importing",
     "import_set": "artifacts.importing",
-    "judge": "judging",
+    "judge": "api.judge",
     "load_real": "data.real",
-    "load_recipe": "recipes",
-    "plan": "planning",
+    "load_recipe": "config.recipes",
+    "plan": "planning.plan",
     "report": "reporting.page",
-    "reproduce": "reproducing",
-    "run": "commands",
-    "train_experts": "commands",
-    "tune": "tuning",
+    "reproduce": "reproductions.run",
+    "run": "api.run",
+    "train_experts": "api.run",
+    "tune": "api.tune",
 }
 
 

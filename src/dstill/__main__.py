@@ -1,6 +1,6 @@
 """`python -m dstill`."""
 
-from dstill.cli import main
+from dstill.cli.main import main
 
 if __name__ == "__main__":
     main()

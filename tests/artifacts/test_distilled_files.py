@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from dstill import DistilledSet, DstillError
-from dstill.artifacts import header as files
+from dstill.artifacts import files
 from dstill.artifacts.pictures import grid
 from dstill.artifacts.result import Claim, ProtocolId, Score
-from dstill.config import NetConfig
+from dstill.config.settings import NetConfig
 from dstill.data import preprocess
 from dstill.data.real import RealSet
 

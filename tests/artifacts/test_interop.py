@@ -21,10 +21,10 @@ import dstill
 from dstill import DistilledSet, DstillError
 from dstill.artifacts.importing import PUBLISHED_STATISTICS, published_preprocess
 from dstill.artifacts.result import Claim, ProtocolId
-from dstill.config import NetConfig
+from dstill.config.settings import NetConfig
 from dstill.data import preprocess, siamese
 from dstill.data.real import RealSet
-from dstill.nets import build
+from dstill.nets.networks import build
 
 
 def make(real: RealSet, *, soft: bool = False, alpha: float | None = 0.02, ipc: int = 2) -> DistilledSet:

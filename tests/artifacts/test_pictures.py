@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dstill import DistilledSet
 from dstill.artifacts.pictures import grid, save_grid
-from dstill.config import NetConfig
+from dstill.config.settings import NetConfig
 from dstill.data import preprocess
 
 GAP = 2

@@ -8,11 +8,11 @@ import torch
 from kornia.enhance import ZCAWhitening
 from torch import Tensor
 
+from dstill.api.job import fitted_preprocess
 from dstill.data import preprocess
 from dstill.data.preprocess import ZCA, Preprocess, Standardise
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
-from dstill.preparation import fitted_preprocess
 
 KINDS = ("standardise", "zca")
 

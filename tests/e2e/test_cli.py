@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from dstill import cli, load_recipe
-from dstill.console import ConsoleReporter
+from dstill.config.recipes import recipe_names
+from dstill.config.registry import METHODS
 from dstill.errors import DstillError
-from dstill.methods import METHODS
-from dstill.nets import NETWORKS
-from dstill.recipes import recipe_names
+from dstill.nets.networks import NETWORKS
+from dstill.support.console import ConsoleReporter
 
 # `main` reads sys.argv, as it must; cyclopts takes that for a mistake in a test.
 pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")
@@ -190,7 +190,7 @@ def test_ctrl_c_says_that_the_same_command_continues(tmp_path: Path) -> None:
     code = """
 import sys
 from dstill import cli, options
-from dstill.console import ConsoleReporter
+from dstill.support.console import ConsoleReporter
 
 class Interrupted(ConsoleReporter):
     def progress(self, stage, done, total, detail=""):
@@ -301,7 +301,7 @@ def test_progress_elsewhere_is_the_first_and_the_last_plain_line() -> None:
 def test_the_time_left_is_that_of_the_stage_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each set of a run is a stage of the same name."""
     now = [0.0]
-    monkeypatch.setattr("dstill.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dstill.support.console.time.monotonic", lambda: now[0])
     stream = io.StringIO()
     reporter = ConsoleReporter(stream)
     for _ in range(2):

@@ -13,9 +13,9 @@ import torch
 
 import dstill
 from dstill import cli
-from dstill.calibration import Clock
-from dstill.nets import build
-from dstill.unroll import Student
+from dstill.nets.networks import build
+from dstill.planning.clock import Clock
+from dstill.unrolling.student import Student
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "reproducing.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]

@@ -18,10 +18,10 @@ import pytest
 
 import dstill
 from dstill import DistilledSet, DstillError, cli
-from dstill.cli import machine_fault
+from dstill.cli.main import machine_fault
+from dstill.config.registry import METHODS
 from dstill.data.real import RealSet
-from dstill.methods import METHODS
-from dstill.stopping import between_steps
+from dstill.support.stopping import between_steps
 
 CHANGES = ("net.width=4", "experts.count=2")
 # Kills are dear: a process starts in three seconds. The rest is for `-m slow`.
@@ -185,7 +185,7 @@ def test_a_read_only_folder_is_said(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system", "/data/out")
 
-    monkeypatch.setattr("dstill.commands.run", refuse)
+    monkeypatch.setattr("dstill.api.run.run", refuse)
     monkeypatch.setattr(sys, "argv", ["dstill", "run", "digits", "-o", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -256,7 +256,7 @@ def test_check_names_the_damaged_file(
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1][:10] for line in said] == ["whole", "is damaged"]
     with pytest.raises(DstillError, match="no file of dstill"):
-        from dstill.checking import check
+        from dstill.cli.check import check
 
         (tmp_path / "empty").mkdir()
         check([tmp_path / "empty"])

@@ -11,8 +11,8 @@ import torch
 
 import dstill
 from dstill import DistilledSet, DstillError
+from dstill.config.registry import METHODS
 from dstill.data.real import RealSet, Split
-from dstill.methods import METHODS
 
 
 def data(

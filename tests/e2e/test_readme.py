@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from dstill import recipes
 from dstill.cli import app
+from dstill.config import recipes
+from dstill.config.recipes import DataShape
 from dstill.data.catalog import DATASETS
 from dstill.evaluation.protocols import load_protocol
-from dstill.nets import network_class
-from dstill.recipes import DataShape
+from dstill.nets.networks import network_class
 
 README = Path(__file__).parents[2] / "README.md"
 OPERATORS = {"|", "||", "&&", ";", ">", ">>", "<", "&"}

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import dstill
-from dstill.reproductions import load_reproduction, reproduction_names
-from dstill.reproductions.table import Entry
+from dstill.reproductions.page import Entry
+from dstill.reproductions.spec import load_reproduction, reproduction_names
 
 
 class Notes:
@@ -28,7 +28,7 @@ class Notes:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of its own takes three seconds to start; `tests/test_comparing.py` sees to that part."""
-    monkeypatch.setattr("dstill.running.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))
+    monkeypatch.setattr("dstill.api.apart.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -17,9 +17,9 @@ import torch
 import dstill
 from dstill import DistilledSet, DstillError
 from dstill.artifacts.result import Claim, Result
+from dstill.cli.show import describe
+from dstill.config.registry import METHODS
 from dstill.data.real import RealSet
-from dstill.methods import METHODS
-from dstill.showing import describe
 
 PROTOCOL = (
     "{name: tiny, version: 1, passes: 4, batch_size: 8, momentum: 0.9, weight_decay: 5e-4, lr: 0.05, lr_factor: 0.5, "

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 import dstill
-from dstill import DistilledSet, DstillError, nets, seeding
+from dstill import DistilledSet, DstillError
 from dstill.artifacts.result import Score
-from dstill.config import NetConfig, Protocol
+from dstill.config.settings import NetConfig, Protocol
 from dstill.data import preprocess
 from dstill.data.real import RealSet
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES, random_baseline, random_set
 from dstill.evaluation.networks import prepared, train_and_measure
 from dstill.evaluation.protocols import load_protocol
+from dstill.nets import networks as nets
+from dstill.support import seeding
 
 NET = NetConfig(width=4, depth=2)
 UNNORMED = NetConfig(width=8, depth=2, norm="none")

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 import dstill
-from dstill import DistilledSet, DstillError, nets, seeding
-from dstill.config import NetConfig
+from dstill import DistilledSet, DstillError
+from dstill.config.settings import NetConfig
 from dstill.data import preprocess
 from dstill.data.real import RealSet
 from dstill.errors import CollapseError
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES, random_set
 from dstill.evaluation.networks import evaluate_set, prepared, train_and_measure
 from dstill.evaluation.protocols import load_protocol, protocol_names
-from dstill.training import Batch, squared_objective, warm_cosine
+from dstill.nets import networks as nets
+from dstill.support import seeding
+from dstill.training.fit import Batch, squared_objective, warm_cosine
 
 NET = NetConfig(width=4, depth=2)
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dstill.engine import derivatives_of
+from dstill.derivatives.engine import derivatives_of
 from dstill.experts.gsam import gsam_objective
 from dstill.nets.convnet import ConvNet
-from dstill.training import Batch, cross_entropy_objective
+from dstill.training.fit import Batch, cross_entropy_objective
 
 
 def small_net() -> nn.Module:

@@ -9,18 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dstill.engine import supports
-from dstill.experts.smooth import (
-    Form,
-    avg_var,
-    clip_factor,
-    gradient_penalty,
-    penalty_weight,
-    smooth_objective,
-    step_lengths,
-)
+from dstill.derivatives.engine import supports
+from dstill.experts.smooth import Form, avg_var, clip_factor, gradient_penalty, penalty_weight, smooth_objective, step_lengths
 from dstill.nets.convnet import ConvNet
-from dstill.training import Batch
+from dstill.training.fit import Batch
 
 
 def small_net(norm: str = "instance") -> nn.Module:

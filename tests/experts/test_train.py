@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from dstill import nets, seeding
-from dstill.bookmark import Bookmark
-from dstill.config import ExpertConfig, GsamConfig, NetConfig, Recipe
+from dstill.config.recipes import load_recipe, recipe_names
+from dstill.config.settings import ExpertConfig, GsamConfig, NetConfig, Recipe
 from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
 from dstill.data.real import RealSet
@@ -25,8 +24,10 @@ from dstill.experts.smooth import avg_var
 from dstill.experts.train import ExpertTask, lr_schedule, optimiser, train_expert, train_missing
 from dstill.experts.trajectory import KIND, Trajectories, expert_path, save_expert
 from dstill.methods.settings import MatchingConfig
-from dstill.recipes import load_recipe, recipe_names
-from dstill.training import EpochReport
+from dstill.nets import networks as nets
+from dstill.support import seeding
+from dstill.training.checkpoint import Bookmark
+from dstill.training.fit import EpochReport
 
 CPU = torch.device("cpu")
 DSA = "colour_crop_cutout_flip_scale_rotate"

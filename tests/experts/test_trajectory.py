@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dstill
-from dstill.artifacts import header as files
+from dstill.artifacts import files
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories, expert_path, save_expert

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dstill.config import ExpertConfig, NetConfig, Recipe
+from dstill.config.settings import ExpertConfig, NetConfig, Recipe
 from dstill.data import preprocess as preprocessing
 from dstill.data.real import RealSet
 from dstill.experts.train import ExpertTask, train_missing

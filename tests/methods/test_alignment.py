@@ -11,16 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dstill import seeding
-from dstill.config import Form
+from dstill.config.settings import Form
 from dstill.experts.trajectory import Segment
-from dstill.methods.alignment import (
-    balance_factor,
-    balanced_loss,
-    intermediate_matching,
-    matching_points,
-    perturb_weights,
-)
+from dstill.methods.alignment import balance_factor, balanced_loss, intermediate_matching, matching_points, perturb_weights
+from dstill.support import seeding
 
 
 @pytest.mark.parametrize("max_start", [1, 15, 40])

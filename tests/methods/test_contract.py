@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from dstill import recipes
+from dstill.api.job import ensure_experts, fitted_preprocess, trained_on_all
 from dstill.artifacts.distilled import DistilledSet
-from dstill.config import NetConfig, Protocol, Recipe
-from dstill.console import Silent
+from dstill.artifacts.run_folder import RunFolder
+from dstill.config import recipes
+from dstill.config.registry import METHODS, methods
+from dstill.config.settings import NetConfig, Protocol, Recipe
 from dstill.data.real import RealSet, Split
-from dstill.distillation import Cadence, make_method, run_method
+from dstill.distillation.loop import Cadence, make_method, run_method
 from dstill.evaluation.networks import evaluate_set, prepared
-from dstill.methods import METHODS, methods
 from dstill.methods.base import Problem, State
-from dstill.preparation import ensure_experts, fitted_preprocess, trained_on_all
-from dstill.runs import RunFolder
+from dstill.support.console import Silent
 
 NAMES = sorted(methods())
 STEPPING = [name for name in NAMES if methods()[name].family != "selection"]
@@ -238,7 +238,9 @@ def test_a_method_of_another_package_is_found_by_its_entry_point(monkeypatch: py
     def registered(info: Any, name: str = "mine") -> dict[str, Any]:
         point = Point(info)
         point.name = name
-        monkeypatch.setattr("dstill.methods.metadata.entry_points", lambda group: [point] if group == "dstill.methods" else [])
+        monkeypatch.setattr(
+            "dstill.config.registry.metadata.entry_points", lambda group: [point] if group == "dstill.methods" else []
+        )
         methods.cache_clear()
         return methods()
 

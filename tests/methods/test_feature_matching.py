@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dstill import nets
 from dstill.methods.batches import mean_distance
 from dstill.methods.cafe import discrimination, spread_of
-from dstill.nets import NETWORKS
+from dstill.nets import networks as nets
 from dstill.nets.convnet import ConvNet
+from dstill.nets.networks import NETWORKS
 
 
 def test_alignment_is_the_squared_distance_of_the_means_summed_over_all_numbers() -> None:
@@ -42,7 +42,7 @@ def test_the_layers_of_a_convnet_are_its_maps_before_pooling_and_its_features() 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_every_network_has_layers_and_forgets_the_hooks(name: str) -> None:
-    from dstill.config import NetConfig
+    from dstill.config.settings import NetConfig
 
     net = nets.build(NetConfig(name=name), 3, 2, (16, 16), torch.Generator().manual_seed(0))
     images = torch.randn(2, 3, 16, 16)

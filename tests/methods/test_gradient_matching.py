@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dstill.data import siamese
 from dstill.methods.gradient_matching import gradient_distance, matching_gradient
 from dstill.nets.convnet import ConvNet
-from dstill.unroll import Student
+from dstill.unrolling.student import Student
 
 
 def naive_distance(ours: list[Tensor], theirs: list[Tensor]) -> float:

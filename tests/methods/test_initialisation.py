@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from dstill import seeding
 from dstill.data.real import RealSet, Split
 from dstill.experts.trajectory import Trajectories
 from dstill.methods.base import Problem
@@ -24,6 +23,7 @@ from dstill.methods.initialisation import (
     representative_rows,
 )
 from dstill.methods.random import Random
+from dstill.support import seeding
 
 MakeProblem = Callable[..., Problem]
 FEWER_DISTINCT_POINTS = "ignore:Number of distinct clusters"  # scikit-learn's ConvergenceWarning on duplicates

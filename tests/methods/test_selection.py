@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dstill.bookmark import Bookmark
-from dstill.config import NetConfig, TrainingConfig
+from dstill.config.settings import NetConfig, TrainingConfig
 from dstill.data import preprocess as preprocessing
 from dstill.data.real import RealSet
-from dstill.engine import Derivatives
+from dstill.derivatives.engine import Derivatives
 from dstill.errors import DstillError
 from dstill.experts.trained import NetworkTask, train_network, trained_network
 from dstill.methods.forgetting import most_forgotten
 from dstill.methods.herding import herd
-from dstill.training import Batch, EpochReport, Objective, cross_entropy_objective, predictions
+from dstill.training.checkpoint import Bookmark
+from dstill.training.fit import Batch, EpochReport, Objective, cross_entropy_objective, predictions
 
 CPU = torch.device("cpu")
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dstill import nets
-from dstill.config import Recipe
+from dstill.config.settings import Recipe
 from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
 from dstill.data.real import RealSet
-from dstill.distillation import make_method
+from dstill.distillation.loop import make_method
 from dstill.methods.base import Problem, State
+from dstill.nets import networks as nets
 
 DSA = "colour_crop_cutout_flip_scale_rotate"
 CLASSES, EACH = 3, 20  # of `tiny_real`; batches are larger, so that every real image is in every batch

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils import vector_to_parameters
 
-from dstill import seeding
 from dstill.artifacts.distilled import DistilledSet
-from dstill.config import NetConfig
-from dstill.distillation import run_method
+from dstill.config.settings import NetConfig
+from dstill.distillation.loop import run_method
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
 from dstill.methods import trajectory_matching
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.trajectory_matching import TrajectoryMatching
+from dstill.support import seeding
 
 MakeProblem = Callable[..., Problem]
 DSA = "colour_crop_cutout_flip_scale_rotate"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dstill import nets
-from dstill.config import NetConfig
+from dstill.config.settings import NetConfig
 from dstill.errors import DstillError
+from dstill.nets import networks as nets
 from dstill.nets.alexnet import AlexNet
 from dstill.nets.norm import Norm
 from dstill.nets.resnet import ResNet18, ResNet18AvgPool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dstill.artifacts.run import SetRecord
+from dstill.artifacts.record import SetRecord
 from dstill.reporting.figures import run_curves
 
 

@@ -18,10 +18,10 @@ from PIL import Image
 
 import dstill
 from dstill import DistilledSet, DstillError
-from dstill.artifacts.run import RunRecord
+from dstill.artifacts.record import RunRecord
+from dstill.cli.show import describe
 from dstill.data.real import RealSet
 from dstill.reporting.page import MOST_IMAGES, report
-from dstill.showing import describe
 
 HOSTILE = ("<script>alert(1)</script>", 'a"onload="x', "$x_1$")
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from dstill import DstillError
+from dstill.api.job import resolve_for
+from dstill.artifacts.record import Curve, ExpertCurves, RunRecord, SetRecord
 from dstill.artifacts.result import Cost, ProtocolId, Result, Score
-from dstill.artifacts.run import Curve, ExpertCurves, RunRecord, SetRecord
-from dstill.calibration import Clock
-from dstill.config import Recipe
-from dstill.console import Silent
+from dstill.config.registry import methods
+from dstill.config.settings import Recipe
 from dstill.data.catalog import DATASETS
 from dstill.errors import CollapseError
-from dstill.methods import methods
-from dstill.preparation import resolve_for
-from dstill.reproducing import applies, plan_reproduction
-from dstill.reproductions import Case, Row, ScaleName, load_reproduction, reproduction_names
-from dstill.reproductions.table import Entry, Sets, cell, page, paired_difference, seconds, table, verdict
+from dstill.planning.clock import Clock
+from dstill.reproductions.page import Entry, Sets, cell, page, paired_difference, seconds, table, verdict
+from dstill.reproductions.run import applies, plan_reproduction
+from dstill.reproductions.spec import Case, Row, ScaleName, load_reproduction, reproduction_names
+from dstill.support.console import Silent
 
 SCALES: tuple[ScaleName, ...] = ("smoke", "cpu", "paper")
 NAMES = [*(f"table{k}" for k in range(1, 9)), *(f"fig{k}" for k in range(3, 12))]

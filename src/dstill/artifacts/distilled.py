@@ -11,15 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dstill.artifacts import header as files
+from dstill.artifacts import files
 from dstill.artifacts.result import Claim
-from dstill.config import NetConfig, Recipe, canonical
+from dstill.config.registry import methods
+from dstill.config.settings import NetConfig, Recipe, canonical
 from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
-from dstill.methods import methods
 
 KIND = "distilled set"
 FILE_NAME = "distilled.safetensors"

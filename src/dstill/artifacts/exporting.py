@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
-from dstill.artifacts.header import atomic, write_bytes, write_text
+from dstill.artifacts.files import atomic, write_bytes, write_text
 from dstill.artifacts.pictures import png_of
 from dstill.data.quiet import without_progress_bars
 from dstill.errors import DstillError, suggest

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
-from dstill.config import NetConfig
+from dstill.config.settings import NetConfig
 from dstill.data import preprocess as preprocessing
 from dstill.data.preprocess import Preprocess, Standardise
 from dstill.data.real import RealSet

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.artifacts.header import atomic
+from dstill.artifacts.files import atomic
 
 _GAP = 2
 _MIN_TILE = 64

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from dstill.artifacts.header import write_text
+from dstill.artifacts.files import write_text
 from dstill.errors import DamagedFileError, DstillError
 
 _COST = "cost.json"

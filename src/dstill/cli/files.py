@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from dstill.cli.app import app
-from dstill.console import printable
-from dstill.options import Common, Data
+from dstill.cli.options import Common, Data
+from dstill.support.console import printable
 
 _DATA, _COMMON = Data(), Common()
 
@@ -62,8 +62,8 @@ def import_(
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import showing
     from dstill.artifacts import importing
+    from dstill.cli import show as showing
 
     common.start()
     real = data.load(source)
@@ -80,7 +80,7 @@ def import_experts(*buffers: Path, out: Annotated[Path, Parameter(name=["--out",
         buffers: replay_buffer_*.pt.
         out: folder of trajectories.
     """
-    from dstill import showing
+    from dstill.cli import show as showing
     from dstill.experts import importing
 
     print(printable(showing.describe(importing.import_experts(buffers, out))))
@@ -94,7 +94,7 @@ def show(path: Path, *, png: Path | None = None) -> None:
         path: a distilled set, a run folder, a folder of experts, or a result.json.
         png: write the distilled images as a picture.
     """
-    from dstill import showing
+    from dstill.cli import show as showing
 
     print(printable(showing.describe(path)))
     if png is not None:
@@ -114,7 +114,7 @@ def ls(
         kind: what to list.
         as_json: print a JSON list of objects.
     """
-    from dstill import listing
+    from dstill.cli import ls as listing
 
     print(json.dumps(listing.rows(kind), indent=2) if as_json else "\n".join(listing.table(kind)))
 
@@ -139,7 +139,7 @@ def check(*paths: Path) -> None:
     Args:
         paths: files, or folders with all that is below them.
     """
-    from dstill import checking
+    from dstill.cli import check as checking
 
     found = checking.check(paths)
     for path, problem in found:

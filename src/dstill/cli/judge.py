@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from dstill.cli.app import app
-from dstill.options import Choice, Common, Data, Set, Whole, assignments, names, numbers
+from dstill.cli.options import Choice, Common, Data, Set, Whole, assignments, names, numbers
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
 
@@ -45,8 +45,9 @@ def evaluate(
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import evaluating, summary
+    from dstill.api import evaluate as evaluating
     from dstill.artifacts.distilled import DistilledSet
+    from dstill.cli import summary
 
     reporter, one = common.start(), DistilledSet.load(distilled)
     one = one.with_hard_labels() if hard else one
@@ -92,7 +93,8 @@ def judge(
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import judging, summary
+    from dstill.api import judge as judging
+    from dstill.cli import summary
 
     reporter = common.start()
     judgement = judging.judge(
@@ -137,8 +139,9 @@ def plan(
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import planning, summary
+    from dstill.cli import summary
     from dstill.data.catalog import DATASETS
+    from dstill.planning import plan as planning
 
     reporter = common.start()
     known = source in DATASETS and DATASETS[source].hub and data == _DATA
@@ -192,7 +195,8 @@ def compare(
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import comparing, summary
+    from dstill.api import compare as comparing
+    from dstill.cli import summary
 
     reporter = common.start()
     comparison = comparing.compare(
@@ -243,7 +247,8 @@ def reproduce(
         checkpoint_every: store the state every so many iterations.
         common: where and how the command runs.
     """
-    from dstill import reproducing, summary
+    from dstill.cli import summary
+    from dstill.reproductions import run as reproducing
 
     reporter = common.start()
     if plan:
@@ -286,7 +291,7 @@ def tune(
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import tuning
+    from dstill.api import tune as tuning
 
     reporter = common.start()
     real = data.load(source)

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dstill.cli.app import app
-from dstill.options import Choice, Common, Data, Whole, names, numbers
+from dstill.cli.options import Choice, Common, Data, Whole, names, numbers
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
 
@@ -51,7 +51,8 @@ def run(
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import commands, summary
+    from dstill.api import run as commands
+    from dstill.cli import summary
 
     reporter = common.start()
     result = commands.run(
@@ -91,7 +92,7 @@ def train_experts(
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import commands
+    from dstill.api import run as commands
 
     reporter = common.start()
     chosen = numbers(only, "--only") or None
@@ -132,7 +133,7 @@ def distill(
         data: how the real data are read.
         common: where and how the command runs.
     """
-    from dstill import commands
+    from dstill.api import run as commands
 
     reporter = common.start()
     commands.distill(

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dstill import seeding
 from dstill.data import sources
 from dstill.errors import DstillError, suggest
+from dstill.support import seeding
 
 VALIDATION_FRACTION = 0.1
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dstill.devices import sent
 from dstill.errors import DstillError, suggest
+from dstill.support.devices import sent
 
 SCALE_RATIO = 1.2
 ROTATE_DEGREES = 15.0

@@ -7,16 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dstill import seeding
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.result import Score
-from dstill.config import NetConfig, Protocol
+from dstill.config.settings import NetConfig, Protocol
 from dstill.data.preprocess import from_bytes
 from dstill.data.real import RealSet, Split
 from dstill.evaluation.networks import Trial, measure, prepared, train_and_measure, trials_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.methods.initialisation import random_rows
-from dstill.workers import Workers
+from dstill.support import seeding
+from dstill.support.workers import Workers
 
 RANDOM_DRAWS = 3
 # Learning rates that random images may choose from.

@@ -11,14 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dstill import nets, seeding
 from dstill.artifacts.distilled import DistilledSet
-from dstill.config import NetConfig, Protocol
+from dstill.config.settings import NetConfig, Protocol
 from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import Split
 from dstill.errors import CollapseError
-from dstill.training import fit, predictions, squared_objective, step_at, warm_cosine
-from dstill.workers import Workers, choose_workers, spread
+from dstill.nets import networks as nets
+from dstill.support import seeding
+from dstill.support.workers import Workers, choose_workers, spread
+from dstill.training.fit import fit, predictions, squared_objective, step_at, warm_cosine
 
 
 def prepared(split: Split, preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:

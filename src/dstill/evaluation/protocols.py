@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dstill import yamls
-from dstill.config import Protocol
+from dstill.config import yamls
+from dstill.config.settings import Protocol
 from dstill.errors import DstillError, suggest
 
 _FOLDER = Path(__file__).parent / "protocol_files"

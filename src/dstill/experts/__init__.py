@@ -1,0 +1,4 @@
+"""Expert trajectories: training, smoothness, storage, and import; and single trained networks.
+
+The loop that trains a network is in `training`.
+"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dstill.training import Batch, Objective
+from dstill.training.fit import Batch, Objective
 
 _TINY = 1e-12
 

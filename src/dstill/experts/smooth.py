@@ -7,9 +7,9 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from dstill.config import Form
-from dstill.engine import Precision, derivatives_of
-from dstill.training import Batch, Objective, cross_entropy_objective
+from dstill.config.settings import Form
+from dstill.derivatives.engine import Precision, derivatives_of
+from dstill.training.fit import Batch, Objective, cross_entropy_objective
 
 
 def clip_factor(epoch: int, form: Form) -> float:

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstill import nets, seeding
-from dstill.artifacts import header as files
-from dstill.bookmark import Beside, Bookmark, Training
-from dstill.config import ExpertConfig, NetConfig, canonical, digest
+from dstill.artifacts import files
+from dstill.config.settings import ExpertConfig, NetConfig, canonical, digest
 from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.gsam import gsam_objective
 from dstill.experts.smooth import smooth_objective, step_lengths
 from dstill.experts.trajectory import KIND, expert_path, missing_experts
-from dstill.training import Batch, EpochReport, Objective, Schedule, accuracy, fit, step_at
-from dstill.workers import Workers, choose_workers, spread
+from dstill.nets import networks as nets
+from dstill.support import seeding
+from dstill.support.workers import Workers, choose_workers, spread
+from dstill.training.checkpoint import Beside, Bookmark, Training
+from dstill.training.fit import Batch, EpochReport, Objective, Schedule, accuracy, fit, step_at
 
 _WRITING_SECONDS = 3600.0  # longer than any file of an expert takes to write
 

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstill import nets, seeding
-from dstill.artifacts import header as files
-from dstill.bookmark import Bookmark, Training
-from dstill.config import NetConfig, TrainingConfig, canonical, digest
+from dstill.artifacts import files
+from dstill.config.settings import NetConfig, TrainingConfig, canonical, digest
 from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import RealSet
-from dstill.engine import derivatives_of
-from dstill.training import Batch, EpochReport, cross_entropy_objective, fit
-from dstill.unroll import Student
+from dstill.derivatives.engine import derivatives_of
+from dstill.nets import networks as nets
+from dstill.support import seeding
+from dstill.training.checkpoint import Bookmark, Training
+from dstill.training.fit import Batch, EpochReport, cross_entropy_objective, fit
+from dstill.unrolling.student import Student
 
 _KIND = "trained network"
 

@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from dstill.artifacts import header as files
-from dstill.config import digest
+from dstill.artifacts import files
+from dstill.config.settings import digest
 from dstill.errors import DamagedFileError, DstillError
 
 KIND = "expert trajectory"

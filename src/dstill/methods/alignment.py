@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dstill.config import Form
+from dstill.config.settings import Form
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Segment
-from dstill.unroll import Targets
+from dstill.unrolling.types import Targets
 
 
 def balance_factor(start: int, max_start: int, *, offset: float = 8.0, base: float = math.e) -> float:

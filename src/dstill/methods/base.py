@@ -8,13 +8,14 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dstill import nets, seeding
 from dstill.artifacts.distilled import DistilledSet
-from dstill.config import DistillConfig, NetConfig, Recipe
+from dstill.config.settings import DistillConfig, NetConfig, Recipe
 from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import RealSet
 from dstill.experts.trained import TrainedNetwork
 from dstill.experts.trajectory import Trajectories
+from dstill.nets import networks as nets
+from dstill.support import seeding
 
 # Everything that must survive a restart, by name; `step` replaces entries in place.
 State = dict[str, Tensor]
@@ -100,7 +101,7 @@ class Problem:
 
 
 class Method(Protocol):
-    """A distillation method; `dstill.distillation` runs it."""
+    """A distillation method; `dstill.distillation.loop` runs it."""
 
     def start(self, problem: Problem) -> None:
         """Called on every launch, also when a run is resumed: builds what is not state."""

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dstill.data import siamese
-from dstill.engine import derivatives_of
+from dstill.derivatives.engine import derivatives_of
 from dstill.errors import DstillError
 from dstill.methods.base import Problem, State
 from dstill.methods.initialisation import initial_images
 from dstill.methods.settings import ImageConfig, InnerConfig
-from dstill.training import cross_entropy_objective, fit
-from dstill.unroll import sgd_step
+from dstill.training.fit import cross_entropy_objective, fit
+from dstill.unrolling.student import sgd_step
 
 
 class ClassBatch(NamedTuple):

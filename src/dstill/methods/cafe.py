@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dstill import nets
 from dstill.artifacts.distilled import DistilledSet
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.batches import ClassBatches, initial_state, mean_distance, train_on_synthetic, update_images
 from dstill.methods.settings import CafeConfig
-from dstill.training import accuracy
+from dstill.nets import networks as nets
+from dstill.training.fit import accuracy
 
 
 def discrimination(real: Tensor, real_labels: Tensor, centres: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from typing import final
 
 import torch
 
-from dstill import nets
 from dstill.artifacts.distilled import DistilledSet
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.batches import ClassBatches, initial_state, mean_distance, update_images
 from dstill.methods.settings import DistributionMatchingConfig
-from dstill.training import described
+from dstill.nets import networks as nets
+from dstill.training.fit import described
 
 
 @final

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dstill import nets
 from dstill.artifacts.distilled import DistilledSet
 from dstill.errors import DstillError
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.initialisation import initial_images
 from dstill.methods.lamb import cosine, lamb_step
 from dstill.methods.settings import FrepoConfig
-from dstill.training import described
+from dstill.nets import networks as nets
+from dstill.training.fit import described
 
 _SMALLEST_PROBABILITY = 1e-4
 

@@ -17,7 +17,7 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.batches import ClassBatches, initial_state, train_on_synthetic, update_images
 from dstill.methods.settings import GradientMatchingConfig
-from dstill.unroll import Student
+from dstill.unrolling.student import Student
 
 _EPSILON = 1e-6
 

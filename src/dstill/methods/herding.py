@@ -10,9 +10,9 @@ import functools
 import torch
 from torch import Tensor
 
-from dstill import training
 from dstill.methods.base import Problem
 from dstill.methods.selection import Selection
+from dstill.training.fit import described
 
 
 def herd(features: Tensor, count: int) -> Tensor:
@@ -40,7 +40,7 @@ def herd(features: Tensor, count: int) -> Tensor:
 def _rows(problem: Problem, generator: torch.Generator) -> Tensor:
     net, chosen = problem.trained_network(), []
     for rows in problem.real.train.by_class(problem.real.classes):
-        features = training.described(net, problem.prepared(rows))
+        features = described(net, problem.prepared(rows))
         chosen.append(rows[herd(features, problem.recipe.ipc)])
     return torch.cat(chosen)
 

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dstill import seeding, training
 from dstill.artifacts.distilled import DistilledSet
 from dstill.data.real import RealSet, Split
 from dstill.errors import DstillError
 from dstill.methods.base import Problem
+from dstill.support import seeding
+from dstill.training.fit import described
 
 _BLOCK = 512
 
@@ -82,7 +83,7 @@ def representative_rows(problem: Problem, generator: torch.Generator, *, release
 
 def _described(problem: Problem, net: nn.Module, rows: Tensor, *, released: bool) -> np.ndarray:
     blocks = [problem.prepared(block) for block in rows.split(_BLOCK)]
-    return torch.cat([net(block) if released else training.described(net, block) for block in blocks]).cpu().numpy()
+    return torch.cat([net(block) if released else described(net, block) for block in blocks]).cpu().numpy()
 
 
 def _representatives(problem: Problem, features: np.ndarray, generator: torch.Generator, *, released: bool) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dstill.config import Count, DistillConfig, Form, NetConfig, Passes, Positive, TrainingConfig
+from dstill.config.settings import Count, DistillConfig, Form, NetConfig, Passes, Positive, TrainingConfig
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Initialisation = Literal["random", "representative", "representative-released", "noise"]

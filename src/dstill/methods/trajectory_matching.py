@@ -11,15 +11,17 @@ from torch import Tensor
 
 from dstill.artifacts.distilled import DistilledSet
 from dstill.data import siamese
-from dstill.devices import full_precision, sent
 from dstill.errors import CollapseError, DstillError
 from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.initialisation import initial_images
 from dstill.methods.settings import MatchingConfig
-from dstill.training import student_batches
-from dstill.unroll import Step, Student, Unrolled, sgd_step, unroll
+from dstill.support.devices import full_precision, sent
+from dstill.training.fit import student_batches
+from dstill.unrolling.student import Student, sgd_step
+from dstill.unrolling.types import Step, Unrolled
+from dstill.unrolling.unroll import unroll
 
 _MIN_SKIPS = 10
 _BLOCK = 256  # images whose labels are worked out at once: no more memory than a step needs

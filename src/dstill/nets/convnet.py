@@ -1,4 +1,4 @@
-"""ConvNet-D: the network of the field's tables, and its hand-written derivatives in `dstill.nets.tangent`."""
+"""ConvNet-D: the network of the field's tables, and its hand-written derivatives in `dstill.derivatives.tangent`."""
 
 from __future__ import annotations
 

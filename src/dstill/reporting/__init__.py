@@ -1,1 +1,4 @@
-"""What people look at: figures and pages made from the records of runs."""
+"""Figures and the HTML page, drawn from what `artifacts` holds.
+
+Nothing here computes a result.
+"""

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
-from dstill.artifacts.header import atomic
-from dstill.artifacts.run import RunRecord, SetRecord
+from dstill.artifacts.files import atomic
+from dstill.artifacts.record import RunRecord, SetRecord
 
 Records = Mapping[str, RunRecord]
 

@@ -15,15 +15,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dstill import yamls
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
-from dstill.artifacts.header import write_text
+from dstill.artifacts.files import write_text
 from dstill.artifacts.pictures import png_of
-from dstill.artifacts.run import RunRecord
-from dstill.console import duration, size
-from dstill.distillation import INITIAL_NAME
+from dstill.artifacts.record import INITIAL_NAME, RunRecord
+from dstill.config import yamls
 from dstill.errors import DstillError
 from dstill.reporting import figures
+from dstill.support.console import duration, size
 from dstill.version import __version__
 
 REPORT_NAME = "report.html"

@@ -1,0 +1,199 @@
+"""What a finished run leaves in its folder, read back as one typed record: what reports and reproductions show."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from dstill.artifacts.result import Cost, Result
+from dstill.config import yamls
+from dstill.errors import CollapseError, DamagedFileError, DstillError, reason_of
+
+RESULT_NAME = "result.json"
+RECIPE_NAME = "recipe.yaml"
+METRICS_NAME = "metrics.jsonl"
+EXPERTS_NAME = "experts.json"
+MAP_NAME = "initialisation.json"
+INITIAL_NAME = "initial.safetensors"
+_MOST_POINTS = 200
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ExpertCurves(_Record):
+    """By epoch, the mean over experts: accuracy, a diagnostic, and |θ_t - θ_{t+1}|²."""
+
+    count: int
+    accuracy: tuple[float, ...]
+    step_lengths: tuple[float, ...]
+
+    @property
+    def avg_var(self) -> float:
+        """E_t[|θ_t - θ_{t+1}|²] (Tables I and VII)."""
+        return sum(self.step_lengths) / len(self.step_lengths)
+
+    @classmethod
+    def of(cls, curves: dict[str, list[list[float]]]) -> ExpertCurves:
+        """From what `Trajectories.curves` gave."""
+        return cls(
+            count=len(curves["accuracy"]), accuracy=_means(curves["accuracy"]), step_lengths=_means(curves["step_lengths"])
+        )
+
+
+class Curve(_Record):
+    """Values over iterations; long ones are means of neighbours."""
+
+    iterations: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def at(self, iteration: float) -> float:
+        """The value there, by linear interpolation."""
+        return float(np.interp(iteration, self.iterations, self.values))
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]], key: str, most: int = _MOST_POINTS) -> Curve | None:
+        """One column of the metrics; None if no row has it."""
+        points = [(row["iteration"] + 1, row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+        if not points:
+            return None
+        size = -(-len(points) // most)
+        groups = [points[i : i + size] for i in range(0, len(points), size)]
+        means = [tuple(sum(column) / len(group) for column in zip(*group, strict=True)) for group in groups]
+        return cls(iterations=tuple(mean[0] for mean in means), values=tuple(mean[1] for mean in means))
+
+
+class SetRecord(_Record):
+    """How one distilled set came into being.
+
+    Attributes:
+        curves: by name of the metric.
+        seconds: time after each iteration, from the start of distilling.
+        inner_loss: mean of the student's loss at the start of a segment, by start epoch (Fig. 3).
+        iterations: how many were logged.
+        skipped: steps not taken.
+    """
+
+    curves: dict[str, Curve]
+    seconds: Curve | None
+    inner_loss: dict[int, float]
+    iterations: int
+    skipped: int
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]]) -> SetRecord:
+        """From the rows of `metrics.jsonl`."""
+        keys = ("loss", "alpha", "validation_accuracy", "inner_loss_first")
+        curves = {key: curve for key in keys if (curve := Curve.of(rows, key))}
+        passed, timed = 0.0, list[dict[str, Any]]()
+        by_start: dict[int, list[float]] = {}
+        for row in rows:
+            passed += row["seconds"]
+            timed.append({"iteration": row["iteration"], "seconds": passed})
+            if "start_epoch" in row and row["inner_loss_first"] is not None:
+                by_start.setdefault(int(row["start_epoch"]), []).append(row["inner_loss_first"])
+        return cls(
+            curves=curves,
+            seconds=Curve.of(timed, "seconds"),
+            inner_loss={epoch: sum(losses) / len(losses) for epoch, losses in sorted(by_start.items())},
+            iterations=len(rows),
+            skipped=int(rows[-1].get("skipped", 0)) if rows else 0,
+        )
+
+
+class RunRecord(_Record):
+    """One run: its settings, what it measured, and how it went.
+
+    Attributes:
+        recipe: the resolved settings; empty where no set was finished.
+        result: None where the run failed.
+        reason: why it failed.
+        collapsed: whether that was a `CollapseError`, which no further try would change.
+        experts: their curves, for methods that have some.
+        sets: one a distilled set.
+        cost: of the first set.
+        map: see `dstill.methods.initialisation.initialisation_map`; empty where images were not chosen so.
+    """
+
+    recipe: dict[str, Any]
+    result: Result | None
+    reason: str = ""
+    collapsed: bool = False
+    experts: ExpertCurves | None = None
+    sets: tuple[SetRecord, ...] = ()
+    cost: Cost | None = None
+    map: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path, most: int | None = None, error: Exception | None = None) -> RunRecord:
+        """Whatever the run folder holds of its first `most` sets, or the folder of a single set.
+
+        With the `error` that ended the run, a result that an earlier run left there is not its result.
+
+        Raises:
+            DstillError: a file is damaged.
+        """
+        try:
+            return cls._read(folder, most, error)
+        except DstillError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as damage:
+            raise DstillError(f"a file of the run {folder} is damaged: {damage}") from damage
+
+    def pooled(self, records: Sequence[RunRecord]) -> RunRecord:
+        """This record with the sets of all `records`: runs of one set each that differ in their seed alone."""
+        results = [record.result for record in records if record.result]
+        together = {
+            "result": Result.pooled(results) if results else None,
+            "reason": "; ".join(record.reason for record in records if record.reason),
+            "collapsed": any(record.collapsed for record in records),
+            "sets": tuple(one for record in records for one in record.sets),
+        }
+        return self.model_copy(update=together)
+
+    @classmethod
+    def _read(cls, folder: Path, most: int | None, error: Exception | None) -> RunRecord:
+        finished = folder / RESULT_NAME
+        result = Result.load(finished) if finished.exists() and error is None else None
+        if most is None and result is not None:
+            most = result.sets  # a run before may have had more
+        sets = sorted(folder.glob("set-*"), key=lambda path: int(path.name.split("-")[1]))[:most] or [folder]
+        first = sets[0]
+        settings, experts, chosen = (first / name for name in (RECIPE_NAME, EXPERTS_NAME, MAP_NAME))
+        metrics = [rows for one in sets if (rows := read_metrics(one / METRICS_NAME))]
+        return cls(
+            recipe=yamls.read_mapping(settings) if settings.exists() else {},
+            result=result,
+            reason=reason_of(error) if error else "",
+            collapsed=isinstance(error, CollapseError),
+            experts=ExpertCurves.of(json.loads(experts.read_text(encoding="utf-8"))) if experts.exists() else None,
+            sets=tuple(SetRecord.of(rows) for rows in metrics),
+            cost=Cost.load(first),
+            map=tuple(json.loads(chosen.read_text(encoding="utf-8"))) if chosen.exists() else (),
+        )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a `metrics.jsonl`; none where there is no such file.
+
+    Raises:
+        DamagedFileError: one of them is not what was written.
+    """
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [dict(json.loads(line)) for line in lines[:-1] if line]
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error}): remove the line or the folder") from error
+
+
+def _means(columns: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(sum(values) / len(values) for values in zip(*columns, strict=True))

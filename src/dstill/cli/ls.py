@@ -1,0 +1,53 @@
+"""What `dstill ls` prints; no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dstill.config import recipes
+from dstill.config.registry import methods
+from dstill.data.catalog import DATASETS
+from dstill.evaluation.protocols import load_protocol, protocol_names
+from dstill.nets.networks import NETWORKS
+from dstill.reproductions.spec import load_reproduction, reproduction_names
+
+# Of the objects of a kind, what a printed list shows.
+_SHOWN = {"methods": ("name", "family", "needs", "labels", "paper", "note")}
+
+
+def table(kind: str) -> list[str]:
+    """The printed list of a kind, a line an object, in columns."""
+    keys = _SHOWN.get(kind, ("name", "note"))
+    cells = [[str(row[key]) for key in keys] for row in rows(kind)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(keys))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def rows(kind: str) -> list[dict[str, Any]]:
+    """Objects with a `name` and a `note`, and what else is known of their kind."""
+    match kind:
+        case "methods":
+            return [
+                {"name": n, "note": m.note, "family": m.family, "paper": m.paper, "needs": m.needs, "labels": m.labels}
+                for n, m in methods().items()
+            ]
+        case "networks":
+            return [{"name": name, "note": path} for name, path in NETWORKS.items()]
+        case "datasets":
+            return [{"name": name, "note": entry.note, "hub": entry.hub} for name, entry in DATASETS.items()]
+        case "recipes":
+            found = [(name, recipes.load_recipe(name)) for name in recipes.recipe_names()]
+            return [{"name": n, "note": r.note, "data": r.data, "method": r.method, "ipc": r.ipc} for n, r in found]
+        case "reproductions":
+            entries = [(name, load_reproduction(name)) for name in reproduction_names()]
+            return [{"name": name, "note": f"{r.paper}: {r.title}", "rows": len(r.rows)} for name, r in entries]
+        case _:
+            protocols = [load_protocol(name) for name in protocol_names()]
+            return [
+                {
+                    "name": p.name,
+                    "note": f"version {p.version}: {p.passes} passes, {p.networks} networks",
+                    "version": p.version,
+                }
+                for p in protocols
+            ]

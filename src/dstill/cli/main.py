@@ -1,0 +1,75 @@
+"""The command line: a command that makes or measures something is the public function of the same name.
+
+Importing this never imports torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+from dstill.cli import files, judge, make  # noqa: F401 - they register their commands
+from dstill.cli.app import app
+from dstill.errors import DstillError
+from dstill.support.console import printable
+from dstill.support.stopping import Terminated, raise_on_sigterm
+
+_FAULTS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is larger than this system allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission is denied",
+    errno.EISDIR: "a folder is where a file should be",
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.EEXIST: "a file is where a folder should be",
+    errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open on this system",
+    errno.ENOMEM: "out of memory",
+}
+
+
+def machine_fault(error: BaseException) -> str | None:
+    """What the machine lacks, in words; None where the error is of another kind."""
+    if isinstance(error, OSError) and error.errno in _FAULTS:
+        return _FAULTS[error.errno] + (f" ({error.filename})" if error.filename else "")
+    text = str(error)
+    if "out of memory" in text.lower() or "can't allocate memory" in text:
+        return "out of memory: " + text.splitlines()[0]
+    return None
+
+
+def main() -> None:
+    """Entry point: one sentence instead of a traceback for whatever the user can put right."""
+    debug = "--debug" in sys.argv
+    raise_on_sigterm()
+    try:
+        app()
+    except DstillError as error:
+        if debug:
+            raise
+        print(f"dstill: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ndstill: interrupted; what was stored is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except Terminated:
+        print("\ndstill: terminated; what was stored is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(143)
+    except MemoryError:
+        print("dstill: out of memory; what was stored is kept, and dstill plan says what a run takes", file=sys.stderr)
+        sys.exit(3)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (OSError, RuntimeError) as error:  # torch reports a lack of memory as the latter
+        sentence = machine_fault(error)
+        if debug or sentence is None:
+            raise
+        print(f"dstill: {sentence}; what was stored is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

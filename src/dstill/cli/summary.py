@@ -1,0 +1,87 @@
+"""The tables that commands end with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dstill.api.compare import LEFT, Comparison
+from dstill.api.judge import Judgement
+from dstill.artifacts.result import Result
+from dstill.planning.plan import Plan
+from dstill.support.console import duration, printable, size
+
+_PIPED = 140  # piped output has no width of its own, and a cut number would be a wrong one
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """The rows of a comparison."""
+    _print(comparison.texts(), LEFT, f"{comparison.data}, protocol {comparison.protocol}")
+
+
+def print_judgement(judgement: Judgement) -> None:
+    """The rows of a judgement."""
+    _print(judgement.texts(), ("network", "labels", "augmentation"), f"{size(judgement.stored_bytes)} stored")
+
+
+def _print(lines: Sequence[Sequence[str]], left: Sequence[str], title: str) -> None:
+    header, *rows = lines
+    table = Table(title=_plain(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in header:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=column != left[-1])
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPED)
+    console.print(table)
+
+
+def _plain(text: str) -> str:
+    """Text that means nothing to rich or to the terminal, whatever file it came from."""
+    return escape(printable(text))
+
+
+def print_plan(plan: Plan) -> None:
+    """The stages of a plan, their sum, and what stands against it."""
+    table = Table(title=_plain(plan.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("stage", "time", "memory", "disk", ""):
+        table.add_column(column, justify="right" if column in ("time", "memory", "disk") else "left")
+    for stage in plan.stages:
+        texts = (stage.name, duration(stage.seconds), size(stage.peak_bytes), size(stage.disk_bytes), stage.note)
+        table.add_row(*map(_plain, texts))
+    table.add_section()
+    table.add_row("together", duration(plan.seconds), size(plan.peak_bytes), size(plan.disk_bytes), "")
+    console = Console()
+    console.print(table)
+    for warning in plan.warnings:
+        console.print(printable(f"warning: {warning}"), markup=False)
+
+
+def print_result(result: Result) -> None:
+    """The table at the end: the method beside random images and, where measured, the whole set."""
+    table = Table(
+        title=_plain(
+            f"{result.data}, {result.ipc} image(s) per class, protocol {result.protocol.name} v{result.protocol.version}"
+        )
+    )
+    for column in ("", f"{result.measured_on} accuracy %", "± std", "n"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = [
+        (f"{result.method} ({name})" if len(result.nets) > 1 else result.method, score) for name, score in result.nets.items()
+    ]
+    rows += [("random real images", result.random)] if result.random else []
+    rows += [("whole training set", result.whole)] if result.whole else []
+    for name, score in rows:
+        table.add_row(_plain(name), f"{100 * score.mean:.1f}", f"{100 * score.std:.1f}", str(score.n))
+    console = Console()
+    console.print(table)
+    if result.random:
+        gain = 100 * (result.accuracy.mean - result.random.mean)
+        rate = f"(which chose learning rate {result.random.lr:g})"
+        console.print(f"{_plain(result.method)} is {gain:+.1f} points from random images {rate}.")
+    console.print(f"{result.stored_bytes / 1024:.1f} KiB stored, {duration(result.seconds)}.")

@@ -1,0 +1,260 @@
+"""Every setting, typed and frozen. Unknown keys are refused; nothing here imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
+
+from dstill.config.registry import method_info
+from dstill.support.plugins import load_class
+
+Form = Literal["off", "paper", "released"]
+Positive = Annotated[float, Field(gt=0)]
+# More than anybody can wait for or store, and few enough for every integer type.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown keys, finite numbers, no implicit conversion of strings to numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class NetConfig(Settings):
+    """A network by name; options left out take the network's own defaults."""
+
+    name: str = "convnet"
+    """A name of `dstill ls networks`, or the user's own `package.module:Class` taking (channels, classes, size, **options)."""
+    width: Count | None = None
+    """Channels of each convolution (ConvNet)."""
+    depth: Count | None = None
+    """Number of blocks, each halving the side (ConvNet)."""
+    norm: Literal["instance", "group", "batch", "layer", "none"] | None = None
+    """Normalisation after each convolution (ConvNet)."""
+
+
+def evaluation_nets(own: NetConfig, names: Sequence[str]) -> list[NetConfig]:
+    """The networks of these names, `own` with its options where it is named; `own` alone where none is."""
+    return [own if name == own.name else NetConfig(name=name) for name in names] or [own]
+
+
+class GsamConfig(Settings):
+    """Surrogate-gap sharpness-aware minimisation, for FTD's flat experts."""
+
+    rho: Positive = 0.01
+    """Radius of the (adaptive) ascent step."""
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the descent along the part of the gradient that is orthogonal to the perturbed one."""
+
+
+class ExpertConfig(Settings):
+    """How expert trajectories are trained (paper IV-B, Eq. 19, Algorithm 1)."""
+
+    count: Count = 50
+    """Number of experts."""
+    epochs: Count | None = None
+    """Passes over the real training set, one record each; left out: what the matching needs, T+ + M - 1."""
+    planned_epochs: Count = 50
+    """The E that the learning-rate step at E/2 refers to, also where fewer epochs are trained."""
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    """`sgd` with `momentum`, or Adam."""
+    lr: Positive = 0.003
+    """Learning rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+    """L2 coefficient added to the gradient."""
+    batch_size: Count = 256
+    """Real images a step."""
+    clipped_loss: Form = "paper"
+    """λ of Eq. 19: over 5 epochs (paper), over 10 (released), or off."""
+    gradient_penalty: Form = "paper"
+    """Second term of Eq. 19: norm over a sample, μ = 1 (paper); over channels at each pixel, μ = 2 (released); or off."""
+    lr_step: Form = "paper"
+    """Halved at epoch E/2 (paper); times 0.6 after epoch E/2 + 1 with the momentum lost (released); or never."""
+    gsam: GsamConfig | None = None
+    """Flat minima by GSAM (FTD); left out: plain gradients."""
+    store: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type in which trajectories are stored."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the convolutions' products (ConvNet with instance norm); bfloat16 is an approximation."""
+    compile: bool = False
+    """torch.compile the training step where native kernels do not run: about a minute, then faster."""
+
+
+class TrainingConfig(Settings):
+    """Plain training of one network on all real images, by SGD and without augmentation."""
+
+    epochs: Count = 30
+    """Passes over the real training set."""
+    lr: Positive = 0.01
+    """Learning rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """L2 coefficient added to the gradient."""
+    batch_size: Count = 256
+    """Real images a step."""
+
+
+class Passes(NamedTuple):
+    """How often a batch goes through a network: forward alone, forward and backward, or in second order.
+
+    `library-forward` and `library` are the first two where a method cannot use the hand-written derivatives.
+    """
+
+    kind: Literal["forward", "gradient", "tangent", "library-forward", "library"]
+    times: float
+    images: int
+
+
+class DistillConfig(Settings):
+    """Base of the settings of a method, the section `distill` of its recipes."""
+
+    iterations: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """Updates of the synthetic set; 0 for methods that select real images."""
+
+    @classmethod
+    def expert_defaults(cls) -> dict[str, Any]:
+        """What an `experts` section that leaves it out has, where that is not `ExpertConfig`'s own default."""
+        return {}
+
+    def adapted(self, *, ipc: int, depth: int, mirror: bool) -> Self:
+        """These settings for a case that they were not written for.
+
+        Args:
+            ipc: images per class.
+            depth: blocks that a ConvNet has for the images' side.
+            mirror: whether a mirrored image keeps its class.
+        """
+        return self
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        """About what one iteration costs, for `dstill plan`; nothing for methods that select."""
+        return []
+
+    def smoke(self) -> Self:
+        """These settings shrunk until a run takes seconds."""
+        return self.model_copy(update={"iterations": min(self.iterations, 5)})
+
+
+class Recipe(Settings):
+    """All settings of one result: a file `recipes/<data>/<method>-ipc<k>.yaml`, or your own."""
+
+    data: str
+    """Data set that the settings were made for."""
+    method: str
+    """A name of `dstill ls methods`."""
+    ipc: Count
+    """Synthetic images per class."""
+    note: str = ""
+    """Where the settings come from."""
+    preprocess: Literal["standardise", "zca"] = "standardise"
+    """Channel standardisation, or ZCA whitening, fitted on the training part."""
+    augmentation: str = "colour_crop_cutout_flip_scale_rotate"
+    """DSA operations joined by `_`, or `none`."""
+    net: NetConfig = NetConfig()
+    """Network of experts, student and evaluation."""
+    experts: ExpertConfig | None = None
+    """Expert trajectories; left out by methods that need none."""
+    distill: Annotated[SerializeAsAny[DistillConfig], Field(validate_default=True)] = DistillConfig()
+    """The method's own settings; keys and defaults are those of the class that the table of methods names for it."""
+    protocol: str = "ast"
+    """Evaluation protocol, a name of `dstill ls protocols`."""
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _experts_of_the_method(cls, section: Any, info: ValidationInfo) -> Any:
+        """Fills a section up with the method's own defaults: an expert of MTT is not one of AST."""
+        if not isinstance(section, dict) or "method" not in info.data:
+            return section
+        return {**settings_class(info.data["method"]).expert_defaults(), **section}
+
+    @field_validator("distill", mode="before")
+    @classmethod
+    def _settings_of_the_method(cls, section: Any, info: ValidationInfo) -> Any:
+        """Reads `distill` as the class of the method's settings."""
+        if "method" not in info.data:
+            return DistillConfig()  # the missing method is what the user is told of
+        wanted = settings_class(info.data["method"])
+        if type(section) is wanted:
+            return section
+        if isinstance(section, DistillConfig) and issubclass(wanted, type(section)):
+            # A base class states all its fields, but for the common one, which knows the method's by what was set alone.
+            section = section.model_dump(exclude_unset=type(section) is DistillConfig)
+        if isinstance(section, DistillConfig):
+            raise ValueError(f"method {info.data['method']!r} takes a {wanted.__name__}, not a {type(section).__name__}")
+        return wanted.model_validate({} if section is None else section)
+
+    @property
+    def expert_config(self) -> ExpertConfig:
+        """The experts' settings with `epochs` filled in: no more than the matching needs unless asked."""
+        experts = self.experts or ExpertConfig(**self.distill.expert_defaults())
+        if experts.epochs is not None:
+            return experts
+        return experts.model_copy(update={"epochs": getattr(self.distill, "epochs_needed", experts.planned_epochs)})
+
+    def describing_expert(self, epochs: int) -> ExpertConfig | None:
+        """The one longer expert that the initialisation asks for beside experts of `epochs` epochs; None if they will do."""
+        wanted: int | None = getattr(self.distill, "describing_epochs", None)
+        if wanted is None or epochs >= wanted:
+            return None
+        return self.expert_config.model_copy(update={"count": 1, "epochs": wanted})
+
+
+class Protocol(Settings):
+    """An evaluation protocol: versioned data, a file of `evaluation/protocol_files`."""
+
+    name: str
+    """Name that every result carries."""
+    version: Count
+    """Raised whenever a number below changes."""
+    passes: Count
+    """Passes over the synthetic set."""
+    batch_size: Count
+    """Synthetic images a step."""
+    loss: Literal["cross-entropy", "squared"] = "cross-entropy"
+    """Cross-entropy, or mean squared error of the outputs to the label probabilities minus 1/K, over √(K/10) (FRePo)."""
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    """`sgd` with `momentum`, or Adam."""
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    """L2 coefficient."""
+    lr: Positive
+    """Learning rate of sets that carry no learned α, and of Adam."""
+    schedule: Literal["step", "cosine"] = "step"
+    """Times `lr_factor` at half of the passes; or growth over `warmup` passes, then half a cosine to 0."""
+    lr_factor: Positive = 1.0
+    """Factor on the learning rate at half of the passes."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Passes over which the cosine schedule grows."""
+    networks: Count
+    """Fresh networks trained and measured."""
+
+
+def settings_class(method: str) -> type[DistillConfig]:
+    """The class of a method's `distill` section.
+
+    Raises:
+        DstillError: the method is unknown, or its settings cannot be imported.
+    """
+    path = method_info(method).settings
+    if path is None:
+        return DistillConfig
+    found: type[DistillConfig] = load_class(path, f"settings of method {method!r}")
+    return found
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Names plain JSON values: the first 16 hex digits of their SHA-256, whatever the order of the keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def canonical(settings: Settings, **exclude: Any) -> dict[str, Any]:
+    """Settings as plain JSON values, in the order of their fields."""
+    return settings.model_dump(mode="json", **exclude)

@@ -1,0 +1,560 @@
+// The CPU kernels of the hand-written derivatives, in float and double.
+//
+// Memory is channels-last, [image, row, column, channel], so that neighbouring lanes of a vector are neighbouring channels
+// and no kernel ever shuffles lanes. Everything is single-threaded: callers run micro-batches side by side.
+//
+//   unit_*      instance norm, ReLU and 2x2 average pooling of one block, in its four forms (dstill.nets.unit.Unit)
+//   winograd_*  the transforms of Winograd's F(4x4, 3x3) convolution (dstill.derivatives.cpu_convolutions)
+//   patches_*   images as rows of 3x3 patches, for images of few channels (dstill.derivatives.cpu_convolutions)
+//   products    a batch of small matrix products, and sums of two of them
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+template <class T>
+struct Simd {
+  typedef T Vector __attribute__((vector_size(kBytes)));
+  static constexpr long lanes = kBytes / sizeof(T);
+};
+template <class T>
+using Vec = typename Simd<T>::Vector;
+
+// A run of `n` channels; `Full` where n is a whole vector, so that the copies below become single instructions.
+template <class T, bool Full>
+struct Channels {
+  long n;
+  Vec<T> load(const T* p) const {
+    Vec<T> v{};
+    std::memcpy(&v, p, Full ? kBytes : n * sizeof(T));
+    return v;
+  }
+  void store(T* p, Vec<T> v) const { std::memcpy(p, &v, Full ? kBytes : n * sizeof(T)); }
+};
+
+template <class T, class Body>
+void for_channels(long count, Body body) {
+  for (long c = 0; c < count; c += Simd<T>::lanes) {
+    const long n = std::min(Simd<T>::lanes, count - c);
+    if (n == Simd<T>::lanes) body(c, Channels<T, true>{n});
+    else body(c, Channels<T, false>{n});
+  }
+}
+
+// A comparison that keeps NaN: a student that diverged must not look healthy.
+template <class T>
+Vec<T> relu(Vec<T> a) { return Vec<T>{} > a ? Vec<T>{} : a; }
+
+struct Size {
+  long height, width, channels;
+  long pixels() const { return height * width; }
+  long pooled() const { return (height / 2) * (width / 2); }
+};
+
+// Sum over an image, row by row: the rounding error grows with the side and not with the number of pixels.
+template <class T, class Term>
+Vec<T> sum(const Size& s, Term term) {
+  Vec<T> total{};
+  for (long i = 0; i < s.height; ++i) {
+    Vec<T> row{};
+    for (long j = 0; j < s.width; ++j) row += term(i, j);
+    total += row;
+  }
+  return total;
+}
+
+// One image and one run of channels of a block:  n = (z - mean) r,  a = n scale + shift.
+template <class T, bool Full>
+struct Unit {
+  Channels<T, Full> lanes;
+  Size s;
+  const T* z;
+  Vec<T> mean, r, scale, shift;
+
+  long at(long i, long j) const { return (i * s.width + j) * s.channels; }
+  bool inside(long i, long j) const { return i < s.height / 2 * 2 && j < s.width / 2 * 2; }
+  Vec<T> normalised(long i, long j) const { return (lanes.load(z + at(i, j)) - mean) * r; }
+  Vec<T> activation(Vec<T> n) const { return n * scale + shift; }
+  // What pooling and ReLU hand back to pixel (i, j) of a gradient by the pooled image.
+  Vec<T> unpooled(const T* gy, Vec<T> n, long i, long j) const {
+    if (!inside(i, j)) return Vec<T>{};
+    const Vec<T> quarter = lanes.load(gy + ((i / 2) * (s.width / 2) + j / 2) * s.channels) * T(0.25);
+    return activation(n) > T(0) ? quarter : Vec<T>{};
+  }
+};
+
+template <class T, class Body>
+void for_units(long images, Size s, const T* z, const T* scale, const T* shift, Body body) {
+  for (long b = 0; b < images; ++b)
+    for_channels<T>(s.channels, [&](long c, auto lanes) {
+      Unit<T, std::is_same_v<decltype(lanes), Channels<T, true>>> u{lanes, s, z + b * s.pixels() * s.channels + c};
+      u.scale = lanes.load(scale + c);
+      u.shift = lanes.load(shift + c);
+      body(u, b * s.channels + c, b * s.pixels() * s.channels + c, b * s.pooled() * s.channels + c);
+    });
+}
+
+template <class T, class Value>
+void pool(const Size& s, T* y, Value value) {
+  for (long i = 0; i < s.height / 2; ++i)
+    for (long j = 0; j < s.width / 2; ++j)
+      value(y + (i * (s.width / 2) + j) * s.channels, 2 * i, 2 * j);
+}
+
+template <class T>
+void unit_forward(const T* z, const T* scale, const T* shift, T* y, T* mean, T* r, T eps, long images, Size s) {
+  const T share = T(1) / s.pixels();
+  for_units(images, s, z, scale, shift, [&](auto u, long stat, long, long out) {
+    using V = Vec<T>;
+    u.mean = sum<T>(s, [&](long i, long j) { return u.lanes.load(u.z + u.at(i, j)); }) * share;
+    V variance = sum<T>(s, [&](long i, long j) {
+      const V d = u.lanes.load(u.z + u.at(i, j)) - u.mean;
+      return V(d * d);
+    }) * share;
+    for (long k = 0; k < Simd<T>::lanes; ++k) u.r[k] = T(1) / std::sqrt(variance[k] + eps);
+    u.lanes.store(mean + stat, u.mean);
+    u.lanes.store(r + stat, u.r);
+    pool(s, y + out, [&](T* p, long i, long j) {
+      V total{};
+      for (long k = 0; k < 4; ++k) {
+        total += relu<T>(u.activation(u.normalised(i + k / 2, j + k % 2)));
+      }
+      u.lanes.store(p, total * T(0.25));
+    });
+  });
+}
+
+template <class T>
+void unit_backward(const T* z, const T* mean, const T* r, const T* scale, const T* shift, const T* gy, T* gz, T* sum_ga,
+                   T* sum_ga_n, long images, Size s) {
+  const T share = T(1) / s.pixels();
+  for_units(images, s, z, scale, shift, [&](auto u, long stat, long full, long half) {
+    using V = Vec<T>;
+    u.mean = u.lanes.load(mean + stat);
+    u.r = u.lanes.load(r + stat);
+    V total_n{};
+    const V total = sum<T>(s, [&](long i, long j) {
+      const V n = u.normalised(i, j), ga = u.unpooled(gy + half, n, i, j);
+      total_n += ga * n;
+      return ga;
+    });
+    u.lanes.store(sum_ga + stat, total);
+    u.lanes.store(sum_ga_n + stat, total_n);
+    const V mean_ga = total * share, mean_ga_n = total_n * share, factor = u.scale * u.r;
+    for (long i = 0; i < s.height; ++i)
+      for (long j = 0; j < s.width; ++j) {
+        const V n = u.normalised(i, j), ga = u.unpooled(gy + half, n, i, j);
+        u.lanes.store(gz + full + u.at(i, j), factor * (ga - mean_ga - n * mean_ga_n));
+      }
+  });
+}
+
+template <class T>
+void unit_tangent(const T* z, const T* mean, const T* r, const T* scale, const T* shift, const T* dz, const T* dscale,
+                  const T* dshift, T* y, T* dy, T* mean_dz, T* projection, long images, Size s) {
+  const T share = T(1) / s.pixels();
+  for_units(images, s, z, scale, shift, [&](auto u, long stat, long full, long half) {
+    using V = Vec<T>;
+    const long c = stat % s.channels;
+    u.mean = u.lanes.load(mean + stat);
+    u.r = u.lanes.load(r + stat);
+    const V ds = dscale ? u.lanes.load(dscale + c) : V{}, dh = dshift ? u.lanes.load(dshift + c) : V{};
+    V along{};
+    const V m = sum<T>(s, [&](long i, long j) {
+      const V d = u.lanes.load(dz + full + u.at(i, j));
+      along += d * u.normalised(i, j);
+      return d;
+    }) * share;
+    const V p = along * share;
+    u.lanes.store(mean_dz + stat, m);
+    u.lanes.store(projection + stat, p);
+    for (long i = 0; i < s.height / 2; ++i)
+      for (long j = 0; j < s.width / 2; ++j) {
+        V total{}, dtotal{};
+        for (long k = 0; k < 4; ++k) {
+          const long q = u.at(2 * i + k / 2, 2 * j + k % 2);
+          const V n = (u.lanes.load(u.z + q) - u.mean) * u.r, a = u.activation(n);
+          const V dn = u.r * (u.lanes.load(dz + full + q) - m - n * p), da = dn * u.scale + n * ds + dh;
+          total += relu<T>(a);
+          dtotal += a > T(0) ? da : V{};
+        }
+        const long out = half + (i * (s.width / 2) + j) * s.channels;
+        u.lanes.store(y + out, total * T(0.25));
+        u.lanes.store(dy + out, dtotal * T(0.25));
+      }
+  });
+}
+
+template <class T>
+void unit_tangent_backward(const T* z, const T* mean, const T* r, const T* scale, const T* shift, const T* dz,
+                           const T* mean_dz, const T* projection, const T* dscale, const T* gy, const T* sum_ga,
+                           const T* sum_ga_n, const T* dgy, T* gz, T* dgz, T* sum_dga, T* sum_scale, long images, Size s) {
+  const T share = T(1) / s.pixels();
+  for_units(images, s, z, scale, shift, [&](auto u, long stat, long full, long half) {
+    using V = Vec<T>;
+    u.mean = u.lanes.load(mean + stat);
+    u.r = u.lanes.load(r + stat);
+    const V m = u.lanes.load(mean_dz + stat), p = u.lanes.load(projection + stat);
+    const V mean_ga = u.lanes.load(sum_ga + stat) * share, mean_ga_n = u.lanes.load(sum_ga_n + stat) * share;
+    const V ds = dscale ? u.lanes.load(dscale + stat % s.channels) : V{};
+    const auto tangent_n = [&](V n, long q) { return V(u.r * (u.lanes.load(dz + full + q) - m - n * p)); };
+    V mixed{};
+    const V total = sum<T>(s, [&](long i, long j) {
+      const V n = u.normalised(i, j), dga = u.unpooled(dgy + half, n, i, j), ga = u.unpooled(gy + half, n, i, j);
+      mixed += dga * n + ga * tangent_n(n, u.at(i, j));
+      return dga;
+    });
+    u.lanes.store(sum_dga + stat, total);
+    u.lanes.store(sum_scale + stat, mixed);
+    const V mean_dga = total * share, mean_mixed = mixed * share;
+    const V factor = u.scale * u.r, dfactor = ds * u.r - u.scale * u.r * u.r * p;
+    for (long i = 0; i < s.height; ++i)
+      for (long j = 0; j < s.width; ++j) {
+        const long k = u.at(i, j);
+        const V n = u.normalised(i, j), dga = u.unpooled(dgy + half, n, i, j), ga = u.unpooled(gy + half, n, i, j);
+        const V q = ga - mean_ga - n * mean_ga_n;
+        const V dq = dga - mean_dga - tangent_n(n, k) * mean_ga_n - n * mean_mixed;
+        u.lanes.store(gz + full + k, factor * q);
+        u.lanes.store(dgz + full + k, dfactor * q + factor * dq);
+      }
+  });
+}
+
+// Winograd's F(4, 3) on the points 0, +-a, +-b and infinity. a = 5/8 and b = 3/2 lose half as many digits as the usual 1 and
+// 2 do, and every constant below is exact in binary.
+constexpr double kA = 0.625, kB = 1.5, kA2 = kA * kA, kB2 = kB * kB;
+constexpr int kTile = 4, kPatch = 6;
+
+template <class T, class X>
+void input_1d(const X* d, X* v) {  // B^T d
+  const X even_a = d[4] - T(kB2) * d[2], odd_a = T(kA) * (d[3] - T(kB2) * d[1]);
+  const X even_b = d[4] - T(kA2) * d[2], odd_b = T(kB) * (d[3] - T(kA2) * d[1]);
+  v[0] = T(kA2 * kB2) * d[0] - T(kA2 + kB2) * d[2] + d[4];
+  v[1] = even_a + odd_a;
+  v[2] = even_a - odd_a;
+  v[3] = even_b + odd_b;
+  v[4] = even_b - odd_b;
+  v[5] = T(kA2 * kB2) * d[1] - T(kA2 + kB2) * d[3] + d[5];
+}
+
+template <class T, class X>
+void input_adjoint_1d(const X* v, X* d) {  // B v
+  const X even_a = v[1] + v[2], odd_a = T(kA) * (v[1] - v[2]), even_b = v[3] + v[4], odd_b = T(kB) * (v[3] - v[4]);
+  d[0] = T(kA2 * kB2) * v[0];
+  d[1] = T(kA2 * kB2) * v[5] - T(kB2) * odd_a - T(kA2) * odd_b;
+  d[2] = -T(kA2 + kB2) * v[0] - T(kB2) * even_a - T(kA2) * even_b;
+  d[3] = odd_a + odd_b - T(kA2 + kB2) * v[5];
+  d[4] = v[0] + even_a + even_b;
+  d[5] = v[5];
+}
+
+template <class T, class X>
+void output_1d(const X* m, X* y) {  // A^T m
+  const X even_a = m[1] + m[2], odd_a = T(kA) * (m[1] - m[2]), even_b = m[3] + m[4], odd_b = T(kB) * (m[3] - m[4]);
+  y[0] = m[0] + even_a + even_b;
+  y[1] = odd_a + odd_b;
+  y[2] = T(kA2) * even_a + T(kB2) * even_b;
+  y[3] = T(kA2) * odd_a + T(kB2) * odd_b + m[5];
+}
+
+template <class T, class X>
+void output_adjoint_1d(const X* y, X* m) {  // A y
+  const X even_a = y[0] + T(kA2) * y[2], odd_a = T(kA) * (y[1] + T(kA2) * y[3]);
+  const X even_b = y[0] + T(kB2) * y[2], odd_b = T(kB) * (y[1] + T(kB2) * y[3]);
+  m[0] = y[0];
+  m[1] = even_a + odd_a;
+  m[2] = even_a - odd_a;
+  m[3] = even_b + odd_b;
+  m[4] = even_b - odd_b;
+  m[5] = y[3];
+}
+
+constexpr double kScale0 = 1 / (kA2 * kB2), kScaleA = 1 / (2 * kA2 * (kA2 - kB2)), kScaleB = 1 / (2 * kB2 * (kB2 - kA2));
+
+template <class T, class X>
+void weight_1d(const X* g, X* u) {  // G g
+  const X even_a = T(kScaleA) * (g[0] + T(kA2) * g[2]), odd_a = T(kScaleA * kA) * g[1];
+  const X even_b = T(kScaleB) * (g[0] + T(kB2) * g[2]), odd_b = T(kScaleB * kB) * g[1];
+  u[0] = T(kScale0) * g[0];
+  u[1] = even_a + odd_a;
+  u[2] = even_a - odd_a;
+  u[3] = even_b + odd_b;
+  u[4] = even_b - odd_b;
+  u[5] = g[2];
+}
+
+template <class T, class X>
+void weight_adjoint_1d(const X* u, X* g) {  // G^T u
+  const X even_a = T(kScaleA) * (u[1] + u[2]), even_b = T(kScaleB) * (u[3] + u[4]);
+  g[0] = T(kScale0) * u[0] + even_a + even_b;
+  g[1] = T(kScaleA * kA) * (u[1] - u[2]) + T(kScaleB * kB) * (u[3] - u[4]);
+  g[2] = T(kA2) * even_a + T(kB2) * even_b + u[5];
+}
+
+// M x M^T for the matrix that `one` applies to From numbers, giving To.
+template <int From, int To, class X, class One>
+void both_sides(const X* x, X* y, One one) {
+  X half[To * From], column[From], result[To];
+  for (int j = 0; j < From; ++j) {
+    for (int i = 0; i < From; ++i) column[i] = x[i * From + j];
+    one(column, result);
+    for (int i = 0; i < To; ++i) half[i * From + j] = result[i];
+  }
+  for (int i = 0; i < To; ++i) one(half + i * From, y + i * To);
+}
+
+template <class T, class Body>
+void for_tiles(long images, Size s, Body body) {
+  const long rows = (s.height + kTile - 1) / kTile, columns = (s.width + kTile - 1) / kTile;
+  for (long b = 0, tile = 0; b < images; ++b)
+    for (long i = 0; i < rows; ++i)
+      for (long j = 0; j < columns; ++j, ++tile)
+        for_channels<T>(s.channels, [&](long c, auto lanes) {
+          body(lanes, b * s.pixels() * s.channels + c, i * kTile, j * kTile, tile * s.channels + c);
+        });
+}
+
+// Calls body(element of a Side x Side window, offset of its pixel) for the pixels that lie inside the image.
+template <int Side, class Body>
+void for_window(const Size& s, long top, long left, Body body) {
+  for (int i = 0; i < Side; ++i)
+    for (int j = 0; j < Side; ++j)
+      if (top + i >= 0 && top + i < s.height && left + j >= 0 && left + j < s.width)
+        body(i * Side + j, ((top + i) * s.width + left + j) * s.channels);
+}
+
+template <class T>
+void winograd_input(const T* x, T* v, long plane, long images, Size s) {
+  for_tiles<T>(images, s, [&](auto lanes, long image, long top, long left, long tile) {
+    Vec<T> d[kPatch * kPatch] = {}, w[kPatch * kPatch];
+    for_window<kPatch>(s, top - 1, left - 1, [&](int k, long pixel) { d[k] = lanes.load(x + image + pixel); });
+    both_sides<kPatch, kPatch>(d, w, input_1d<T, Vec<T>>);
+    for (int k = 0; k < kPatch * kPatch; ++k) lanes.store(v + k * plane + tile, w[k]);
+  });
+}
+
+template <class T>
+void winograd_input_adjoint(const T* v, T* x, long plane, long images, Size s) {
+  std::memset(x, 0, images * s.pixels() * s.channels * sizeof(T));
+  for_tiles<T>(images, s, [&](auto lanes, long image, long top, long left, long tile) {
+    Vec<T> w[kPatch * kPatch], d[kPatch * kPatch];
+    for (int k = 0; k < kPatch * kPatch; ++k) w[k] = lanes.load(v + k * plane + tile);
+    both_sides<kPatch, kPatch>(w, d, input_adjoint_1d<T, Vec<T>>);
+    for_window<kPatch>(s, top - 1, left - 1, [&](int k, long pixel) {
+      T* p = x + image + pixel;
+      lanes.store(p, lanes.load(p) + d[k]);
+    });
+  });
+}
+
+template <class T>
+void winograd_output(const T* m, T* y, long plane, long images, Size s) {
+  for_tiles<T>(images, s, [&](auto lanes, long image, long top, long left, long tile) {
+    Vec<T> w[kPatch * kPatch], d[kTile * kTile];
+    for (int k = 0; k < kPatch * kPatch; ++k) w[k] = lanes.load(m + k * plane + tile);
+    both_sides<kPatch, kTile>(w, d, output_1d<T, Vec<T>>);
+    for_window<kTile>(s, top, left, [&](int k, long pixel) { lanes.store(y + image + pixel, d[k]); });
+  });
+}
+
+template <class T>
+void winograd_output_adjoint(const T* y, T* m, long plane, long images, Size s) {
+  for_tiles<T>(images, s, [&](auto lanes, long image, long top, long left, long tile) {
+    Vec<T> d[kTile * kTile] = {}, w[kPatch * kPatch];
+    for_window<kTile>(s, top, left, [&](int k, long pixel) { d[k] = lanes.load(y + image + pixel); });
+    both_sides<kTile, kPatch>(d, w, output_adjoint_1d<T, Vec<T>>);
+    for (int k = 0; k < kPatch * kPatch; ++k) lanes.store(m + k * plane + tile, w[k]);
+  });
+}
+
+// Weights are [output, input, 3, 3] in memory. Lanes run over the inner index of the plane that is written: U[output, input]
+// or its transpose; `step` and `row` are the strides of the inner and the outer index in filters.
+template <class T>
+void winograd_weight(const T* g, T* u, long plane, long outer, long inner, long row, long step) {
+  for (long i = 0; i < outer; ++i)
+    for_channels<T>(inner, [&](long j, auto lanes) {
+      T gathered[9][Simd<T>::lanes] = {};
+      for (long lane = 0; lane < lanes.n; ++lane)
+        for (int k = 0; k < 9; ++k) gathered[k][lane] = g[(i * row + (j + lane) * step) * 9 + k];
+      Vec<T> d[9], w[kPatch * kPatch];
+      std::memcpy(d, gathered, sizeof d);
+      both_sides<3, kPatch>(d, w, weight_1d<T, Vec<T>>);
+      for (int k = 0; k < kPatch * kPatch; ++k) lanes.store(u + k * plane + i * inner + j, w[k]);
+    });
+}
+
+template <class T>
+void winograd_weight_adjoint(const T* u, T* g, long plane, long outputs, long inputs) {
+  for_channels<T>(outputs * inputs, [&](long i, auto lanes) {
+    Vec<T> w[kPatch * kPatch], d[9];
+    for (int k = 0; k < kPatch * kPatch; ++k) w[k] = lanes.load(u + k * plane + i);
+    both_sides<kPatch, 3>(w, d, weight_adjoint_1d<T, Vec<T>>);
+    for (long lane = 0; lane < lanes.n; ++lane)
+      for (int k = 0; k < 9; ++k) g[(i + lane) * 9 + k] = d[k][lane];
+  });
+}
+
+// Matrix products C = A B (+ A2 B2), one for each of `planes` planes. Rows of B and C are contiguous, A has any strides.
+struct Matrices {
+  long planes, m, n, k, a_row, a_column, a_plane, b_row, b_plane, c_row, c_plane;
+};
+
+constexpr int kRows = kBytes == 64 ? 6 : 4, kVectors = kBytes == 64 ? 4 : 2;
+// Sums are cut into chains this long: one chain of 128 additions loses half a digit more than everything else together.
+constexpr long kChain = 32;
+
+template <class T, int Rows, int Vectors, bool Full>
+void tile(const Matrices& x, const T* a, const T* b, T* c, bool add, Channels<T, Full> lanes) {
+  constexpr long width = Simd<T>::lanes;
+  Vec<T> total[Rows][Vectors] = {};
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Vectors; ++j) __builtin_prefetch(c + i * x.c_row + j * width, 1);
+  for (long first = 0; first < x.k; first += kChain) {
+    Vec<T> chain[Rows][Vectors] = {};
+    for (long k = first; k < std::min(first + kChain, x.k); ++k) {
+      Vec<T> row[Vectors];
+      for (int j = 0; j < Vectors; ++j) row[j] = lanes.load(b + k * x.b_row + j * width);
+      for (int i = 0; i < Rows; ++i) {
+        const T factor = a[i * x.a_row + k * x.a_column];
+        for (int j = 0; j < Vectors; ++j) chain[i][j] += factor * row[j];
+      }
+    }
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < Vectors; ++j) total[i][j] += chain[i][j];
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Vectors; ++j) {
+      T* p = c + i * x.c_row + j * width;
+      lanes.store(p, add ? lanes.load(p) + total[i][j] : total[i][j]);
+    }
+}
+
+template <class T, int Vectors, bool Full>
+void column(const Matrices& x, const T* a, const T* b, T* c, bool add, Channels<T, Full> lanes) {
+  long i = 0;
+  for (; i + kRows <= x.m; i += kRows) tile<T, kRows, Vectors>(x, a + i * x.a_row, b, c + i * x.c_row, add, lanes);
+  for (; i + 2 <= x.m; i += 2) tile<T, 2, Vectors>(x, a + i * x.a_row, b, c + i * x.c_row, add, lanes);
+  if (i < x.m) tile<T, 1, Vectors>(x, a + i * x.a_row, b, c + i * x.c_row, add, lanes);
+}
+
+template <class T>
+void product(const Matrices& x, const T* a, const T* b, T* c, bool add) {
+  constexpr long width = Simd<T>::lanes;
+  const Channels<T, true> all{width};
+  long j = 0;
+  for (; j + kVectors * width <= x.n; j += kVectors * width) column<T, kVectors>(x, a, b + j, c + j, add, all);
+  for (; j + 2 * width <= x.n; j += 2 * width) column<T, 2>(x, a, b + j, c + j, add, all);
+  for (; j + width <= x.n; j += width) column<T, 1>(x, a, b + j, c + j, add, all);
+  if (j < x.n) column<T, 1>(x, a, b + j, c + j, add, Channels<T, false>{x.n - j});
+}
+
+// Long sums are taken in stretches whose operands stay in the cache while every tile of C reads them.
+constexpr long kStretch = 512;
+
+template <class T>
+void sum_of_products(const Matrices& x, const T* a, const T* b, T* c, bool add) {
+  for (long first = 0; first < x.k; first += kStretch) {
+    Matrices stretch = x;
+    stretch.k = std::min(kStretch, x.k - first);
+    product(stretch, a + first * x.a_column, b + first * x.b_row, c, add || first > 0);
+  }
+}
+
+template <class T>
+void products(const T* a, const T* b, const T* a2, const T* b2, T* c, const Matrices& x) {
+  for (long p = 0; p < x.planes; ++p) {
+    sum_of_products(x, a + p * x.a_plane, b + p * x.b_plane, c + p * x.c_plane, false);
+    if (a2) sum_of_products(x, a2 + p * x.a_plane, b2 + p * x.b_plane, c + p * x.c_plane, true);
+  }
+}
+
+// Calls body(offset in the image, offset in the patches, count) for every row of every 3x3 patch, clipped to the image:
+// a run of neighbouring numbers on both sides. A patch is a row of `length` numbers, the last of which may be padding.
+template <class Body>
+void for_patches(long images, Size s, long length, Body body) {
+  for (long b = 0, row = 0; b < images; ++b)
+    for (long i = 0; i < s.height; ++i)
+      for (long j = 0; j < s.width; ++j, ++row)
+        for (long k = std::max(0L, 1 - i); k < std::min(3L, s.height + 1 - i); ++k) {
+          const long left = std::max(0L, 1 - j), right = std::min(3L, s.width + 1 - j);
+          body(((b * s.height + i + k - 1) * s.width + j + left - 1) * s.channels,
+               row * length + (3 * k + left) * s.channels, (right - left) * s.channels);
+        }
+}
+
+template <class T>
+void patches(const T* x, T* rows, long length, long images, Size s) {
+  std::memset(rows, 0, images * s.pixels() * length * sizeof(T));
+  for_patches(images, s, length, [&](long from, long to, long count) { std::copy_n(x + from, count, rows + to); });
+}
+
+template <class T>
+void patches_adjoint(const T* rows, T* x, long length, long images, Size s) {
+  std::memset(x, 0, images * s.pixels() * s.channels * sizeof(T));
+  for_patches(images, s, length, [&](long to, long from, long count) {
+    for (long c = 0; c < count; ++c) x[to + c] += rows[from + c];
+  });
+}
+
+}  // namespace
+
+#define EXPORT(T, S)                                                                                                        \
+  extern "C" {                                                                                                              \
+  void unit_forward_##S(const T* z, const T* scale, const T* shift, T* y, T* mean, T* r, double eps, long b, long h, long w, \
+                        long c) {                                                                                           \
+    unit_forward<T>(z, scale, shift, y, mean, r, T(eps), b, {h, w, c});                                                     \
+  }                                                                                                                         \
+  void unit_backward_##S(const T* z, const T* mean, const T* r, const T* scale, const T* shift, const T* gy, T* gz,         \
+                         T* sum_ga, T* sum_ga_n, long b, long h, long w, long c) {                                          \
+    unit_backward<T>(z, mean, r, scale, shift, gy, gz, sum_ga, sum_ga_n, b, {h, w, c});                                     \
+  }                                                                                                                         \
+  void unit_tangent_##S(const T* z, const T* mean, const T* r, const T* scale, const T* shift, const T* dz,                 \
+                        const T* dscale, const T* dshift, T* y, T* dy, T* mean_dz, T* projection, long b, long h, long w,   \
+                        long c) {                                                                                           \
+    unit_tangent<T>(z, mean, r, scale, shift, dz, dscale, dshift, y, dy, mean_dz, projection, b, {h, w, c});                \
+  }                                                                                                                         \
+  void unit_tangent_backward_##S(const T* z, const T* mean, const T* r, const T* scale, const T* shift, const T* dz,        \
+                                 const T* mean_dz, const T* projection, const T* dscale, const T* gy, const T* sum_ga,      \
+                                 const T* sum_ga_n, const T* dgy, T* gz, T* dgz, T* sum_dga, T* sum_scale, long b, long h,  \
+                                 long w, long c) {                                                                          \
+    unit_tangent_backward<T>(z, mean, r, scale, shift, dz, mean_dz, projection, dscale, gy, sum_ga, sum_ga_n, dgy, gz, dgz, \
+                             sum_dga, sum_scale, b, {h, w, c});                                                             \
+  }                                                                                                                         \
+  void winograd_input_##S(const T* x, T* v, long plane, long b, long h, long w, long c) { winograd_input<T>(x, v, plane, b, {h, w, c}); }      \
+  void winograd_input_adjoint_##S(const T* v, T* x, long plane, long b, long h, long w, long c) {                                       \
+    winograd_input_adjoint<T>(v, x, plane, b, {h, w, c});                                                                          \
+  }                                                                                                                         \
+  void winograd_output_##S(const T* m, T* y, long plane, long b, long h, long w, long c) { winograd_output<T>(m, y, plane, b, {h, w, c}); }    \
+  void winograd_output_adjoint_##S(const T* y, T* m, long plane, long b, long h, long w, long c) {                                      \
+    winograd_output_adjoint<T>(y, m, plane, b, {h, w, c});                                                                         \
+  }                                                                                                                         \
+  void winograd_weight_##S(const T* g, T* u, long plane, long outer, long inner, long row, long step) {                      \
+    winograd_weight<T>(g, u, plane, outer, inner, row, step);                                                               \
+  }                                                                                                                         \
+  void winograd_weight_adjoint_##S(const T* u, T* g, long plane, long o, long i) {                                          \
+    winograd_weight_adjoint<T>(u, g, plane, o, i);                                                                          \
+  }                                                                                                                         \
+  void patches_##S(const T* x, T* rows, long length, long b, long h, long w, long c) {                                      \
+    patches<T>(x, rows, length, b, {h, w, c});                                                                              \
+  }                                                                                                                         \
+  void patches_adjoint_##S(const T* rows, T* x, long length, long b, long h, long w, long c) {                              \
+    patches_adjoint<T>(rows, x, length, b, {h, w, c});                                                                      \
+  }                                                                                                                         \
+  void products_##S(const T* a, const T* b, const T* a2, const T* b2, T* c, long planes, long m, long n, long k,            \
+                    long a_row, long a_column, long a_plane, long b_row, long b_plane, long c_row, long c_plane) {          \
+    products<T>(a, b, a2, b2, c, {planes, m, n, k, a_row, a_column, a_plane, b_row, b_plane, c_row, c_plane});              \
+  }                                                                                                                         \
+  }
+
+EXPORT(float, float32)
+EXPORT(double, float64)

@@ -1,0 +1,315 @@
+"""Derivatives of the instance-norm ConvNet written by hand: each block in four forms.
+
+With the scalar l(theta, x), a direction (theta', x') and a prime for d/d(epsilon) along it, one pass gives
+
+    l' = <grad l, (theta', x')>      grad_theta l'  (a Hessian-vector product)      grad_x l'
+
+which is everything that one step of the unrolled gradient needs (`dstill.unrolling.adjoint`: H v, the image term and the
+step-size term), and, with a direction in the *input*, the exact gradient of the expert's gradient penalty.
+
+Why by hand: library double backward also forms the gradient by the primal weights, keeps a graph, and treats the
+convolution bias, whose effect an instance norm removes exactly. A block is a `Convolution` followed by a `Unit`; both have
+a form in plain tensor operations, for any device and type. Both have native forms for a CPU, and the unit has one for NVIDIA
+cards (`dstill.derivatives.build`).
+
+A pass has two halves, so that the first may run long before the second. `cross_entropy_gradient` is the first order:
+forward and backward. It leaves one `Unit` a block, holding what is dear to recompute: the convolution's output z and the
+gradient by the block's output. `cross_entropy_tangents` and `penalty_tangents` are the second order: the tangents of
+both, starting from these units.
+
+Shapes: images `[B, C, H, W]`; `parameters` is the list of `ConvNet.parameters()`, which is, for each block,
+convolution weight `[O, I, 3, 3]`, convolution bias `[O]`, norm scale `[O]`, norm shift `[O]`, and at the end the
+classifier's weight and bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dstill.derivatives.convolution import Convolution, Operand
+from dstill.derivatives.unit import Unit
+
+
+class UnitMaker(Protocol):
+    """Makes a `Unit` from scale and shift."""
+
+    def __call__(self, scale: Tensor, shift: Tensor, /) -> Unit: ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the blocks of one network geometry are computed.
+
+    Attributes:
+        unit: makes the `Unit` of a block.
+        first: the convolution of each block in the first order. ReLU masks come from these.
+        second: the convolutions of the tangents; the same objects, or cheaper ones in another precision.
+    """
+
+    unit: UnitMaker
+    first: Sequence[Convolution]
+    second: Sequence[Convolution]
+
+    def weights(self, parameters: Sequence[Tensor], *, first: bool = True, second: bool = True) -> Weights:
+        """Parameters, or a direction in them, with the filters in the domains of the orders that are asked for."""
+        filters = parameters[:-2:4]
+        if self.second is self.first:
+            both = [conv.weight(w) for conv, w in zip(self.first, filters, strict=True)]
+            return Weights(parameters, both, both)
+        return Weights(
+            parameters,
+            [conv.weight(w) for conv, w in zip(self.first, filters, strict=True)] if first else [],
+            [conv.weight(w) for conv, w in zip(self.second, filters, strict=True)] if second else [],
+        )
+
+
+class Weights(NamedTuple):
+    """See `Engine.weights`; `parameters` as they are in memory."""
+
+    parameters: Sequence[Tensor]
+    first: Sequence[Operand]
+    second: Sequence[Operand]
+
+    @property
+    def classifier(self) -> tuple[Tensor, Tensor]:
+        return self.parameters[-2], self.parameters[-1]
+
+    def affine(self, block: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift of a block."""
+        return self.parameters[4 * block + 2], self.parameters[4 * block + 3]
+
+
+class Sum(NamedTuple):
+    """A gradient by the parameters of some images, its filters still in the convolutions' domain: sums come cheap there."""
+
+    filters: list[Operand]
+    affine: list[tuple[Tensor, Tensor]]
+    classifier: tuple[Tensor, Tensor]
+
+    def add_(self, other: Sum) -> None:
+        """Adds in place."""
+        for mine, theirs in zip(self._all(), other._all(), strict=True):
+            mine.add_(theirs)
+
+    def _all(self) -> list[Tensor]:
+        return [*self.filters, *(t for pair in self.affine for t in pair), *self.classifier]
+
+    def parameters(self, convolutions: Sequence[Convolution]) -> list[Tensor]:
+        """In the order of `ConvNet.parameters()`. Biases before an instance norm have none: zero."""
+        result: list[Tensor] = []
+        for conv, filters, (scale, shift) in zip(convolutions, self.filters, self.affine, strict=True):
+            result += [conv.weight_adjoint(filters), torch.zeros_like(shift), scale, shift]
+        return [*result, *self.classifier]
+
+
+class FirstOrder(NamedTuple):
+    """Loss of some images, its gradient, the units that the second order starts from, and the logits."""
+
+    loss: Tensor
+    gradient: Sum | None
+    units: list[Unit]
+    logits: Tensor
+
+
+class SecondOrder(NamedTuple):
+    """Derivatives along one direction: of the loss, and of its gradients by parameters, images and label logits."""
+
+    loss: Tensor
+    gradient: Sum
+    images: Tensor
+    labels: Tensor
+
+
+def _forward(engine: Engine, point: Weights, images: Tensor) -> tuple[list[Unit], list[Operand], Tensor]:
+    """Units and convolution inputs of every block, and the features."""
+    units: list[Unit] = []
+    inputs: list[Operand] = []
+    y = images
+    for i, (conv, weight) in enumerate(zip(engine.first, point.first, strict=True)):
+        inputs.append(conv.input(y))
+        units.append(engine.unit(*point.affine(i)))
+        y = units[-1].forward(conv.forward((inputs[-1], weight)))
+    return units, inputs, y
+
+
+def features(engine: Engine, point: Weights, images: Tensor) -> Tensor:
+    """What enters the classifier, of `[B, C, H, W]`: `[B, F]`."""
+    return _forward(engine, point, images)[2].flatten(1)
+
+
+def logits(engine: Engine, point: Weights, images: Tensor) -> Tensor:
+    """Of `[B, C, H, W]`: `[B, K]`."""
+    return F.linear(features(engine, point, images), *point.classifier)
+
+
+def cross_entropy_gradient(
+    engine: Engine, point: Weights, images: Tensor, targets: Tensor, count: int, *, weights: bool = True
+) -> FirstOrder:
+    """Cross-entropy with target probabilities `[B, K]`, summed over the images and divided by `count`, and its gradient.
+
+    `weights=False` leaves out the gradient, for the sake of the units alone.
+    """
+    units, inputs, features = _forward(engine, point, images)
+    flat = features.flatten(1)
+    outputs = F.linear(flat, *point.classifier)
+    log_probabilities = F.log_softmax(outputs, 1)
+    loss = -(targets * log_probabilities).sum() / count
+    gf = (log_probabilities.exp() - targets) / count
+    gy = (gf @ point.classifier[0]).view_as(features)
+    filters, _ = _backward(engine, point, units, inputs if weights else None, gy)
+    if not weights:
+        return FirstOrder(loss, None, units, outputs)
+    gradient = Sum(filters, [u.gradients() for u in units], (gf.t() @ flat, gf.sum(0)))
+    return FirstOrder(loss, gradient, units, outputs)
+
+
+def _backward(
+    engine: Engine, point: Weights, units: list[Unit], inputs: list[Operand] | None, gy: Tensor, *, by_images: bool = False
+) -> tuple[list[Operand], Tensor | None]:
+    """Runs `backward` from the top down; the gradients by the filters where `inputs` are given, and by the images if asked."""
+    filters: list[Operand] = []
+    for i in reversed(range(len(units))):
+        conv, gz = engine.first[i], units[i].backward(gy)
+        if inputs is None and i == 0 and not by_images:
+            break
+        operand = conv.output(gz)
+        if inputs is not None:
+            filters.insert(0, conv.by_weight((operand, inputs[i])))
+        if i or by_images:
+            gy = conv.by_input((operand, point.first[i]))
+    return filters, gy if by_images else None
+
+
+def _tangent(
+    engine: Engine,
+    point: Weights,
+    direction: Weights | None,
+    units: list[Unit],
+    images: Tensor,
+    dimages: Tensor | None,
+    known: list[Operand] | None = None,
+) -> tuple[list[Operand], list[Operand | None], Tensor, Tensor]:
+    """Runs `tangent` from the bottom up: inputs of every convolution, their tangents, the features and their tangent.
+
+    `known` are the inputs of the first order, where they are still there.
+    """
+    inputs: list[Operand] = []
+    reused = known if engine.second is engine.first else None
+    dinputs: list[Operand | None] = []
+    y, dy = images, dimages
+    for i, (unit, conv) in enumerate(zip(units, engine.second, strict=True)):
+        if unit.z is None:
+            unit.z = engine.first[i].forward((engine.first[i].input(y), point.first[i]))
+        inputs.append(conv.input(y) if reused is None else reused[i])
+        dinputs.append(None if dy is None else conv.input(dy))
+        pairs = [] if dinputs[i] is None else [(dinputs[i], point.second[i])]
+        pairs += [] if direction is None else [(inputs[i], direction.second[i])]
+        dscale, dshift = (None, None) if direction is None else direction.affine(i)
+        y, dy = unit.tangent(conv.forward(*pairs), dscale, dshift)
+    assert dy is not None
+    return inputs, dinputs, y, dy
+
+
+def _tangent_backward(
+    engine: Engine,
+    point: Weights,
+    direction: Weights | None,
+    units: list[Unit],
+    inputs: list[Operand],
+    dinputs: list[Operand | None],
+    dgy: Tensor,
+    *,
+    by_images: bool,
+) -> tuple[list[Operand], Tensor]:
+    """Runs `tangent_backward` from the top down: tangents of the gradients by the filters and, if asked, by the images."""
+    filters: list[Operand] = []
+    for i in reversed(range(len(units))):
+        conv = engine.second[i]
+        gz, dgz = (conv.output(g) for g in units[i].tangent_backward(dgy))
+        dx = dinputs[i]
+        filters.insert(0, conv.by_weight((dgz, inputs[i]), *([] if dx is None else [(gz, dx)])))
+        if i or by_images:
+            pairs = [] if direction is None else [(gz, direction.second[i])]
+            dgy = conv.by_input((dgz, point.second[i]), *pairs)
+    return filters, dgy
+
+
+def cross_entropy_tangents(
+    engine: Engine,
+    point: Weights,
+    direction: Weights,
+    images: Tensor,
+    targets: Tensor,
+    count: int,
+    units: list[Unit] | None = None,
+) -> SecondOrder:
+    """Derivatives of `cross_entropy_gradient` along a direction in the parameters.
+
+    Args:
+        engine: how.
+        point: the parameters.
+        direction: the direction v.
+        images: `[B, C, H, W]`.
+        targets: target probabilities q `[B, K]`, rows summing to one.
+        count: what the sum over images is divided by.
+        units: those of the first order at this point and these images; recomputed if left out. They are used up.
+
+    Returns:
+        <grad, v>; H v; d<grad, v>/d images; d<grad, v>/d label logits where q = softmax(label logits).
+    """
+    if units is None:
+        units = cross_entropy_gradient(engine, point, images, targets, count, weights=False).units
+    inputs, dinputs, y, dy = _tangent(engine, point, direction, units, images, None)
+    flat, dflat = y.flatten(1), dy.flatten(1)
+    (weight, _), (dweight, dbias) = point.classifier, direction.classifier
+    probabilities = F.softmax(F.linear(flat, *point.classifier), 1)
+    gf = (probabilities - targets) / count
+    df = F.linear(dflat, weight) + F.linear(flat, dweight, dbias)
+    dloss = (gf * df).sum()
+    dgf = probabilities * (df - (probabilities * df).sum(1, keepdim=True)) / count
+    dlabels = -targets * (df - (targets * df).sum(1, keepdim=True)) / count
+    dgy = (dgf @ weight + gf @ dweight).view_as(y)
+    filters, dimages = _tangent_backward(engine, point, direction, units, inputs, dinputs, dgy, by_images=True)
+    classifier = (dgf.t() @ flat + gf.t() @ dflat, dgf.sum(0))
+    return SecondOrder(dloss, Sum(filters, [u.tangent_gradients() for u in units], classifier), dimages, dlabels)
+
+
+def penalty_tangents(
+    engine: Engine, point: Weights, images: Tensor, pixelwise: bool, target: float, count: int
+) -> tuple[Tensor, Sum]:
+    """Two-sided gradient penalty (|grad_x W(x)| - target)^2, W the sum of the logits, and its exact gradient (Eq. 19).
+
+    Summed over the images and divided by `count`. With J = grad_x W and u = 2 (|J| - target) / |J| J held constant, the
+    gradient of the penalty is the gradient by theta of the derivative of W along u in the input: one tangent pass.
+
+    Args:
+        engine: how.
+        point: the parameters.
+        images: `[B, C, H, W]`, un-augmented.
+        pixelwise: the norm over colour channels at each pixel (released code; the mean over pixels is taken) instead of
+            over the whole image (paper).
+        target: K of the paper.
+        count: what the sum over images is divided by.
+    """
+    units, known, features = _forward(engine, point, images)
+    weight = point.classifier[0]
+    gy = weight.sum(0).expand(len(images), -1).contiguous().view_as(features)
+    _, jacobian = _backward(engine, point, units, None, gy, by_images=True)
+    assert jacobian is not None
+    axes, share = ((1,), images[0, 0].numel()) if pixelwise else ((1, 2, 3), 1)
+    norm = jacobian.square().sum(axes, keepdim=True).sqrt()
+    penalty = (norm - target).square().sum() / (count * share)
+    direction = 2 * (norm - target) / norm.clamp_min(1e-12) * jacobian / (count * share)
+
+    inputs, dinputs, _, dy = _tangent(engine, point, None, units, images, direction, known)
+    # The cotangent does not depend on x, so the tangent of every gradient above the top block is zero.
+    filters, _ = _tangent_backward(engine, point, None, units, inputs, dinputs, torch.zeros_like(dy), by_images=False)
+    by_weight = dy.flatten(1).sum(0).expand_as(weight).clone()
+    classifier = (by_weight, torch.zeros_like(point.classifier[1]))
+    return penalty, Sum(filters, [u.tangent_gradients() for u in units], classifier)

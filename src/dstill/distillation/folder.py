@@ -1,0 +1,170 @@
+"""One distillation in a folder of its own: what is written, and what is told while it goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from dstill.artifacts import files, pictures
+from dstill.artifacts.distilled import FILE_NAME, DistilledSet
+from dstill.artifacts.record import EXPERTS_NAME, MAP_NAME, RECIPE_NAME, SetRecord
+from dstill.artifacts.result import Cost
+from dstill.artifacts.run_folder import RunFolder
+from dstill.config import recipes
+from dstill.config.registry import method_info
+from dstill.config.settings import Recipe, canonical
+from dstill.data.real import RealSet
+from dstill.derivatives import build as native
+from dstill.derivatives.engine import supports
+from dstill.distillation.loop import Cadence, run_method
+from dstill.distillation.sinks import Sink, open_sinks
+from dstill.methods.base import Problem
+from dstill.methods.initialisation import initialisation_map
+from dstill.methods.settings import MatchingConfig
+from dstill.reporting import figures
+from dstill.support.console import Reporter, size
+from dstill.support.devices import resident_memory, watching_memory
+
+FRAMES = "frames"
+
+
+class Watcher:
+    """Tells the console, the sinks and the folder of frames how a distillation goes.
+
+    Args:
+        problem: what is worked on.
+        reporter: the console.
+        out: the run folder; without one there are no sinks and no pictures.
+        logs: names of sinks.
+    """
+
+    def __init__(self, problem: Problem, reporter: Reporter, out: Path | None = None, logs: Sequence[str] = ()) -> None:
+        self.reporter, self.out, recipe = reporter, out, problem.recipe
+        title = f"{recipe.method}, {problem.real.name}, IPC {recipe.ipc}"
+        self.sinks: list[Sink] = open_sinks(logs, out, title, canonical(recipe)) if out and logs else []
+        work = recipe.distill.work(ipc=recipe.ipc, classes=problem.real.classes)
+        self.images = sum(passes.times * passes.images for passes in work if passes.kind != "tangent")
+        self.validation = ""
+
+    def __call__(self, iteration: int, total: int, row: dict[str, float]) -> None:
+        if "gradient_cosine" in row:
+            cosine = f"{row['gradient_cosine']:.7f}"
+            self.reporter.note(f"inexact precision: at the start, cosine {cosine} to the exact gradient of the images")
+        if "validation_accuracy" in row:
+            self.validation = f"validation {row['validation_accuracy']:.1%}"
+        parts = [f"{sign} {row[key]:.4g}" for key, sign in (("loss", "loss"), ("alpha", "α")) if key in row]
+        parts += [f"{row['skipped']:.0f} skipped"] if row.get("skipped") else []
+        parts += [self.validation] if self.validation else []
+        parts += [f"{self.images / row['seconds']:,.0f} images/s"] if row["seconds"] and self.images else []
+        parts += [size(memory)] if (memory := resident_memory()) else []
+        self.reporter.progress("distilling", iteration + 1, total, "  ".join(parts))
+        for sink in self.sinks:
+            sink.log(iteration + 1, row)
+
+    def picture(self, iteration: int, distilled: DistilledSet) -> None:
+        """Keeps the images as they are after an iteration."""
+        if self.out is None:
+            return
+        pictures.save_grid(distilled, self.out / FRAMES / f"{iteration:07d}.png")
+        for sink in self.sinks:
+            sink.picture(iteration, pictures.grid(distilled))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def known_identity(real: RealSet, recipe: Recipe, seed: int, expert_seed: int) -> dict[str, Any]:
+    """What tells a run from others and is known before its experts are trained; these know their own seed."""
+    identity = {"recipe": canonical(recipe, exclude={"note"}), "data": real.fingerprint, "seed": seed}
+    return {**identity, "expert_seed": expert_seed} if method_info(recipe.method).needs == "trained network" else identity
+
+
+def distill_into(
+    out: Path, problem: Problem, known: dict[str, Any], cadence: Cadence, reporter: Reporter, logs: Sequence[str] = ()
+) -> DistilledSet:
+    """Distils into a folder, from where an earlier call stopped, and writes what shows the result.
+
+    Args:
+        out: the folder.
+        problem: what is worked on.
+        known: see `known_identity`.
+        cadence: how often what is done.
+        reporter: receives progress.
+        logs: names of sinks.
+
+    Raises:
+        DstillError: the folder belongs to another run.
+    """
+    experts = problem.trajectories
+    identity = {**known, "experts": experts.identity if experts else None, "expert_count": len(experts) if experts else 0}
+    if problem.initial is not None:
+        identity["initial"] = files.checksum({"images": problem.initial.images})
+    folder = RunFolder(out, identity, reporter.note)
+    with folder.locked():
+        return _distill(folder, problem, cadence, reporter, logs)
+
+
+def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Reporter, logs: Sequence[str]) -> DistilledSet:
+    out = folder.path
+    finished = out / FILE_NAME
+    if finished.exists():
+        reporter.note(f"{finished} is finished: nothing to do")
+        distilled = DistilledSet.load(finished)
+    else:
+        reporter.note(_how(problem))
+        _write_beginnings(out, problem)
+        with watching_memory(problem.device) as peak_bytes, Watcher(problem, reporter, out, logs) as watcher:
+            started = time.perf_counter()
+            distilled = run_method(problem, folder, cadence=cadence, observer=watcher, painter=watcher.picture)
+            # A selection takes no steps; steps know their own time, also those before an interruption.
+            seconds = sum(row["seconds"] for row in folder.metrics()) or time.perf_counter() - started
+            Cost(seconds=seconds, peak_bytes=peak_bytes()).save(out)
+            distilled.save(out)  # before the sinks are closed: whatever they do, it is safe
+    settings = out / RECIPE_NAME
+    if settings.exists():
+        return distilled
+    pictures.save_grid(distilled, out / "distilled.png")
+    pictures.save_animation(sorted((out / FRAMES).glob("*.png")), out / "distilled.webp")
+    title = f"{problem.recipe.method}, {problem.real.name}, IPC {problem.recipe.ipc}"
+    if (drawn := figures.run_curves(SetRecord.of(folder.metrics()), title)) is not None:
+        figures.save(drawn, out / "curves.png")
+    files.write_text(settings, recipes.dump(problem.recipe))  # last: it says that everything beside the set is there
+    folder.finish()
+    return distilled
+
+
+def _write_beginnings(out: Path, problem: Problem) -> None:
+    """What a report shows of where the run came from: its experts, and how its initial images were chosen."""
+    if problem.trajectories is None or (out / EXPERTS_NAME).exists():
+        return
+    settings = problem.recipe.distill
+    chosen = isinstance(settings, MatchingConfig) and settings.initialisation.startswith("representative")
+    if chosen and problem.initial is None:
+        files.write_text(out / MAP_NAME, json.dumps(initialisation_map(problem)) + "\n")
+    files.write_text(out / EXPERTS_NAME, json.dumps(problem.trajectories.curves()) + "\n")
+
+
+def _how(problem: Problem) -> str:
+    """What the numbers are worked out by, in a line."""
+    settings, device = problem.recipe.distill, problem.device
+    where = f"{torch.get_num_threads()} CPU thread(s)" if device.type == "cpu" else str(device)
+    if not isinstance(settings, MatchingConfig):
+        return f"distilling on {where}"
+    if settings.gradient == "graph":
+        engine = "library autograd"
+    elif not supports(problem.network()):
+        engine = "library double backward"
+    else:
+        engine = native.describe(device, compiled=settings.compile)
+    exact = settings.gradient != "tesla" and settings.precision == "float32"
+    kind = f"{settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
+    return f"distilling on {where}, {engine}, {kind}"

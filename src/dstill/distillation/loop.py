@@ -1,0 +1,139 @@
+"""The outer loop, once, for every method: step, log, maybe validate, maybe checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dstill.artifacts.distilled import DistilledSet
+from dstill.artifacts.record import INITIAL_NAME
+from dstill.artifacts.run_folder import RunFolder
+from dstill.config.registry import method_info
+from dstill.evaluation.networks import evaluate_set, prepared
+from dstill.evaluation.protocols import load_protocol
+from dstill.methods.base import Method, Metrics, Problem
+from dstill.support import seeding
+from dstill.support.plugins import load_class
+from dstill.support.stopping import between_steps
+
+_LONGEST_SECONDS = 60.0
+_CHEAP_SECONDS = 0.5
+_LARGEST_SHARE = 20.0  # seconds of work for a second of storing
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often things happen, in iterations; 0 for never.
+
+    Attributes:
+        checkpoint: store the state; where iterations are slow also whenever a minute has passed, and where storing is slow
+            (half a second and more) not so often that it takes more than a twentieth of the time.
+        validate: train a network on the set so far, under the protocol `quick`, and measure it on the validation part.
+        picture: hand the set so far to the painter, also after the last one.
+    """
+
+    checkpoint: int = 25
+    validate: int = 0
+    picture: int = 0
+
+
+class _Due:
+    """Whether the state should be stored now, see `Cadence`."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.cost, self.last = every, 0.0, time.perf_counter()
+
+    def __call__(self, done: int) -> bool:
+        since = time.perf_counter() - self.last
+        wanted = self.every > 0 and (done % self.every == 0 or since > _LONGEST_SECONDS)
+        return wanted and since >= _LARGEST_SHARE * self.cost
+
+    def stored(self, seconds: float) -> None:
+        """Notes that the state was stored just now, and how long it took."""
+        self.cost, self.last = seconds if seconds > _CHEAP_SECONDS else 0.0, time.perf_counter()
+
+
+def make_method(problem: Problem) -> Method:
+    """The recipe's method, started on the problem."""
+    method: Method = load_class(method_info(problem.recipe.method).path, f"method {problem.recipe.method!r}")()
+    method.start(problem)
+    return method
+
+
+def run_method(
+    problem: Problem,
+    folder: RunFolder | None = None,
+    *,
+    cadence: Cadence = Cadence(),
+    observer: Callable[[int, int, Metrics], None] | None = None,
+    painter: Callable[[int, DistilledSet], None] | None = None,
+) -> DistilledSet:
+    """Runs a method to its end and returns the distilled set, continuing from the folder's checkpoint if it has one.
+
+    The generator of an iteration depends on the seed and the iteration alone, so a continued run equals an uninterrupted
+    one bit for bit on the CPU. SIGINT and SIGTERM are answered after the step under way: its state is stored first.
+
+    Args:
+        problem: what to work on.
+        folder: where metrics and checkpoints go; nothing is written without it.
+        cadence: how often to checkpoint and to validate.
+        observer: called after each iteration with its number, the total, and the metrics.
+        painter: called with the number of iterations done and the set so far.
+    """
+    method = make_method(problem)
+    restored = folder.restore() if folder else None
+    if restored is None:
+        begin, state = 0, method.initialise(seeding.generator(problem.seed, "initialise"))
+        if folder and method.iterations():
+            method.result(state).save(folder.path / INITIAL_NAME)
+    else:
+        begin, state = restored[0], {name: tensor.to(problem.device) for name, tensor in restored[1].items()}
+    total = method.iterations()
+    validate, due, stopped = _validator(problem, cadence), _Due(cadence.checkpoint), False
+    with between_steps() as asked_to_stop:
+        for iteration in range(begin, total):
+            started = time.perf_counter()
+            metrics = method.step(state, iteration, seeding.generator(problem.seed, "step", iteration))
+            row: Metrics = {"iteration": iteration, **metrics, "seconds": time.perf_counter() - started}
+            done = iteration + 1
+            if cadence.validate and (done % cadence.validate == 0 or done == total):
+                row["validation_accuracy"] = validate(method.result(state))
+            if folder:
+                folder.log(row)
+                if due(done):
+                    stored = time.perf_counter()
+                    folder.checkpoint(done, state)
+                    due.stored(time.perf_counter() - stored)
+            if observer is not None:
+                observer(iteration, total, row)
+            if painter is not None and cadence.picture and (done % cadence.picture == 0 or done == total):
+                painter(done, method.result(state))
+            stopped = asked_to_stop()
+            if stopped:
+                if folder:
+                    folder.checkpoint(done, state)
+                break
+    if stopped:
+        raise KeyboardInterrupt  # where the signal itself did not end the process
+    return method.result(state)
+
+
+def _validator(problem: Problem, cadence: Cadence) -> Callable[[DistilledSet], float]:
+    """Measures a set on the validation part: never on test images.
+
+    Where the problem is a hold-out, that part was kept from everything. Where the set is distilled from the full training
+    set, the part is some of the training images, and the curve is a monitor that nothing is chosen by.
+    """
+    real = problem.real
+    if not cadence.validate:
+        return lambda _: float("nan")
+    split = real.test if real.judged_on == "validation" else real.holdout(problem.seed).test
+    images = prepared(split, problem.preprocess, problem.device)
+    protocol = load_protocol("quick")
+
+    def validate(distilled: DistilledSet) -> float:
+        (score,) = evaluate_set(distilled, images, protocol, networks=1, seed=problem.seed, stream=("validate",))
+        return score
+
+    return validate

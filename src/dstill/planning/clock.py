@@ -1,0 +1,159 @@
+"""How long a batch takes on this machine: what `dstill plan` reckons with."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstill.config.settings import ExpertConfig, NetConfig, Passes
+from dstill.data.catalog import Shape
+from dstill.derivatives.cuda_graphs import CALLS_BEFORE
+from dstill.derivatives.engine import derivatives_of
+from dstill.experts.train import expert_objective
+from dstill.nets import networks as nets
+from dstill.training.fit import Batch, cross_entropy_objective, fit, predictions
+from dstill.unrolling.student import Student
+
+_PROBES = (4, 32, 256)  # images; beyond, a batch's time is taken to grow as its size
+_PROBE_SECONDS = 0.2
+_PROBE_EPOCHS = (4, 64)  # of slow steps and of quick ones, where what `fit` does once would count
+
+
+class Clock:
+    """Seconds of one batch on this machine, measured once each.
+
+    Args:
+        shape: of the images.
+        device: where.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self._measured: dict[tuple[Any, ...], float] = {}
+
+    def passes(self, net: NetConfig, passes: Passes, precision: Any = "float32") -> float:
+        """Seconds of all of them, on all threads."""
+
+        def seconds(images: int) -> float:
+            key = (passes.kind, images, net.model_dump_json(), precision)
+            return self._time(key, lambda: self._work(net, passes.kind, images, precision))
+
+        found = self._scaled(passes.images, seconds)
+        if passes.kind == "tangent":  # the first order is counted by itself
+            found = max(0.0, found - self.passes(net, Passes("gradient", 1, passes.images)))
+        return found * passes.times
+
+    def _work(self, net: NetConfig, kind: str, count: int, precision: Any) -> Callable[[], Any]:
+        network = self._network(net)
+        images, labels = self._batch(count)
+        batch = Batch(images, images, labels, torch.arange(count), 0)
+        match kind:
+            case "forward":
+                return lambda: predictions(network, images)
+            case "library-forward":
+                return torch.no_grad()(lambda: network(images))
+            case "gradient" | "library":
+                objective = cross_entropy_objective(derivatives_of(network) if kind == "gradient" else None)
+                return self._recorded(lambda: objective(network, batch))
+        student = Student(network, precision=precision)
+        theta = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
+        keep = student.written
+        return self._recorded(
+            lambda: student.tangents(theta, theta, images, labels, student.gradient(theta, images, labels, keep=keep)[2])
+        )
+
+    @staticmethod
+    def _scaled(images: int, seconds: Callable[[int], float]) -> float:
+        """Seconds of a batch of so many images, along the line through two small ones that take long enough to tell."""
+        for probe in _PROBES:
+            small = min(images, probe)
+            found = seconds(small)
+            if small == images:
+                return found
+            if found > _PROBE_SECONDS / 4:
+                break
+        larger = min(images, 3 * small)
+        # What does not grow with the batch, such as the transforms of the filters, is in both.
+        slope = max(0.0, seconds(larger) - found) / (larger - small)
+        return found + slope * (images - small)
+
+    def training(self, net: NetConfig, images: int, augmentation: str, threads: int) -> float:
+        """Seconds of one step on a batch of `images`: augmentation, gradient, and the SGD update."""
+
+        def make(probe: int, epochs: int) -> Callable[[], Any]:
+            network = self._network(net)
+            sgd = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
+            batch, labels = self._batch(probe)
+            generator = torch.Generator().manual_seed(0)
+            options: dict[str, Any] = {"batch_size": probe, "optimiser": sgd, "generator": generator}
+            return lambda: fit(network, batch, labels, epochs=epochs, augmentation=augmentation, **options)
+
+        def seconds(probe: int) -> float:
+            key = ("training", probe, net.model_dump_json(), augmentation, threads)
+            few, many = _PROBE_EPOCHS
+            epochs = many if self._time((*key, "glance"), lambda: make(probe, 1), threads, 1) < _PROBE_SECONDS / 8 else few
+            return self._time(key, lambda: make(probe, epochs), threads) / epochs
+
+        return self._scaled(images, seconds)
+
+    def expert(self, net: NetConfig, config: ExpertConfig, threads: int) -> float:
+        """Seconds of one expert step on a batch of the experts' size, penalty included."""
+
+        def make(probe: int) -> Callable[[], Any]:
+            network = self._network(net)
+            work = expert_objective(network, config)
+            images, labels = self._batch(probe)
+            batch = Batch(images, images, labels, torch.arange(probe), config.planned_epochs)
+            return self._recorded(lambda: work(network, batch))
+
+        def seconds(probe: int) -> float:
+            key = ("expert", probe, net.model_dump_json(), config.model_dump_json(), threads)
+            return self._time(key, lambda: make(probe), threads)
+
+        return self._scaled(config.batch_size, seconds)
+
+    def _network(self, net: NetConfig) -> torch.nn.Module:
+        shape, generator = self.shape, torch.Generator().manual_seed(0)
+        return nets.build(net, shape.channels, shape.classes, shape.size, generator).to(self.device)
+
+    def _batch(self, count: int) -> tuple[Tensor, Tensor]:
+        shape, generator = self.shape, torch.Generator().manual_seed(0)
+        images = torch.randn(count, shape.channels, *shape.size, generator=generator)
+        return images.to(self.device), torch.randint(shape.classes, (count,), generator=generator).to(self.device)
+
+    def _time(
+        self, key: tuple[Any, ...], make: Callable[[], Callable[[], Any]], threads: int | None = None, most: int = 20
+    ) -> float:
+        """The median of a few repetitions, after one that warms up."""
+        if key in self._measured:
+            return self._measured[key]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            work, times = make(), list[float]()
+            work()
+            self._wait()
+            while sum(times) < _PROBE_SECONDS and len(times) < most:
+                started = time.perf_counter()
+                work()
+                self._wait()
+                times.append(time.perf_counter() - started)
+        finally:
+            torch.set_num_threads(before)
+        self._measured[key] = statistics.median(times)
+        return self._measured[key]
+
+    def _recorded(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """The work, after as many calls as a card records it in: so it runs in training."""
+        for _ in range(CALLS_BEFORE + 1 if self.device.type == "cuda" else 0):
+            work()
+        return work
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,53 @@
+"""How far a student drifts from an expert when it trains on a distilled set without being put back on the way."""
+
+from __future__ import annotations
+
+import torch
+
+from dstill.artifacts.distilled import DistilledSet
+from dstill.data import siamese
+from dstill.errors import DstillError
+from dstill.experts.trajectory import Trajectories
+from dstill.methods.settings import MatchingConfig
+from dstill.nets import networks as nets
+from dstill.support import seeding
+from dstill.training.fit import student_batches
+from dstill.unrolling.student import Student, sgd_step
+
+
+def accumulated_error(distilled: DistilledSet, trajectories: Trajectories, expert: int, device: torch.device) -> list[float]:
+    """|ε_t| / |θ*_t - θ*_0| at every M-th expert epoch t, with ε_t = θ̂_t - θ*_t.
+
+    Distilling matches one segment at a time, each from the expert's own weights; training on the finished set goes from
+    segment to segment, and its errors add up. The student starts at θ*_0 and takes N steps for every M expert epochs, with
+    the set's α and the batches and momentum that it was distilled with, as a network does that trains on the set: unperturbed,
+    with the plain cross-entropy (ν = 1), the momentum going on from segment to segment; up to the last epoch that matching
+    reads.
+
+    Args:
+        distilled: a set of trajectory matching.
+        trajectories: experts.
+        expert: which one is followed.
+        device: where.
+
+    Raises:
+        DstillError: the set was not made by trajectory matching.
+    """
+    settings = distilled.recipe.distill if distilled.recipe else None
+    if not isinstance(settings, MatchingConfig) or distilled.alpha is None:
+        raise DstillError(f"only sets of trajectory matching follow an expert, this one is of {distilled.method}")
+    channels, *size = distilled.images.shape[1:]
+    generator = seeding.generator(distilled.seed, "following", expert)
+    student = Student(nets.build(distilled.net, channels, distilled.classes, (size[0], size[1]), generator).to(device))
+    origin = trajectories.rows(expert, 0, 1)[0].to(device)
+    theta, buffer, errors = origin, torch.zeros_like(origin), list[float]()
+    images, labels = distilled.images.to(device), distilled.labels.to(device)
+    last = min(settings.epochs_needed, trajectories.epochs)
+    for epoch in range(settings.expert_epochs, last + 1, settings.expert_epochs):
+        for rows in student_batches(len(images), settings.batch_syn, settings.student_steps, generator):
+            some = siamese.apply(images[rows], siamese.sample(distilled.augmentation, len(rows), generator))
+            gradient = student.gradient(theta, some, labels[rows])[1]
+            theta, buffer = sgd_step(theta, buffer, gradient, distilled.alpha, settings.student_momentum)
+        target = trajectories.rows(expert, epoch, epoch + 1)[0].to(device)
+        errors.append(float((theta - target).norm() / (target - origin).norm()))
+    return errors

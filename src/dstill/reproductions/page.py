@@ -1,0 +1,291 @@
+"""A reproduction's table, figure and page from what its runs recorded; no private numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from dstill.artifacts.record import RunRecord
+from dstill.artifacts.result import Score
+from dstill.config.recipes import DERIVED
+from dstill.errors import DstillError
+from dstill.reproductions.spec import Case, Measure, Reproduction, Row, ScaleName
+from dstill.support.console import duration
+from dstill.support.tables import markdown
+
+HEADINGS: dict[Measure, str] = {
+    "accuracy": "accuracy %",
+    "difference": "difference to the first row, points",
+    "expert_accuracy": "expert accuracy %",
+    "avg_var": "Avg_Var",
+    "accumulated_error": "accumulated error",
+    "alpha": "α, first to last",
+    "collapsed": "collapsed",
+    "reached": "to the first row's last validation accuracy",
+    "seconds": "seconds an iteration",
+    "peak": "peak MiB",
+}
+
+
+class Entry(BaseModel):
+    """One set of a row of a case: the run it stands on.
+
+    Attributes:
+        row: its name.
+        case: its case's name.
+        set: number of the set, which its seed counts from that of the reproduction.
+        request: what decided the numbers, see `dstill.api.apart.request`.
+        record: of the run.
+        following: see `dstill.reproductions.following.accumulated_error`.
+        picture: file name of the distilled images beside this file.
+        environment: what it ran on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    row: str
+    case: str
+    set: int = 0
+    request: dict[str, Any]
+    record: RunRecord
+    following: tuple[float, ...] = ()
+    picture: str = ""
+    environment: dict[str, str] = {}
+
+    @classmethod
+    def load(cls, path: Path) -> Entry:
+        """Reads what a reproduction wrote.
+
+        Raises:
+            DstillError: it is not that, or another version of dstill wrote it.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DstillError(f"{path} is damaged or of another version of dstill: remove it, or pass another -o") from error
+
+
+class Sets:
+    """The sets of one row of one case, at least one.
+
+    Attributes:
+        entries: one a set.
+        first: the first set that was measured; where none was, the first.
+        record: of all sets together.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = tuple(entries)
+        self.first = next((entry for entry in entries if entry.record.result), entries[0])
+        self.record = self.first.record.pooled([entry.record for entry in entries])
+
+    def accuracies(self) -> dict[int, float]:
+        """Mean accuracy by number of the set, where it was measured."""
+        return {e.set: e.record.result.accuracy.mean for e in self.entries if e.record.result}
+
+
+Entries = Mapping[tuple[str, str], Sets]
+
+
+def cell(measure: Measure, sets: Sets, first: Sets | None) -> str:
+    """A measure as text, – where the row has none. What is no accuracy is that of one set."""
+    record, result, experts = sets.first.record, sets.record.result, sets.record.experts
+    match measure:
+        case "accuracy" if result:
+            return _accuracy(result.accuracy)
+        case "difference" if result and first is not None and first is not sets:
+            return paired_difference(sets, first)
+        case "expert_accuracy" if experts:
+            return f"{100 * experts.accuracy[-1]:.1f} ({_counted(experts.count, 'expert')})"
+        case "avg_var" if experts:
+            return f"{experts.avg_var:.3g}"
+        case "accumulated_error" if sets.first.following:
+            return f"{sets.first.following[-1]:.3g}"
+        case "alpha" if record.sets and "alpha" in record.sets[0].curves:
+            values = record.sets[0].curves["alpha"].values
+            return f"{values[0]:.3g} → {values[-1]:.3g}"
+        case "collapsed" if record.sets:
+            return collapsed(sets)
+        case "reached" if first is not None:
+            return reached(record, first.first.record)
+        case "seconds" if record.cost and record.sets:
+            return f"{seconds(record, first.first.record if first else None):.2f}"
+        case "peak" if record.cost and record.cost.peak_bytes is not None:
+            return f"{record.cost.peak_bytes / 2**20:.0f}"
+    return "–"
+
+
+def _accuracy(score: Score) -> str:
+    """Over all networks of all sets; the spread between the sets' means where there are several."""
+    between = "" if score.between_sets is None else f"; ± {100 * score.between_sets:.1f} between sets"
+    return f"{100 * score.mean:.1f} ± {100 * score.std:.1f} (n = {score.n}{between})"
+
+
+def collapsed(sets: Sets) -> str:
+    """After how many iterations, and of how many sets where there are several."""
+    lost = [entry.record.sets[0].iterations for entry in sets.entries if entry.record.collapsed]
+    if not lost:
+        return "no"
+    share = f"{len(lost)} of {len(sets.entries)} sets, " if len(sets.entries) > 1 else ""
+    return f"{share}after {', '.join(map(str, lost))} iterations"
+
+
+def seconds(record: RunRecord, first: RunRecord | None) -> float:
+    """Mean time of an iteration, brought to as many student steps as the first row's where the row takes fewer."""
+    cost, steps = record.cost, record.recipe.get("distill", {}).get("student_steps")
+    assert cost is not None
+    wanted = first.recipe.get("distill", {}).get("student_steps") if first else None
+    return cost.seconds / record.sets[0].iterations * (wanted / steps if wanted and steps else 1.0)
+
+
+def reached(record: RunRecord, first: RunRecord) -> str:
+    """When the first set's validation accuracy was first as high as the first row's after its last iteration (Fig. 6)."""
+    if not record.sets or not first.sets:
+        return "–"
+    one, other = record.sets[0], first.sets[0]
+    ours, theirs = (each.curves.get("validation_accuracy") for each in (one, other))
+    if ours is None or theirs is None or one.seconds is None:
+        return "–"
+    goal = theirs.values[-1]
+    when = next((i for i, value in zip(ours.iterations, ours.values, strict=True) if value >= goal), None)
+    return "never" if when is None else f"{when:,.0f} iterations, {one.seconds.at(when):,.0f} s"
+
+
+def paired_difference(sets: Sets, first: Sets) -> str:
+    """Mean over the sets that both rows have, in points, with its standard error: a pair shares its seed and its experts."""
+    ours, theirs = sets.accuracies(), first.accuracies()
+    gains = [100 * (ours[k] - theirs[k]) for k in sorted(ours.keys() & theirs.keys())]
+    if not gains:
+        return "–"
+    error = f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.1f}" if len(gains) > 1 else ""
+    return f"{statistics.fmean(gains):+.1f}{error} (n = {len(gains)})"
+
+
+def table(
+    measures: Sequence[Measure], nets: Sequence[str], rows: Sequence[Row], case: Case, entries: Entries
+) -> list[list[str]]:
+    """Heading and rows of one case; published figures of other cases where the paper has none for this one."""
+    where = published_case(rows, case)
+    suffix = "" if where == case.name else f" ({where})"
+    published = {row.name: row.published.get(where, {}) for row in rows}
+    columns: list[tuple[str, Measure | str, bool]] = []
+    for key in (*measures, *nets):
+        columns.append((HEADINGS.get(key, key), key, False))  # type: ignore[call-overload]
+        if any(key in values for values in published.values()):
+            columns.append((f"{key}, published{suffix}" if key in nets else f"published{suffix}", key, True))
+    lines = [["", *(heading for heading, _, _ in columns)]]
+    first = entries.get((rows[0].name, case.name))
+    for row in rows:
+        sets, texts = entries.get((row.name, case.name)), []
+        for _, key, other in columns:
+            if other:
+                value = published[row.name].get(key)
+                texts.append("–" if value is None else f"{value:g}")
+            elif sets is None:
+                texts.append("pending")
+            elif key in nets:
+                score = sets.record.result.nets.get(key) if sets.record.result else None
+                texts.append(_accuracy(score) if score else "–")
+            else:
+                texts.append(cell(key, sets, first))  # type: ignore[arg-type]
+        lines.append([row.title, *texts])
+    return lines
+
+
+def published_case(rows: Sequence[Row], case: Case) -> str:
+    """The case whose published figures stand beside ours: this one, or the first that the paper has where it lacks this one."""
+    named = [name for row in rows for name in row.published]
+    return next(iter(named), case.name) if case.name not in named else case.name
+
+
+def verdict(rows: Sequence[Row], case: Case, entries: Entries) -> str:
+    """A sentence on how ours and the published accuracies compare; empty where nothing can be compared."""
+    where = published_case(rows, case)
+    pairs, lost = [], 0
+    for row in rows:
+        sets, theirs = entries.get((row.name, case.name)), row.published.get(where, {}).get("accuracy")
+        if sets is None or theirs is None:
+            continue
+        if sets.record.result:
+            pairs.append((100 * sets.record.result.accuracy.mean, theirs))
+        else:
+            lost += 1
+    sentences = []
+    if where == case.name and pairs:
+        gaps = [ours - theirs for ours, theirs in pairs]
+        sentences.append(f"Ours are {_range(gaps)} points from the published figures, {_about(rows, case, entries)}.")
+    orders = [(a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in itertools.combinations(pairs, 2) if a[1] != b[1]]
+    if orders:
+        sentences.append(f"Of {_counted(len(orders), 'pair')} of rows, {sum(orders)} in the published order.")
+    if lost:
+        sentences.append(f"{_counted(lost, 'row')} failed and cannot be compared.")
+    return " ".join(sentences)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:+.1f}" if round(low, 1) == round(high, 1) else f"{low:+.1f} to {high:+.1f}"
+
+
+def _about(rows: Sequence[Row], case: Case, entries: Entries) -> str:
+    """The shares of the published budget, in words."""
+    there = [sets.first.record for row in rows if (sets := entries.get((row.name, case.name)))]
+    done = [record for record in there if record.result and record.sets]
+    iterations = sorted({record.sets[0].iterations for record in done})
+    experts = sorted({record.experts.count for record in done if record.experts})
+    parts = [f"{_span(iterations)} iterations"] if iterations else []
+    parts += [f"{_span(experts)} experts"] if experts else []
+    return "with " + " and ".join(parts) if parts else "at the published settings"
+
+
+def _span(values: Sequence[int]) -> str:
+    return f"{values[0]:,}" if values[0] == values[-1] else f"{values[0]:,} to {values[-1]:,}"
+
+
+def page(what: str, reproduction: Reproduction, scale: ScaleName, entries: Entries, figures: Sequence[str]) -> str:
+    """The page of one reproduction at one scale, in Markdown."""
+    settings, rows = reproduction.scales[scale], reproduction.rows_at(scale)
+    parts = [f"# {reproduction.paper}: {reproduction.title}", f"The paper: {reproduction.claim}"]
+    parts += [f"Scale `{scale}`: {settings.says}. {settings.remark}".rstrip()]
+    for case in settings.cases:
+        parts += [f"## {case}"] if len(settings.cases) > 1 else []
+        parts += [markdown(table(reproduction.measures, settings.nets, rows, case, entries))]
+        parts += [verdict(rows, case, entries)] if scale != "smoke" and "accuracy" in reproduction.measures else []
+    every = [entry for sets in entries.values() for entry in sets.entries]
+    parts += ["\n".join(_failure(entry) for entry in every if entry.record.reason)]
+    parts += ["\n".join(_derived(entry) for entry in every if not entry.set and _note(entry).startswith(DERIVED))]
+    parts += [f"![{reproduction.title}]({figure})" for figure in figures]
+    parts.append(f"```console\n$ dstill reproduce {what} --scale {scale}\n```")
+    spent = sum(_spent(entry.record) for entry in every)
+    machines = sorted({f"{entry.environment['processor']}, torch {entry.environment['torch']}" for entry in every})
+    parts += [f"Distilling took {duration(spent)} in all; {'; '.join(machines)}."] if machines else []
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def _spent(record: RunRecord) -> float:
+    """Seconds of distilling, also of a set that was given up."""
+    if record.cost:
+        return record.cost.seconds
+    return sum(one.seconds.values[-1] for one in record.sets if one.seconds)
+
+
+def _note(entry: Entry) -> str:
+    return str(entry.record.recipe.get("note", ""))
+
+
+def _derived(entry: Entry) -> str:
+    return f"- `{entry.row}`, {entry.case}: no recipe was written for this case; its settings are {_note(entry)}"
+
+
+def _failure(entry: Entry) -> str:
+    return f"- `{entry.row}`{f', set {entry.set}' if entry.set else ''}: {entry.record.reason}"

@@ -1,0 +1,212 @@
+"""Independent pieces of work, one process a core: experts, and networks that are trained to be measured."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from dstill.errors import DstillError
+from dstill.support.devices import ask_for_determinism
+from dstill.support.stopping import Terminated, raise_on_sigterm
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+Workers = int | Literal["auto"]
+# Work on one item: function(item, report), where report(anything) reaches `progress` of `spread`.
+Work = Callable[[_Item, Callable[[Any], None]], _Result]
+
+# A process that imports torch and receives the data takes a few seconds to start.
+_WORTH_SECONDS = 20.0
+_DIED = "a process died, perhaps for lack of memory (then try fewer --workers), or as it says above"
+
+
+def refuse_import(what: str) -> None:
+    """Raises `DstillError` where `what` is about to start processes while a process of its own imports the user's script."""
+    # The mark that multiprocessing itself goes by; the standard library has no public one.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise DstillError(f'{what} was called while a script was imported: put the call under if __name__ == "__main__":')
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_workers(asked: Workers, items: int, device: torch.device, seconds: float) -> int:
+    """How many processes work on `items`, of which all together would take about `seconds` in one.
+
+    `auto` takes one a core, and this process alone for little work, for a single item, or on an accelerator.
+
+    Raises:
+        DstillError: fewer than one is asked for.
+    """
+    if asked != "auto":
+        if asked < 1:
+            raise DstillError(f"workers must be at least 1, or auto, got {asked}")
+        return min(asked, max(items, 1))
+    if device.type != "cpu" or seconds < _WORTH_SECONDS:
+        return 1
+    return max(1, min(items, cores()))
+
+
+def spread(
+    function: Work[_Item, _Result], items: Sequence[_Item], workers: int, progress: Callable[[_Item, Any], None] | None = None
+) -> list[_Result]:
+    """`[function(item, report) for item in items]`, in `workers` processes of `cores() / workers` threads each.
+
+    With one worker everything happens in this process.
+
+    Args:
+        function: picklable, as are the items, the results and whatever is reported.
+        items: worked on in this order.
+        workers: processes.
+        progress: called here with the item and what was reported.
+
+    Raises:
+        DstillError: a process died, of lacking memory for instance. What `function` raises is raised here; the others are
+            stopped. So they are when this process is interrupted: what distils finishes its step and stores it.
+    """
+    tell = progress or (lambda item, report: None)
+    if workers == 1:
+        return [function(item, lambda report, item=item: tell(item, report)) for item in items]  # type: ignore[misc]
+    return _in_processes(function, items, workers, threads_each(workers), tell, daemon=True)
+
+
+def threads_each(workers: int) -> int:
+    """Threads of each of so many processes: the cores are shared among several, and a single one is this process."""
+    return torch.get_num_threads() if workers == 1 else max(1, cores() // workers)
+
+
+def apart(function: Work[_Item, _Result], item: _Item, progress: Callable[[_Item, Any], None] | None = None) -> _Result:
+    """`function(item, report)` in a fresh process with this one's number of threads, which may have workers of its own.
+
+    Its memory starts from nothing, and whatever happens to it, this process goes on.
+
+    Raises:
+        DstillError: the process died. What `function` raises is raised here.
+    """
+    tell = progress or (lambda item, report: None)
+    return _in_processes(function, [item], 1, torch.get_num_threads(), tell, daemon=False)[0]
+
+
+def _in_processes(
+    function: Work[_Item, _Result],
+    items: Sequence[_Item],
+    workers: int,
+    threads: int,
+    tell: Callable[[_Item, Any], None],
+    *,
+    daemon: bool,
+) -> list[_Result]:
+    refuse_import("what starts processes")
+    payload = pickle.dumps(function)  # by value and not through shared memory, of which containers have little
+    context = multiprocessing.get_context("spawn")
+    results: dict[int, _Result] = {}
+    busy: dict[Connection, int] = {}
+    waiting = iter(range(len(items)))
+    processes: list[multiprocessing.context.SpawnProcess] = []
+    try:
+        for _ in range(workers):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(there, threads, torch.are_deterministic_algorithms_enabled()), daemon=daemon
+            )
+            process.start()
+            processes.append(process)
+            there.close()
+            _send(here, payload)
+            _next(here, waiting, items, busy)
+        while busy:
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                index = busy[ready]
+                kind, content = _received(ready)
+                if kind == "report":
+                    tell(items[index], content)
+                elif kind == "failed":
+                    raise content
+                else:
+                    results[index] = content
+                    del busy[ready]
+                    _next(ready, waiting, items, busy)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+    return [results[index] for index in range(len(items))]
+
+
+def _next(to: Connection, waiting: Any, items: Sequence[Any], busy: dict[Connection, int]) -> None:
+    index = next(waiting, None)
+    if index is not None:
+        busy[to] = index
+        _send(to, pickle.dumps(items[index]))
+
+
+def _send(to: Connection, content: bytes) -> None:
+    try:
+        to.send_bytes(content)
+    except OSError as error:
+        raise DstillError(_DIED) from error
+
+
+def _received(connection: Connection) -> tuple[str, Any]:
+    try:
+        message: tuple[str, Any] = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own process
+    except (EOFError, OSError) as error:
+        raise DstillError(_DIED) from error
+    return message
+
+
+def _serve(connection: Connection, threads: int, deterministic: bool) -> None:
+    """What a worker process runs. A Ctrl-C reaches it as the SIGTERM of its parent alone, or it would count as two."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise_on_sigterm()
+    torch.set_num_threads(threads)
+    if deterministic:
+        ask_for_determinism()
+    with contextlib.suppress(Terminated):
+        _work_on(connection)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be put in order on the way out
+
+
+def _work_on(connection: Connection) -> None:
+    """The function comes first, then item after item."""
+
+    def send(kind: str, content: Any) -> None:
+        packed = pickle.dumps((kind, content))
+        try:
+            connection.send_bytes(packed)
+        except OSError as error:
+            raise Terminated from error  # the parent is gone
+
+    try:
+        packed, function = connection.recv_bytes(), None
+        while True:
+            item = connection.recv_bytes()
+            try:
+                function = function or pickle.loads(packed)  # noqa: S301 - from our own parent process
+                send("done", function(pickle.loads(item), lambda report: send("report", report)))  # noqa: S301 - likewise
+            except Exception as error:  # the parent raises it again
+                send("failed", _portable(error))
+    except (EOFError, OSError):
+        return  # there are no more items, or the parent is gone
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself where it survives being sent, else its text."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - what was pickled in the same line
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

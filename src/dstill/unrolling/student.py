@@ -1,0 +1,175 @@
+"""The student: a network as pure functions of one flat parameter vector, and one step of its inner loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dstill.derivatives import engine
+from dstill.derivatives.cuda_graphs import Recorder
+from dstill.derivatives.engine import Precision
+from dstill.errors import DstillError
+from dstill.support.devices import full_precision
+from dstill.training.fit import cross_entropy, probabilities
+
+
+class StepTangents(NamedTuple):
+    """Derivatives of h = <grad_θ loss, v> at one step: h itself, and its gradients by θ `[P]`, images, and label logits."""
+
+    h: Tensor
+    theta: Tensor
+    images: Tensor
+    labels: Tensor | None
+
+
+class Student:
+    """Pure functions of a flat parameter vector θ `[P]` around one network.
+
+    Args:
+        net: the network; its own weights are never read or changed. Instance-norm ConvNets take the hand-written
+            derivatives of `dstill.derivatives.engine`, any other module double backward.
+        precision: of the convolutions, see `dstill.derivatives.engine.Derivatives`; other modules know `float32` alone.
+        compiled: `torch.compile` the hand-written derivatives where native kernels do not run.
+        native: False for tensor operations also where native kernels could run.
+        replayed: False to launch kernels one by one also on an NVIDIA card, see `dstill.derivatives.cuda_graphs`.
+
+    Raises:
+        DstillError: the network has running statistics or dropout: the first would be state outside θ, the second would
+            make a step impossible to recompute. Or it has no hand-written derivatives and `precision` asks for them.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        precision: Precision = "float32",
+        compiled: bool = False,
+        native: bool = True,
+        replayed: bool = True,
+    ) -> None:
+        for name, module in net.named_modules():
+            if getattr(module, "running_mean", None) is not None:
+                raise DstillError(
+                    f"the student's layer {name!r} ({type(module).__name__}) has running statistics, which a flat parameter "
+                    "vector cannot carry: use instance or group norm, or track_running_stats=False"
+                )
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                raise DstillError(f"the student's layer {name!r} drops units at random: build the network with p=0")
+        self.written = engine.supports(net)
+        if precision != "float32" and not self.written:
+            raise DstillError(
+                f"precision {precision!r} is for ConvNets with instance norm; {type(net).__name__} knows float32 alone"
+            )
+        self.net = net.train()
+        named = list(net.named_parameters())
+        self.names = [name for name, _ in named]
+        self.shapes = [parameter.shape for _, parameter in named]
+        self.sizes = [parameter.numel() for _, parameter in named]
+        self.numel = sum(self.sizes)
+        self.precision: Precision = precision
+        self.compiled, self.native = compiled, native
+        self._recorder = Recorder(replayed)
+        self._derivatives: dict[tuple[torch.device, torch.dtype], engine.Derivatives] = {}
+
+    def derivatives(self, like: Tensor) -> engine.Derivatives | None:
+        """The hand-written derivatives for tensors like this one; None where the network has none."""
+        key = (like.device, like.dtype)
+        if self.written and key not in self._derivatives:
+            # What is recorded here is the whole step, splitting and joining θ included.
+            self._derivatives[key] = engine.Derivatives(
+                self.net, *key, self.precision, compiled=self.compiled, native=self.native, replayed=False
+            )
+        return self._derivatives.get(key)
+
+    def split(self, theta: Tensor) -> list[Tensor]:
+        """Views of θ in the shapes of the network's parameters."""
+        return [part.view(shape) for part, shape in zip(theta.split(self.sizes), self.shapes, strict=True)]
+
+    def logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Logits `[B, K]` of preprocessed images under the weights θ; differentiable in both."""
+        return functional_call(self.net, dict(zip(self.names, self.split(theta), strict=True)), (images,))
+
+    def loss(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy with class ids `[B]` or label logits `[B, K]`."""
+        return cross_entropy(self.logits(theta, images), labels)
+
+    def kept_bytes(self, like: Tensor, images: int) -> int | None:
+        """About what `gradient(keep=True)` holds on to for so many images; None where nothing can be kept."""
+        written = self.derivatives(like)
+        return None if written is None else written.kept_bytes(images)
+
+    def gradient(
+        self, theta: Tensor, images: Tensor, labels: Tensor, *, keep: bool = False
+    ) -> tuple[Tensor, Tensor, engine.Kept | None]:
+        """The loss, its gradient by θ `[P]`, and what `tangents` may start from if asked and possible; all detached."""
+        written = self.derivatives(theta)
+        if written is None:
+            return *self._autograd_gradient(theta.detach(), images.detach(), labels), None
+        return self._recorder(self._written_gradient, theta, images, labels, keep)
+
+    def tangents(
+        self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor, kept: engine.Kept | None = None
+    ) -> StepTangents:
+        """Derivatives of h = <grad_θ loss, v>; the label term is None for class ids.
+
+        `kept` is of `gradient` at the same θ, images and labels, and is used up; recomputed where it is None: the same
+        numbers.
+        """
+        written = self.derivatives(theta)
+        if written is None:
+            return self._autograd_tangents(theta.detach(), v.detach(), images.detach(), labels.detach())
+        return self._recorder(self._written_tangents, theta, v, images, labels, kept)
+
+    @torch.no_grad()
+    def _written_gradient(
+        self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, engine.Kept | None]:
+        written = self.derivatives(theta)
+        assert written is not None
+        loss, gradients, kept, _ = written.gradient(self.split(theta), images, self._targets(labels, theta), keep=keep)
+        return loss, _flat(gradients), kept
+
+    @torch.no_grad()
+    def _written_tangents(
+        self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor, kept: engine.Kept | None
+    ) -> StepTangents:
+        written = self.derivatives(theta)
+        assert written is not None
+        t = written.tangents(self.split(theta), self.split(v), images, self._targets(labels, theta), kept)
+        return StepTangents(t.loss, _flat(t.parameters), t.images, t.labels if labels.is_floating_point() else None)
+
+    def _targets(self, labels: Tensor, like: Tensor) -> Tensor:
+        return probabilities(labels.detach(), self.shapes[-1][0]).to(like.dtype)
+
+    @full_precision()
+    def _autograd_gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            theta = theta.requires_grad_()
+            loss = self.loss(theta, images, labels)
+            (gradient,) = torch.autograd.grad(loss, theta)
+        return loss.detach(), gradient
+
+    @full_precision()
+    def _autograd_tangents(self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor) -> StepTangents:
+        with torch.enable_grad():
+            inputs = [theta.requires_grad_(), images.requires_grad_()]
+            if labels.is_floating_point():
+                inputs.append(labels.requires_grad_())
+            (gradient,) = torch.autograd.grad(self.loss(theta, images, labels), theta, create_graph=True)
+            h = gradient @ v
+            terms = torch.autograd.grad(h, inputs)
+        return StepTangents(h.detach(), terms[0], terms[1], terms[2] if len(terms) == 3 else None)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def sgd_step(parameter: Tensor, buffer: Tensor, gradient: Tensor, lr: Tensor | float, momentum: float) -> tuple[Tensor, Tensor]:
+    """b' = momentum b + g, θ' = θ - lr b': `torch.optim.SGD` as a pure function, starting from b = 0."""
+    buffer = momentum * buffer + gradient
+    return parameter - lr * buffer, buffer

@@ -1,0 +1,125 @@
+"""A damaged file is answered with a sentence, wherever the damage is."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dstill.artifacts import files
+from dstill.errors import DstillError
+from dstill.version import __version__
+
+KIND = "distilled set"
+
+
+def write(path: Path, **header: object) -> bytes:
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3), "c": torch.ones(2, dtype=torch.bfloat16)}
+    files.save(path, KIND, tensors, {"ipc": 2, "note": "αβ", **header})
+    return path.read_bytes()
+
+
+def test_tensors_and_header_come_back(tmp_path: Path) -> None:
+    write(tmp_path / "x")
+    header, tensors = files.load(tmp_path / "x", KIND)
+    assert (header["ipc"], header["note"], header["kind"], header["format"]) == (2, "αβ", KIND, files.FORMAT)
+    assert header["dstill"] == __version__
+    assert torch.equal(tensors["a"], torch.arange(6.0).view(2, 3))
+    assert (tensors["b"].dtype, tensors["c"].dtype) == (torch.int64, torch.bfloat16)
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert write(tmp_path / "x") == write(tmp_path / "y")
+
+
+def test_a_view_into_a_larger_tensor_is_stored_alone(tmp_path: Path) -> None:
+    files.save(tmp_path / "x", KIND, {"a": torch.arange(1000.0)[10:20].view(2, 5).t()}, {})
+    assert torch.equal(files.load(tmp_path / "x", KIND)[1]["a"], torch.arange(10.0, 20.0).view(2, 5).t())
+    assert (tmp_path / "x").stat().st_size < 1000
+
+
+def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "x", sha256=None)
+    assert files.load(tmp_path / "x", KIND)[0]["sha256"] is None
+
+
+def test_no_flipped_bit_ever_ends_in_anything_but_a_sentence_or_the_right_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    content = write(path)
+    _, right = files.load(path, KIND)
+    refused = 0
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        try:
+            _, tensors = files.load(path, KIND)
+        except DstillError as error:
+            refused += 1
+            assert str(path) in str(error)
+            continue
+        # Damage to a part of the header that describes no tensor.
+        assert tensors.keys() == right.keys()
+        assert all(torch.equal(tensors[name], right[name]) for name in right)
+    data = sum(tensor.numel() * tensor.element_size() for tensor in right.values())
+    assert refused > len(content) // 2
+    assert refused >= data
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    content = write(path)
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        with pytest.raises(DstillError, match="damaged or not a safetensors file"):
+            files.load(path, KIND)
+
+
+@pytest.mark.parametrize("text", ["[]", "[1]", "3", "null", "{", "{}"])
+def test_a_header_that_is_no_mapping_of_dstill_is_refused(text: str, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "x", metadata={"dstill": text})
+    with pytest.raises(DstillError, match=r"another program|not a distilled set"):
+        files.load(tmp_path / "x", KIND)
+
+
+def test_a_huge_header_length_is_refused_without_reading_it(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    with pytest.raises(DstillError, match="damaged"):
+        files.load(tmp_path / "x", KIND)
+
+
+def test_what_torch_save_wrote_is_refused(tmp_path: Path) -> None:
+    torch.save({"images": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(DstillError, match="not a safetensors file"):
+        files.load(tmp_path / "x.safetensors", KIND)
+
+
+def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(DstillError, match="does not exist"):
+        files.load(tmp_path, KIND)
+
+
+def test_an_interrupted_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    old = write(path)
+    with pytest.raises(KeyboardInterrupt), files.atomic(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_header_that_is_not_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    old = write(tmp_path / "x")
+    with pytest.raises(TypeError):
+        write(tmp_path / "x", note=object())
+    assert (tmp_path / "x").read_bytes() == old
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "deep" / "x.json", json.dumps({"α": 1}, ensure_ascii=False))
+    assert (tmp_path / "deep" / "x.json").read_bytes() == '{"α": 1}'.encode()

@@ -1,0 +1,118 @@
+"""A plan counts what a run does: its stages, what is cached already, what it leaves on disk, and what stands against it."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dstill
+from dstill.config.registry import methods
+from dstill.config.settings import NetConfig, Passes, settings_class
+from dstill.data.catalog import DATASETS, Shape
+from dstill.data.real import RealSet
+from dstill.planning.clock import Clock
+from dstill.planning.plan import Plan, together
+
+SMALL: dict[str, Any] = {"recipe": "smoke", "changes": ["net.width=4"], "device": "cpu", "workers": 1}
+
+
+def stage(plan: Plan, name: str) -> Any:
+    return next(stage for stage in plan.stages if stage.name == name)
+
+
+def test_cached_experts_cost_nothing_and_those_to_be_trained_have_the_size_of_their_files(
+    tiny_real: RealSet, tmp_path: Path
+) -> None:
+    settings = {**SMALL, "method": "mtt", "cache": tmp_path, "changes": ["net.width=32"]}
+    before = dstill.plan(tiny_real, **settings)
+    trajectories = dstill.train_experts(tiny_real, **settings)
+    after = dstill.plan(tiny_real, **settings)
+    on_disk = sum(path.stat().st_size for path in trajectories.paths)
+    assert stage(before, "experts").seconds > 0
+    assert stage(before, "experts").disk_bytes == pytest.approx(on_disk, rel=0.2)
+    assert (stage(after, "experts").seconds, stage(after, "experts").disk_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("method", list(methods()))
+def test_every_method_has_a_plan(tiny_real: RealSet, tmp_path: Path, method: str) -> None:
+    plan = dstill.plan(tiny_real, method=method, cache=tmp_path, **SMALL)
+    names = {stage.name for stage in plan.stages}
+    assert {"evaluation", "random images"} <= names
+    assert ("experts" in names) == methods()[method].needs_experts
+    assert ("trained network" in names) == (methods()[method].needs == "trained network")
+    assert ("distilling" in names) == (methods()[method].family != "selection")
+    assert all(stage.seconds > 0 for stage in plan.stages)
+
+
+def test_what_is_left_out_is_neither_planned_nor_run(tiny_real: RealSet, tmp_path: Path) -> None:
+    options = {"method": "random", "random": False, "cache": tmp_path, **SMALL}
+    assert [stage.name for stage in dstill.plan(tiny_real, **options).stages] == ["evaluation"]
+    result = dstill.run(tiny_real, out=tmp_path / "run", **options)
+    assert (result.random, result.whole) == (None, None)
+
+
+def test_twice_the_work_takes_twice_as_long(tiny_real: RealSet, tmp_path: Path) -> None:
+    real, device = tiny_real, torch.device("cpu")
+    clock = Clock(Shape(real.channels, (8, 8), real.classes, len(real.train), len(real.test)), device)
+    net = NetConfig(width=4, depth=1)
+    once, twice = (clock.passes(net, Passes("gradient", times, 8)) for times in (1, 2))
+    assert twice == 2 * once, "a batch is timed once"
+
+
+def test_large_batches_lie_on_the_line_through_two_small_ones() -> None:
+    asked: list[int] = []
+
+    def seconds(images: int) -> float:
+        asked.append(images)
+        return 0.5 + 0.25 * images
+
+    assert Clock._scaled(1000, seconds) == pytest.approx(250.5)
+    assert asked == [4, 12], "nothing larger is timed"
+    assert Clock._scaled(4, seconds) == pytest.approx(1.5)
+
+
+def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dstill.planning.plan.load_real", lambda source: pytest.fail(f"{source} was loaded"))
+    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
+    plan = dstill.plan("cifar10", method="mtt", ipc=1, device="cpu", cache=tmp_path)
+    # 100 experts: the start, 3 epochs, and the network to go on from, 320,010 parameters each (ConvNet-3 on ten classes).
+    assert stage(plan, "experts").disk_bytes == 100 * 5 * 320_010 * 4
+    other = dstill.plan("cifar10", method="mtt", ipc=1, net="alexnet", device="cpu", cache=tmp_path)
+    assert stage(other, "experts").disk_bytes > stage(plan, "experts").disk_bytes, "the network is the one asked for"
+
+
+def test_the_shapes_of_known_data_are_those_that_are_loaded() -> None:
+    real, shape = dstill.load_real("digits"), DATASETS["digits"].shape
+    assert shape == (real.channels, real.size, real.classes, len(real.train), len(real.test))
+
+
+def test_too_little_disk_or_memory_is_said(tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dstill.plan(tiny_real, method="mtt", cache=tmp_path, **SMALL).warnings == ()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 0))
+    monkeypatch.setattr("dstill.planning.plan.available_memory", lambda _: 10.0)
+    disk, memory = dstill.plan(tiny_real, method="mtt", cache=tmp_path, **SMALL).warnings
+    assert "of disk are needed" in disk and str(tmp_path) in disk
+    assert "of memory are needed" in memory
+
+
+def test_runs_that_share_experts_count_them_once(tiny_real: RealSet, tmp_path: Path) -> None:
+    plans = [
+        dstill.plan(tiny_real, method="mtt", cache=tmp_path, **{**SMALL, "changes": ["net.width=4", change]})
+        for change in ("distill.lr_images=1.0", "distill.lr_images=2.0", "experts.lr=0.5")
+    ]
+    first, second, third = together(plans, "all").stages
+    experts = stage(plans[0], "experts").disk_bytes
+    assert first.disk_bytes - second.disk_bytes == experts
+    assert third.disk_bytes == first.disk_bytes
+
+
+def test_the_work_of_matching_is_n_steps_of_the_batch() -> None:
+    settings = settings_class("mtt")(student_steps=7, batch_syn=20)  # type: ignore[call-arg]
+    assert settings.work(ipc=10, classes=10) == [Passes("gradient", 7, 20), Passes("tangent", 7, 20)]
+    assert settings.work(ipc=1, classes=10) == [Passes("gradient", 7, 10), Passes("tangent", 7, 10)]
