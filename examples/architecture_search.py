@@ -25,7 +25,7 @@ def main(source: str, folder: str, widths: list[int], depths: list[int], network
     rows = []
     for width, depth, norm in itertools.product(widths, depths, ("instance", "none")):
         net = NetConfig(width=width, depth=depth, norm=norm)  # type: ignore[arg-type]
-        options = {"protocol": protocol, "networks": networks, "random": False, "workers": "auto"}
+        options = {"protocol": protocol, "networks": networks, "random": False, "machine": dstill.Machine(workers="auto")}
         on_set = dstill.evaluate(distilled.with_net(net), real, whole=True, **options)
         on_random = dstill.evaluate(random.with_net(net), real, **options)
         whole = on_set.whole.mean if on_set.whole else float("nan")

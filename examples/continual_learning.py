@@ -42,7 +42,9 @@ def main(
             changes = ["preprocess=standardise"]
             one = dstill.distill(new, method=kind, ipc=ipc, recipe=recipe, changes=changes, seed=k)
             memory = remember(memory, one, seen)
-            result = dstill.evaluate(memory, seen, protocol=protocol, networks=networks, random=False, workers="auto")
+            result = dstill.evaluate(
+                memory, seen, protocol=protocol, networks=networks, random=False, machine=dstill.Machine(workers="auto")
+            )
             accuracies[kind].append(result.accuracy.mean)
             print(f"{kind:8} {len(seen.class_names):3} classes, {len(memory.images):4} images kept: {result.accuracy}")
     return accuracies

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dstill.api.compare import Comparison, compare
     from dstill.api.evaluate import evaluate
     from dstill.api.judge import judge
+    from dstill.api.options import Evaluation, Machine, Recording, Seeds
     from dstill.api.run import distill, run, train_experts
     from dstill.api.tune import tune
     from dstill.artifacts.distilled import DistilledSet
@@ -22,24 +23,36 @@ if TYPE_CHECKING:
     from dstill.artifacts.importing import import_set
     from dstill.artifacts.result import Result
     from dstill.config.recipes import load_recipe
+    from dstill.config.registry import MethodInfo
     from dstill.config.settings import Recipe
-    from dstill.data.real import RealSet, load_real
+    from dstill.data.real import RealSet, Source, load_real
     from dstill.experts.importing import import_experts
     from dstill.experts.trajectory import Trajectories
+    from dstill.methods.base import Method
     from dstill.planning.plan import Plan, plan
     from dstill.reporting.page import report
     from dstill.reproductions.run import reproduce
+    from dstill.support.console import Reporter
     from dstill.unrolling.student import Student
     from dstill.unrolling.types import Step, Unrolled
+    from dstill.unrolling.unroll import unroll
 
 __all__ = [
     "Comparison",
     "DistilledSet",
     "DstillError",
+    "Evaluation",
+    "Machine",
+    "Method",
+    "MethodInfo",
     "Plan",
     "RealSet",
     "Recipe",
+    "Recording",
+    "Reporter",
     "Result",
+    "Seeds",
+    "Source",
     "Step",
     "Student",
     "Trajectories",
@@ -60,15 +73,24 @@ __all__ = [
     "run",
     "train_experts",
     "tune",
+    "unroll",
 ]
 
 _HOME = {
     "Comparison": "api.compare",
     "DistilledSet": "artifacts.distilled",
+    "Evaluation": "api.options",
+    "Machine": "api.options",
+    "Method": "methods.base",
+    "MethodInfo": "config.registry",
     "Plan": "planning.plan",
     "RealSet": "data.real",
     "Recipe": "config.settings",
+    "Recording": "api.options",
+    "Reporter": "support.console",
     "Result": "artifacts.result",
+    "Seeds": "api.options",
+    "Source": "data.real",
     "Step": "unrolling.types",
     "Student": "unrolling.student",
     "Trajectories": "experts.trajectory",
@@ -88,6 +110,7 @@ _HOME = {
     "run": "api.run",
     "train_experts": "api.run",
     "tune": "api.tune",
+    "unroll": "unrolling.unroll",
 }
 
 
@@ -95,3 +118,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'dstill' has no attribute {name!r}")
     return getattr(importlib.import_module(f"dstill.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

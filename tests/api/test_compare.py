@@ -13,7 +13,10 @@ import pytest
 
 import dstill
 from dstill import Comparison, DstillError
-from dstill.api.apart import run_apart
+from dstill.api.apart import request, run_apart
+from dstill.api.job import Job, Workplace
+from dstill.api.options import Choice
+from dstill.api.run import Task
 from dstill.data.real import RealSet
 
 PROTOCOL = "{name: tiny, version: 1, passes: 4, batch_size: 8, momentum: 0.9, weight_decay: 5e-4, lr: 0.05, networks: 2}"
@@ -41,7 +44,7 @@ def compare(tiny_real: RealSet, shared: Path) -> Callable[..., Comparison]:
     (shared / "tiny.yaml").write_text(PROTOCOL)
 
     def call(out: str, *methods: str, **options: Any) -> Comparison:
-        defaults = {"recipe": "smoke", "cache": shared / "cache", "protocol": str(shared / "tiny.yaml")}
+        defaults = {"recipe": "smoke", "machine": dstill.Machine(cache=shared / "cache"), "protocol": str(shared / "tiny.yaml")}
         return dstill.compare(tiny_real, methods=methods, out=shared / out, **{**defaults, **options})
 
     return call
@@ -49,7 +52,7 @@ def compare(tiny_real: RealSet, shared: Path) -> Callable[..., Comparison]:
 
 def test_rows_are_runs_and_a_second_call_reuses_them(compare: Callable[..., Comparison], shared: Path) -> None:
     first, notes = Notes(), Notes()
-    table = compare("a", "dsa", "dm", reporter=first)
+    table = compare("a", "dsa", "dm", progress=first)
     assert [(row.method, row.ipc, row.reason) for row in table.rows] == [("dsa", 1, ""), ("dm", 1, "")]
     assert {"distilling", "evaluating convnet"} <= first.stages, "what a row's process reports comes through"
     for row in table.rows:
@@ -59,7 +62,7 @@ def test_rows_are_runs_and_a_second_call_reuses_them(compare: Callable[..., Comp
         assert row.result.cost.seconds > 0
     assert len({str(row.result.random) for row in table.rows if row.result}) == 1
     assert sum("random images: trying" in note for note in first.notes) == 1, "shared, and not measured twice"
-    again = compare("a", "dm", "dsa", reporter=notes)
+    again = compare("a", "dm", "dsa", progress=notes)
     assert sum("reused" in note for note in notes.notes) == 2
     assert notes.stages == set()
     assert again.rows == table.rows[::-1]
@@ -75,7 +78,7 @@ def test_a_failed_row_keeps_its_reason_and_the_others_go_on(compare: Callable[..
 
 def test_other_settings_are_not_reused(compare: Callable[..., Comparison]) -> None:
     notes = Notes()
-    row = compare("b", "random", seed=1, reporter=notes).rows[0]
+    row = compare("b", "random", seed=1, progress=notes).rows[0]
     assert row.result is None, "the folder holds a run with another seed"
     assert "other settings" in row.reason
     assert not any("reused" in note for note in notes.notes)
@@ -87,7 +90,7 @@ def test_a_changed_protocol_is_measured_anew(compare: Callable[..., Comparison],
     for version, passes in ((1, 1), (2, 40), (2, 8)):
         file.write_text(PROTOCOL.replace("version: 1, passes: 4", f"version: {version}, passes: {passes}"))
         notes = Notes()
-        row = compare("c", "random", protocol=str(file), whole=False, reporter=notes).rows[0]
+        row = compare("c", "random", protocol=str(file), whole=False, progress=notes).rows[0]
         assert row.result is not None and row.result.protocol.version == version
         beside.append(str(row.result.random))
         assert not any("reused" in note for note in notes.notes)
@@ -97,13 +100,15 @@ def test_a_changed_protocol_is_measured_anew(compare: Callable[..., Comparison],
 def test_a_run_that_was_broken_off_does_not_stand_for_the_one_before_it(
     tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = dstill.config.recipes.resolve("smoke", dstill.config.recipes.DataShape("x", 3, (8, 8), 3), method="random", ipc=1)[
-        0
-    ]
-    options = {"sets": 1, "networks": 1, "whole": False, "seed": 0}
-    elsewhere = {"cache": tmp_path / "cache"}
-    done = run_apart(tiny_real, recipe, tmp_path / "run", options, elsewhere, Notes())
-    assert run_apart(tiny_real, recipe, tmp_path / "run", options, elsewhere, Notes()) == done
+    place = Workplace.of(dstill.Machine(cache=tmp_path / "cache"), Notes())
+    job = Job.resolve(tiny_real, Choice("random", recipe="smoke"), 0, place)
+
+    def go(networks: int = 1) -> dstill.Result:
+        task = Task(evaluation=dstill.Evaluation(networks=networks))
+        return run_apart(job, tmp_path / "run", task, request(job, {"networks": networks}))
+
+    done = go()
+    assert go() == done
 
     def broken(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -111,7 +116,7 @@ def test_a_run_that_was_broken_off_does_not_stand_for_the_one_before_it(
     monkeypatch.setattr("dstill.api.apart.apart", broken)
     for networks in (2, 1):  # the first may have written its result already, so the second cannot trust what is there
         with pytest.raises(KeyboardInterrupt):
-            run_apart(tiny_real, recipe, tmp_path / "run", {**options, "networks": networks}, elsewhere, Notes())
+            go(networks)
 
 
 def test_an_unknown_method_is_refused_before_anything_runs(compare: Callable[..., Comparison], shared: Path) -> None:

@@ -11,14 +11,14 @@ import torch
 
 import dstill
 from dstill import DistilledSet, DstillError
-from dstill.config.recipes import DataShape, load_recipe, resolve
+from dstill.config.recipes import load_recipe, resolve
+from dstill.data.catalog import Shape
 from dstill.data.real import RealSet
 from dstill.experts.trajectory import Trajectories, recorded_epochs
 
 SETTINGS: dict[str, Any] = {
     "method": "ast",
     "recipe": "smoke",
-    "device": "cpu",
     "changes": ["net.width=4", "experts.count=2", "distill.initialisation=representative", "distill.feature_epochs=5"],
 }
 
@@ -41,23 +41,23 @@ class _Counting:
 
 
 def test_the_expert_that_describes_images_is_trained_once_and_to_its_full_length(tiny_real: RealSet, tmp_path: Path) -> None:
-    planned = dstill.plan(tiny_real, cache=tmp_path, **SETTINGS)
+    planned = dstill.plan(tiny_real, machine=dstill.Machine(cache=tmp_path), **SETTINGS)
     reporter = _Counting()
-    experts = dstill.train_experts(tiny_real, cache=tmp_path, reporter=reporter, **SETTINGS)
+    experts = dstill.train_experts(tiny_real, progress=reporter, machine=dstill.Machine(cache=tmp_path), **SETTINGS)
     assert [recorded_epochs(path) for path in experts.paths] == [5, experts.epochs]
     assert reporter.stages.count("expert epochs") == 5 + experts.epochs
     notes = [stage.note for stage in planned.stages if "expert" in stage.name]
     assert notes == ["1 of 5 epochs", f"1 of {experts.epochs} epochs"]
 
     reporter = _Counting()
-    dstill.distill(tiny_real, cache=tmp_path, reporter=reporter, **SETTINGS)
+    dstill.distill(tiny_real, progress=reporter, machine=dstill.Machine(cache=tmp_path), **SETTINGS)
     assert "expert epochs" not in reporter.stages
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"logs": ["tensorbord"]}, "unknown log 'tensorbord'"),
+        ({"recording": dstill.Recording(logs=["tensorbord"])}, "unknown log 'tensorbord'"),
         ({"init": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"ipc": 100}, "fewer than the 100"),
         ({"net": "resnet19"}, "unknown network"),
@@ -72,7 +72,7 @@ def test_what_is_wrong_is_said_before_an_expert_is_trained(
     tiny_real: RealSet, tmp_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DstillError, match=message):
-        dstill.distill(tiny_real, cache=tmp_path, **{**SETTINGS, **wrong})
+        dstill.distill(tiny_real, machine=dstill.Machine(cache=tmp_path), **{**SETTINGS, **wrong})
     assert not (tmp_path / "experts").exists()
 
 
@@ -80,21 +80,22 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(tiny_real: RealSet
     """Images to start from; experts of another network; a part to set aside of a class with one image."""
     two = dstill.distill(tiny_real, method="random", recipe="smoke", ipc=2)
     with pytest.raises(DstillError, match=r"1 of .* are wanted in each"):
-        dstill.distill(tiny_real, init=two, cache=tmp_path, **SETTINGS)
+        dstill.distill(tiny_real, init=two, machine=dstill.Machine(cache=tmp_path), **SETTINGS)
     rows = torch.cat([(tiny_real.train.labels > 0).nonzero()[:, 0], (tiny_real.train.labels == 0).nonzero()[:1, 0]])
     lonely = replace(tiny_real, train=tiny_real.train.take(rows), fingerprint="")
+    looking = dstill.Recording(validate_every=1)
     for command in (dstill.distill, dstill.run):
         with pytest.raises(DstillError, match=f"class {tiny_real.class_names[0]!r} has 1 image"):
-            command(lonely, validate_every=1, cache=tmp_path, out=tmp_path / "out", **SETTINGS)
+            command(lonely, out=tmp_path / "out", recording=looking, machine=dstill.Machine(cache=tmp_path), **SETTINGS)
     assert not (tmp_path / "experts").exists()
 
     other = {**SETTINGS, "changes": ["net.width=3", "experts.count=1"]}
-    experts = dstill.train_experts(tiny_real, cache=tmp_path / "other", **other)
+    experts = dstill.train_experts(tiny_real, machine=dstill.Machine(cache=tmp_path / "other"), **other)
     with pytest.raises(DstillError, match=r"have \d+ parameters, the recipe's network \d+"):
-        dstill.distill(tiny_real, experts=experts, cache=tmp_path, **SETTINGS)
+        dstill.distill(tiny_real, experts=experts, machine=dstill.Machine(cache=tmp_path), **SETTINGS)
     longer = {**SETTINGS, **changed("net.width=3", "distill.max_start_epoch=30")}
     with pytest.raises(DstillError, match=r"matching needs \d+"):
-        dstill.distill(tiny_real, experts=experts, cache=tmp_path, **longer)
+        dstill.distill(tiny_real, experts=experts, machine=dstill.Machine(cache=tmp_path), **longer)
     assert not (tmp_path / "experts").exists()
 
 
@@ -105,25 +106,34 @@ def test_the_name_of_another_method_does_not_change_settings(tiny_real: RealSet)
 
 
 def test_a_set_that_starts_from_given_images_needs_no_expert_to_describe_any(tiny_real: RealSet, tmp_path: Path) -> None:
-    given = dstill.distill(tiny_real, method="random", recipe="smoke", device="cpu", changes=["net.width=4"])
-    dstill.distill(tiny_real, cache=tmp_path, init=given, **SETTINGS)
+    given = dstill.distill(
+        tiny_real, method="random", recipe="smoke", changes=["net.width=4"], machine=dstill.Machine(device="cpu")
+    )
+    dstill.distill(tiny_real, init=given, machine=dstill.Machine(cache=tmp_path), **SETTINGS)
     (folder,) = (tmp_path / "experts").iterdir()
     assert Trajectories(folder).epochs == max(recorded_epochs(path) for path in Trajectories(folder).paths) < 5
 
 
 def test_experts_of_other_inputs_are_refused(tiny_real: RealSet, tmp_path: Path) -> None:
-    experts = dstill.train_experts(tiny_real, cache=tmp_path, **SETTINGS)
-    dstill.distill(tiny_real, experts=experts.folder, cache=tmp_path, **SETTINGS)
+    experts = dstill.train_experts(tiny_real, machine=dstill.Machine(cache=tmp_path), **SETTINGS)
+    dstill.distill(tiny_real, experts=experts.folder, machine=dstill.Machine(cache=tmp_path), **SETTINGS)
     with pytest.raises(DstillError, match=r"other preprocess \(zca, not standardise\): pass --set preprocess=zca"):
-        dstill.distill(tiny_real, experts=experts, cache=tmp_path, **{**SETTINGS, **changed("preprocess=standardise")})
+        dstill.distill(
+            tiny_real,
+            experts=experts,
+            machine=dstill.Machine(cache=tmp_path),
+            **{**SETTINGS, **changed("preprocess=standardise")},
+        )
     with pytest.raises(DstillError, match="other data"):
-        dstill.distill(tiny_real.holdout(0), experts=experts, cache=tmp_path, **SETTINGS)
+        dstill.distill(tiny_real.holdout(0), experts=experts, machine=dstill.Machine(cache=tmp_path), **SETTINGS)
 
 
 def test_a_selection_by_another_network_is_another_run(tiny_real: RealSet, tmp_path: Path) -> None:
     def select(seed: int | None, out: str) -> DistilledSet:
-        settings = {"recipe": "smoke", "method": "herding", "changes": ["net.width=4"], "cache": tmp_path / "cache"}
-        return dstill.distill(tiny_real, expert_seed=seed, out=tmp_path / out, **settings)
+        settings: dict[str, Any] = {"recipe": "smoke", "method": "herding", "changes": ["net.width=4"]}
+        both = 0 if seed is None else dstill.Seeds(0, seed)
+        cache = dstill.Machine(cache=tmp_path / "cache")
+        return dstill.distill(tiny_real, seed=both, out=tmp_path / out, machine=cache, **settings)
 
     first = select(None, "a")
     assert torch.equal(select(0, "a").images, first.images)
@@ -134,6 +144,6 @@ def test_a_selection_by_another_network_is_another_run(tiny_real: RealSet, tmp_p
 
 def test_no_whitening_of_images_that_are_small_on_one_side_alone() -> None:
     def kind(size: tuple[int, int]) -> str:
-        return resolve(None, DataShape("mine", 1, size, 10), method="mtt", ipc=1)[0].preprocess
+        return resolve(None, "mine", Shape(1, size, 10), method="mtt", ipc=1)[0].preprocess
 
     assert (kind((32, 32)), kind((32, 1000)), kind((1000, 32))) == ("zca", "standardise", "standardise")

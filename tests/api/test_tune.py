@@ -12,6 +12,7 @@ import pytest
 
 import dstill
 from dstill.api import tune as tuning
+from dstill.api.job import Job
 from dstill.config import recipes
 from dstill.config.settings import Recipe
 from dstill.errors import CollapseError, DstillError
@@ -21,15 +22,23 @@ SHORT = ("net.width=4", "distill.iterations=2", "distill.max_start_epoch=3", "di
 
 def test_the_score_is_that_of_the_recipe_with_experts_of_its_own(tmp_path: Path) -> None:
     real = dstill.load_real("digits", train_fraction=0.3)
-    file = dstill.tune(real, budget=0, recipe="smoke", ipc=3, changes=SHORT, out=tmp_path / "best.yaml", cache=tmp_path / "a")
+    file = dstill.tune(
+        real,
+        budget=0,
+        recipe="smoke",
+        ipc=3,
+        changes=SHORT,
+        out=tmp_path / "best.yaml",
+        machine=dstill.Machine(cache=tmp_path / "a"),
+    )
     best = recipes.load_recipe(str(file))
     noted = re.search(r"tuned on the validation part: (\S+), best of 1", best.note)
     assert noted
 
     held = real.holdout(0)
     assert best.distill.initialisation == "representative"  # type: ignore[attr-defined]
-    distilled = dstill.distill(held, recipe=best, cache=tmp_path / "b")
-    again = dstill.evaluate(distilled, held, random=False, cache=tmp_path / "b").accuracy.mean
+    distilled = dstill.distill(held, recipe=best, machine=dstill.Machine(cache=tmp_path / "b"))
+    again = dstill.evaluate(distilled, held, random=False, machine=dstill.Machine(cache=tmp_path / "b")).accuracy.mean
     assert noted[1] == f"{again:.1%}"
 
 
@@ -44,8 +53,8 @@ def scored(monkeypatch: pytest.MonkeyPatch, score: Callable[[int], float | None]
     """Candidates with scores by their number instead of measured ones; returns the list that they are added to."""
     seen: list[Recipe] = []
 
-    def judge(settings: Recipe, *_: object) -> float | None:
-        seen.append(settings)
+    def judge(job: Job, *_: object) -> float | None:
+        seen.append(job.recipe)
         return score(len(seen))
 
     monkeypatch.setattr(tuning, "_judge", judge)
@@ -58,7 +67,14 @@ def test_candidates_never_need_longer_experts_than_the_recipe_asks_for(
     real = dstill.load_real("digits", train_fraction=0.3)
     seen = scored(monkeypatch, float)  # each better than those before, so that T+ may grow from one to the next
     changes = (*SHORT, "experts.epochs=5")
-    dstill.tune(real, budget=30, recipe="smoke", changes=changes, out=tmp_path / "best.yaml", cache=tmp_path / "a")
+    dstill.tune(
+        real,
+        budget=30,
+        recipe="smoke",
+        changes=changes,
+        out=tmp_path / "best.yaml",
+        machine=dstill.Machine(cache=tmp_path / "a"),
+    )
     assert len(seen) == 31
     assert {settings.distill.epochs_needed for settings in seen} >= {5, 4}  # type: ignore[attr-defined]
     assert all(settings.distill.epochs_needed <= 5 for settings in seen)  # type: ignore[attr-defined]
@@ -73,7 +89,7 @@ def test_the_best_is_kept_when_the_search_is_interrupted(tmp_path: Path, clock: 
     seen = scored(monkeypatch, score)
     target = tmp_path / "best.yaml"
     with pytest.raises(KeyboardInterrupt):
-        dstill.tune("digits", budget=9, recipe="smoke", changes=SHORT, out=target, cache=tmp_path / "a")
+        dstill.tune("digits", budget=9, recipe="smoke", changes=SHORT, out=target, machine=dstill.Machine(cache=tmp_path / "a"))
     best = recipes.load_recipe(str(target))
     assert "50.0%, best of 4 candidates" in best.note
     assert best.distill == seen[2].distill
@@ -84,7 +100,14 @@ def test_a_search_goes_on_from_where_it_was(tmp_path: Path, clock: None, monkeyp
 
     def tuned(file: str, budget: int, numbers: Callable[[int], float | None]) -> list[Recipe]:
         seen = scored(monkeypatch, numbers)
-        dstill.tune("digits", budget=budget, recipe="smoke", changes=SHORT, out=tmp_path / file, cache=tmp_path / "a")
+        dstill.tune(
+            "digits",
+            budget=budget,
+            recipe="smoke",
+            changes=SHORT,
+            out=tmp_path / file,
+            machine=dstill.Machine(cache=tmp_path / "a"),
+        )
         return seen
 
     def broken_off(number: int) -> float | None:
@@ -110,6 +133,13 @@ def test_a_candidate_that_collapses_is_out(tmp_path: Path, clock: None, monkeypa
     def collapse(*_: object, **__: object) -> None:
         raise CollapseError("gone")
 
-    monkeypatch.setattr(tuning, "distill", collapse)
+    monkeypatch.setattr(tuning, "run_method", collapse)
     with pytest.raises(DstillError, match="all of 4 candidates collapsed"):
-        dstill.tune("digits", budget=3, recipe="smoke", changes=SHORT, out=tmp_path / "best.yaml", cache=tmp_path / "a")
+        dstill.tune(
+            "digits",
+            budget=3,
+            recipe="smoke",
+            changes=SHORT,
+            out=tmp_path / "best.yaml",
+            machine=dstill.Machine(cache=tmp_path / "a"),
+        )

@@ -222,7 +222,12 @@ def test_a_run_starts_from_any_set(tiny_real: RealSet, tmp_path: Path) -> None:
 
 
 def test_a_set_is_judged_without_its_labels_and_without_its_augmentation(tiny_real: RealSet, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"protocol": "quick", "networks": 1, "cache": tmp_path / "cache", "whole": False}
+    options: dict[str, Any] = {
+        "protocol": "quick",
+        "networks": 1,
+        "machine": dstill.Machine(cache=tmp_path / "cache"),
+        "whole": False,
+    }
     judgement = dstill.judge(make(tiny_real, soft=True), tiny_real, out=tmp_path, **options)
     asked = [(row.labels, row.augmentation) for row in judgement.rows]
     assert asked == [("soft", "crop_flip"), ("soft", "none"), ("hard", "crop_flip"), ("hard", "none")]

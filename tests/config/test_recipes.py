@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 from dstill.config import recipes
-from dstill.config.recipes import DataShape, dump, load_recipe, recipe_names, resolve
+from dstill.config.recipes import dump, load_recipe, recipe_names
 from dstill.config.registry import METHODS
 from dstill.config.settings import DistillConfig, Recipe
-from dstill.data.catalog import DATASETS
+from dstill.data.catalog import DATASETS, Shape
 from dstill.errors import DstillError
-from dstill.methods.settings import CafeConfig, DistributionMatchingConfig, FrepoConfig, GradientMatchingConfig, MatchingConfig
+from dstill.methods.cafe import CafeConfig
+from dstill.methods.distribution_matching import DistributionMatchingConfig
+from dstill.methods.frepo import FrepoConfig
+from dstill.methods.gradient_matching import GradientMatchingConfig
+from dstill.methods.trajectory_matching import MatchingConfig
 
 NAMES = recipe_names()
 IPCS = {"cifar10": (1, 10, 50), "cifar100": (1, 10, 50), "tiny-imagenet": (1, 10), "imagenet-subset": (1, 10)}
@@ -87,8 +92,20 @@ def row_of(name: str) -> Row:
     )
 
 
-def shape(name: str = "mine", channels: int = 3, side: int = 32, classes: int = 10, memory: float = math.inf) -> DataShape:
-    return DataShape(name, channels, (side, side), classes, memory)
+class About(NamedTuple):
+    """Data that settings are resolved for."""
+
+    name: str
+    shape: Shape
+    memory: float
+
+
+def shape(name: str = "mine", channels: int = 3, side: int = 32, classes: int = 10, memory: float = math.inf) -> About:
+    return About(name, Shape(channels, (side, side), classes), memory)
+
+
+def resolve(recipe: str | None, about: About, **options: Any) -> tuple[Recipe, str]:
+    return recipes.resolve(recipe, about.name, about.shape, memory=about.memory, **options)
 
 
 def test_the_grid_of_published_cases_is_complete() -> None:
@@ -475,7 +492,7 @@ def test_a_recipe_of_another_method_is_refused() -> None:
 @pytest.mark.parametrize(
     "data", [shape("cifar10"), shape("cifar100", 3, 32, 100), shape("digits", 1, 8), shape("mine", 3, 128, 5)]
 )
-def test_smoke_is_small_for_every_method_and_data_set(method: str, data: DataShape) -> None:
+def test_smoke_is_small_for_every_method_and_data_set(method: str, data: About) -> None:
     found, origin = resolve("smoke", data, method=method, ipc=2)
     assert (found.method, found.ipc, found.protocol, found.net.width) == (method, 2, "quick", 8)
     assert "smoke" in origin

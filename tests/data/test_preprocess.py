@@ -8,7 +8,9 @@ import torch
 from kornia.enhance import ZCAWhitening
 from torch import Tensor
 
-from dstill.api.job import fitted_preprocess
+import dstill
+from dstill.api.job import Job, Workplace
+from dstill.api.options import Choice
 from dstill.data import preprocess
 from dstill.data.preprocess import ZCA, Preprocess, Standardise
 from dstill.data.real import RealSet
@@ -143,10 +145,12 @@ def test_an_unknown_kind_asked_for_is_answered_with_a_close_one():
 
 
 def test_a_damaged_whitening_in_the_cache_is_fitted_again(tiny_real: RealSet, tmp_path: Path) -> None:
-    right = {name: tensor.clone() for name, tensor in fitted_preprocess("zca", tiny_real, tmp_path).tensors().items()}
+    choice = Choice("random", recipe="smoke", changes={"preprocess": "zca"})
+    job = Job.resolve(tiny_real, choice, 0, Workplace.of(dstill.Machine(cache=tmp_path), False))
+    right = {name: tensor.clone() for name, tensor in job.preprocess().tensors().items()}
     (path,) = (tmp_path / "preprocess").iterdir()
     content = path.read_bytes()
     path.write_bytes(content[:-3])
-    again = fitted_preprocess("zca", tiny_real, tmp_path)
+    again = job.preprocess()
     assert path.read_bytes() == content
     assert all(again.tensors()[name].equal(tensor) for name, tensor in right.items())

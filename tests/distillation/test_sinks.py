@@ -29,8 +29,8 @@ def test_what_is_logged_is_what_happened_and_nothing_else_changes(
     for key, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(key, value)
     dstill.distill(tiny_real, out=tmp_path / "plain", **SETTINGS)
-    logged = {"logs": ["tensorboard", "wandb"], "picture_every": 2, "validate_every": 3}
-    dstill.distill(tiny_real, out=tmp_path / "logged", **logged, **SETTINGS)
+    logged = dstill.Recording(logs=["tensorboard", "wandb"], picture_every=2, validate_every=3)
+    dstill.distill(tiny_real, out=tmp_path / "logged", recording=logged, **SETTINGS)
     one, other = (DistilledSet.load(tmp_path / name) for name in ("plain", "logged"))
     assert one.images.equal(other.images)
     rows = timeless(tmp_path / "logged")
@@ -57,8 +57,8 @@ def test_a_log_that_is_unknown_or_not_installed_is_answered_before_anything_runs
     tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DstillError, match="did you mean wandb"):
-        dstill.distill(tiny_real, out=tmp_path / "a", logs=["wandbb"], **SETTINGS)
+        dstill.distill(tiny_real, out=tmp_path / "a", recording=dstill.Recording(logs=["wandbb"]), **SETTINGS)
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(DstillError, match=r"pip install 'dstill\[wandb\]'"):
-        dstill.distill(tiny_real, out=tmp_path / "b", logs=["wandb"], **SETTINGS)
+        dstill.distill(tiny_real, out=tmp_path / "b", recording=dstill.Recording(logs=["wandb"]), **SETTINGS)
     assert not (tmp_path / "b" / "metrics.jsonl").exists()

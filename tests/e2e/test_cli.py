@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dstill import cli, load_recipe
+from dstill import load_recipe
+from dstill.cli import main as cli
 from dstill.config.recipes import recipe_names
 from dstill.config.registry import METHODS
 from dstill.errors import DstillError
@@ -57,7 +58,7 @@ FAST = ["--recipe", "smoke", "--train-fraction", "0.1", "--set", "protocol=tiny.
 def test_neither_help_nor_any_list_imports_torch() -> None:
     code = """
 import contextlib, io, sys
-from dstill.cli import main
+from dstill.cli.main import main
 commands = ["run", "train-experts", "distill", "evaluate", "tune", "show", "ls"]
 calls = [["--help"], ["--version"], *([c, "--help"] for c in commands)]
 calls += [["ls", k, *j] for k in ("methods", "networks", "datasets", "recipes", "protocols") for j in ([], ["--json"])]
@@ -189,7 +190,8 @@ def test_ctrl_c_says_that_the_same_command_continues(tmp_path: Path) -> None:
     # A progress line is the moment of the interruption; nothing here waits for a clock.
     code = """
 import sys
-from dstill import cli, options
+from dstill.cli import main as cli
+from dstill.cli import options
 from dstill.support.console import ConsoleReporter
 
 class Interrupted(ConsoleReporter):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dstill
-from dstill import cli
+from dstill.cli import main as cli
 from dstill.nets.networks import build
 from dstill.planning.clock import Clock
 from dstill.unrolling.student import Student
@@ -64,10 +64,17 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = dstill.load_real("digits")
     for method in ("ast", "mtt", "frepo"):
         out = folder / "runs" / f"digits-{method}-ipc1-seed0"
-        dstill.run(real, method=method, recipe="smoke", networks=1, cache=folder / "cache", out=out)
+        dstill.run(
+            real,
+            method=method,
+            recipe="smoke",
+            out=out,
+            evaluation=dstill.Evaluation(networks=1),
+            machine=dstill.Machine(cache=folder / "cache"),
+        )
     one = dstill.DistilledSet.load(folder / "runs" / "digits-mtt-ipc1-seed0" / "set-0")
     one.export("pt", folder)
-    experts = dstill.train_experts(real, method="mtt", recipe="smoke", cache=folder / "cache")
+    experts = dstill.train_experts(real, method="mtt", recipe="smoke", machine=dstill.Machine(cache=folder / "cache"))
     student = Student(build(one.net, 1, 10, (8, 8), torch.Generator()))
     buffer = [[[p.clone() for p in student.split(row)] for row in experts.rows(k, 0, experts.epochs + 1)] for k in range(2)]
     (folder / "buffers").mkdir()

@@ -212,13 +212,14 @@ def test_faults_of_the_machine_are_told_from_mistakes_of_the_program() -> None:
 
 
 def test_a_damaged_expert_is_set_aside_and_trained_again(tiny_real: RealSet, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"recipe": "smoke", "method": "mtt", "changes": ["net.width=4"], "cache": tmp_path}
+    settings: dict[str, Any] = {"recipe": "smoke", "method": "mtt", "changes": ["net.width=4"]}
+    settings["machine"] = dstill.Machine(cache=tmp_path)
     experts = dstill.train_experts(tiny_real, **settings)
     path, content = experts.paths[1], experts.paths[1].read_bytes()
     for damage in (content[:-5], b"", bytes([*content[:-9], content[-9] ^ 4, *content[-8:]])):
         path.write_bytes(damage)
         told: list[str] = []
-        again = dstill.train_experts(tiny_real, reporter=_Told(told), **settings)
+        again = dstill.train_experts(tiny_real, progress=_Told(told), **settings)
         assert path.read_bytes() == content, "the same expert to the bit"
         assert any("set aside" in text for text in told)
         assert path.with_name(path.name + ".damaged").read_bytes() == damage

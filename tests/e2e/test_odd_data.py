@@ -62,7 +62,9 @@ DATA = {
 
 def smoke(real: RealSet, method: str, folder: Path, *changes: str) -> DistilledSet:
     changes = ("net.width=8", *changes)
-    return dstill.distill(real, method=method, recipe="smoke", cache=folder / "cache", out=folder / "out", changes=changes)
+    return dstill.distill(
+        real, method=method, recipe="smoke", out=folder / "out", changes=changes, machine=dstill.Machine(cache=folder / "cache")
+    )
 
 
 @pytest.mark.parametrize("method", ["ast", "dc", "frepo"])

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from dstill.cli import app
+from dstill.cli import files, judge, make  # noqa: F401 - they register their commands
+from dstill.cli.app import app
 from dstill.config import recipes
-from dstill.config.recipes import DataShape
-from dstill.data.catalog import DATASETS
+from dstill.data.catalog import DATASETS, Shape
 from dstill.evaluation.protocols import load_protocol
 from dstill.nets.networks import network_class
 
@@ -54,7 +54,7 @@ def test_commands_are_found_whatever_stands_around_them() -> None:
 def parsed(tokens: list[str]) -> dict[str, Any]:
     _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     groups = {name: vars(value) for name, value in bound.arguments.items() if is_dataclass(value)}
-    return {**bound.arguments, **groups.get("choice", {})}
+    return {**bound.arguments, **groups.get("choice", {}), **groups.get("evaluation", {})}
 
 
 @pytest.mark.parametrize("tokens", FOUND, ids=" ".join)
@@ -67,16 +67,16 @@ def test_a_command_of_the_readme_names_what_exists(tokens: list[str]) -> None:
     given = parsed(tokens)
     if given.get("protocol"):
         load_protocol(given["protocol"])
-    for name in [*(given.get("nets") or "").split(","), given.get("net") or ""]:
+    for name in [*(given.get("nets") or ()), given.get("net") or ""]:
         if name and ":" not in name:
             network_class(name)
     source, recipe = str(given.get("source", "")), given.get("recipe")
     if "/" not in source and source:
         assert source in DATASETS
     if tokens[0] in {"run", "train-experts", "distill", "tune"} and not str(recipe).endswith(".yaml"):
-        shape = DataShape(source, 3, (32, 32), 10)
+        shape = Shape(3, (32, 32), 10)
         changes = given.get("changes", ())
-        recipes.resolve(recipe, shape, method=given.get("method"), ipc=given.get("ipc"), changes=changes)
+        recipes.resolve(recipe, source, shape, method=given.get("method"), ipc=given.get("ipc"), changes=changes)
 
 
 def test_a_setting_that_does_not_exist_would_be_noticed() -> None:

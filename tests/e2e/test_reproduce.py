@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -25,15 +26,24 @@ class Notes:
         pass
 
 
+def places(folder: Path) -> dict[str, Any]:
+    cache = dstill.Machine(cache=folder / "cache")
+    return {"out": folder / "results", "runs": folder / "runs", "machine": cache}
+
+
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of its own takes three seconds to start; `tests/test_comparing.py` sees to that part."""
+    """A process of its own takes three seconds to start; `tests/api/test_compare.py` sees to that part."""
     monkeypatch.setattr("dstill.api.apart.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))
 
 
 @pytest.mark.usefixtures("in_this_process")
 def test_every_reproduction_runs_at_smoke_scale(tmp_path: Path) -> None:
-    where = {"out": tmp_path / "results", "runs": tmp_path / "runs", "cache": tmp_path / "cache"}
+    where: dict[str, Any] = {
+        "out": tmp_path / "results",
+        "runs": tmp_path / "runs",
+        "machine": dstill.Machine(cache=tmp_path / "cache"),
+    }
     for what in reproduction_names():
         reproduction = load_reproduction(what)
         folder = dstill.reproduce(what, **where)
@@ -55,19 +65,24 @@ def test_every_reproduction_runs_at_smoke_scale(tmp_path: Path) -> None:
     assert len(distilled) < rows, "tables that ask for the same run share it"
 
     notes = Notes()
-    dstill.reproduce("table2", reporter=notes, **where)
+    dstill.reproduce("table2", progress=notes, **where)
     assert notes.notes == ["table2, smoke: about 0 s for 0 of 3 run(s)"], "what is finished is not run again"
 
 
 def test_what_was_asked_for_otherwise_is_run_again(tmp_path: Path) -> None:
-    where = {"out": tmp_path / "results", "runs": tmp_path / "runs", "cache": tmp_path / "cache", "only": ["random"]}
+    where: dict[str, Any] = {
+        "out": tmp_path / "results",
+        "runs": tmp_path / "runs",
+        "machine": dstill.Machine(cache=tmp_path / "cache"),
+        "only": ["random"],
+    }
     folder = dstill.reproduce("table3", **where)
     path = folder / "random-digits-ipc1.json"
     stored = json.loads(path.read_text())
     stored["request"]["seed"] = 5
     path.write_text(json.dumps(stored))
     notes = Notes()
-    dstill.reproduce("table3", reporter=notes, **where)
+    dstill.reproduce("table3", progress=notes, **where)
     assert "about" in notes.notes[0] and "for 1 of 1 run(s)" in notes.notes[0]
     page = (folder / "page.md").read_text()
     assert page.count("pending") == len(load_reproduction("table3").rows) - 1
@@ -75,7 +90,12 @@ def test_what_was_asked_for_otherwise_is_run_again(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_row_that_fails_keeps_its_reason_and_is_tried_again(tmp_path: Path) -> None:
-    where = {"out": tmp_path / "results", "runs": tmp_path / "runs", "cache": tmp_path / "cache", "only": ["random", "dm"]}
+    where: dict[str, Any] = {
+        "out": tmp_path / "results",
+        "runs": tmp_path / "runs",
+        "machine": dstill.Machine(cache=tmp_path / "cache"),
+        "only": ["random", "dm"],
+    }
     folder = dstill.reproduce("table3", **where)
     (run,) = where["runs"].glob("*-random-*")
     for path in (run, *folder.glob("*.json")):
@@ -93,11 +113,12 @@ def test_a_row_that_fails_keeps_its_reason_and_is_tried_again(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_later_call_adds_sets_to_those_that_are_there_also_on_another_machine(tmp_path: Path) -> None:
-    where = {"out": tmp_path / "results", "cache": tmp_path / "cache", "only": ["ast"]}
+    where = places(tmp_path) | {"only": ["ast"]}
+    del where["runs"]
     notes = Notes()
     for sets in (1, 2):
         runs = tmp_path / f"runs-{sets}"  # what another machine lacks
-        folder = dstill.reproduce("fig11", sets=sets, runs=runs, reporter=notes, **where)
+        folder = dstill.reproduce("fig11", sets=sets, runs=runs, progress=notes, **where)
     first, second = (Entry.load(folder / f"ast-digits-ipc1{ending}.json") for ending in ("", "-set1"))
     assert [first.set, second.set] == [0, 1]
     assert first.record.result is not None and second.record.result is not None

@@ -57,7 +57,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(tiny_real: RealSet, shared: Path) -> Callable[..., Result]:
     def run(out: Path, method: str, *changes: str, **options: Any) -> Result:
         settings = [f"protocol={shared / 'tiny.yaml'}", *(TINY if METHODS[method].needs_experts else ["net.width=4"]), *changes]
-        options = {"cache": shared / "cache", "recipe": "smoke", **options}
+        machine = dstill.Machine(cache=options.pop("cache", shared / "cache"), workers=options.pop("workers", None))
+        recording = dstill.Recording(**{key: options.pop(key) for key in list(options) if key.endswith("_every")})
+        options = {"recipe": "smoke", "machine": machine, "recording": recording, **options}
         return dstill.run(tiny_real, method=method, out=out, changes=settings, **options)
 
     return run
@@ -114,7 +116,8 @@ def test_the_same_seed_gives_the_same_images_and_accuracies(method: str, launch:
 def test_the_first_run_of_a_cache_whitens_as_the_later_ones_do(tiny_real: RealSet, tmp_path: Path) -> None:
     # Three images: so few that the layout of the whitening matrix decides how their product is rounded.
     first, later = (
-        dstill.distill(tiny_real, method="random", ipc=1, changes=["preprocess=zca"], cache=tmp_path) for _ in range(2)
+        dstill.distill(tiny_real, method="random", ipc=1, changes=["preprocess=zca"], machine=dstill.Machine(cache=tmp_path))
+        for _ in range(2)
     )
     assert torch.equal(first.images, later.images)
 
@@ -158,10 +161,10 @@ def test_a_run_of_any_method_continued_between_checkpoints_equals_the_uninterrup
             launch(
                 *(out, method, "distill.iterations=9", "distill.batch_syn=2"),
                 checkpoint_every=3,
-                reporter=Watch(("distilling", at)),
+                progress=Watch(("distilling", at)),
             )
         watch = Watch()
-        again = launch(out, method, "distill.iterations=9", "distill.batch_syn=2", checkpoint_every=3, reporter=watch)
+        again = launch(out, method, "distill.iterations=9", "distill.batch_syn=2", checkpoint_every=3, progress=watch)
         # Observed after the checkpoint of the same iteration; at the last one nothing but the result is left.
         assert watch.seen.get("distilling", []) == list(range(at // 3 * 3 + 1, 10))
         assert_same(out / "set-0", tmp_path / "whole" / "set-0")
@@ -172,7 +175,7 @@ def test_a_run_interrupted_again_and_again_equals_the_uninterrupted_one(launch: 
     launch(tmp_path / "whole", "ast", "distill.iterations=8")
     for at in (2, 3, 5, 7):
         with pytest.raises(KeyboardInterrupt):
-            launch(*(tmp_path / "out", "ast", "distill.iterations=8"), checkpoint_every=2, reporter=Watch(("distilling", at)))
+            launch(*(tmp_path / "out", "ast", "distill.iterations=8"), checkpoint_every=2, progress=Watch(("distilling", at)))
     launch(tmp_path / "out", "ast", "distill.iterations=8")
     assert_same(tmp_path / "out" / "set-0", tmp_path / "whole" / "set-0")
 
@@ -211,7 +214,7 @@ dstill.distill(
         method="ast",
         changes=["distill.iterations=7", "net.width=4", "distill.student_steps=4"],
         out=tmp_path / "whole",
-        cache=tmp_path / "cache",
+        machine=dstill.Machine(cache=tmp_path / "cache"),
     )
     assert_same(tmp_path / "out", tmp_path / "whole")
 
@@ -219,7 +222,7 @@ dstill.distill(
 def test_a_metrics_line_that_was_half_written_is_written_again(launch: Callable[..., Result], tmp_path: Path) -> None:
     launch(tmp_path / "whole", "mtt")
     with pytest.raises(KeyboardInterrupt):
-        launch(tmp_path / "out", "mtt", checkpoint_every=2, reporter=Watch(("distilling", 3)))
+        launch(tmp_path / "out", "mtt", checkpoint_every=2, progress=Watch(("distilling", 3)))
     with (tmp_path / "out" / "set-0" / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 3, "loss": 1.')
     launch(tmp_path / "out", "mtt")
@@ -230,12 +233,12 @@ def test_only_the_missing_experts_are_trained_after_an_interruption(launch: Call
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     # Two experts of three epochs: stop in the second epoch of the second one.
     with pytest.raises(KeyboardInterrupt):
-        launch(tmp_path / "a", "mtt", cache=cut, reporter=Watch(("expert epochs", 5)))
+        launch(tmp_path / "a", "mtt", cache=cut, progress=Watch(("expert epochs", 5)))
     (kept,) = cut.glob("experts/*/*")
     assert kept.name == "expert-000.safetensors"
     stamp = kept.stat().st_mtime_ns
     watch = Watch()
-    launch(tmp_path / "a", "mtt", cache=cut, reporter=watch)
+    launch(tmp_path / "a", "mtt", cache=cut, progress=watch)
     assert watch.seen["expert epochs"] == [4, 5, 6]
     assert kept.stat().st_mtime_ns == stamp
     launch(tmp_path / "b", "mtt", cache=whole)
@@ -246,7 +249,9 @@ def test_only_the_missing_experts_are_trained_after_an_interruption(launch: Call
 
 def test_a_fourth_expert_changes_none_of_the_first_three(tiny_real: RealSet, tmp_path: Path) -> None:
     def train(*changes: str) -> dstill.Trajectories:
-        return dstill.train_experts(tiny_real, recipe="smoke", method="mtt", changes=["net.width=4", *changes], cache=tmp_path)
+        return dstill.train_experts(
+            tiny_real, recipe="smoke", method="mtt", changes=["net.width=4", *changes], machine=dstill.Machine(cache=tmp_path)
+        )
 
     three = train("experts.count=3")
     before = [path.read_bytes() for path in three.paths]
@@ -258,21 +263,21 @@ def test_a_fourth_expert_changes_none_of_the_first_three(tiny_real: RealSet, tmp
 
 def test_a_share_of_the_experts_can_be_trained_elsewhere(tiny_real: RealSet, tmp_path: Path) -> None:
     options: dict[str, Any] = {"recipe": "smoke", "method": "mtt", "changes": ["net.width=4"]}
-    part = dstill.train_experts(tiny_real, only=[1], cache=tmp_path / "a", **options)
-    whole = dstill.train_experts(tiny_real, cache=tmp_path / "b", **options)
+    part = dstill.train_experts(tiny_real, only=[1], machine=dstill.Machine(cache=tmp_path / "a"), **options)
+    whole = dstill.train_experts(tiny_real, machine=dstill.Machine(cache=tmp_path / "b"), **options)
     assert [path.name for path in part.paths] == ["expert-001.safetensors"]
     assert part.paths[0].read_bytes() == whole.paths[1].read_bytes()
 
 
 def test_an_expert_number_below_zero_is_refused_before_it_can_spoil_the_cache(tiny_real: RealSet, tmp_path: Path) -> None:
     with pytest.raises(DstillError, match="numbered from 0, got -1"):
-        dstill.train_experts(tiny_real, recipe="smoke", method="mtt", only=[-1], cache=tmp_path)
+        dstill.train_experts(tiny_real, recipe="smoke", method="mtt", only=[-1], machine=dstill.Machine(cache=tmp_path))
     assert not (tmp_path / "experts").exists()
 
 
 def test_random_has_no_experts_to_train(tiny_real: RealSet, tmp_path: Path) -> None:
     with pytest.raises(DstillError, match="'random' needs no experts"):
-        dstill.train_experts(tiny_real, method="random", cache=tmp_path)
+        dstill.train_experts(tiny_real, method="random", machine=dstill.Machine(cache=tmp_path))
 
 
 # Finished runs and other settings
@@ -282,7 +287,7 @@ def test_a_finished_run_distils_nothing_and_says_the_same(launch: Callable[..., 
     first = launch(tmp_path, "ast")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "set-0").glob("*.png")}
     watch = Watch()
-    again = launch(tmp_path, "ast", reporter=watch)
+    again = launch(tmp_path, "ast", progress=watch)
     assert "distilling" not in watch.seen
     assert "expert epochs" not in watch.seen
     assert any("finished: nothing to do" in note for note in watch.notes)
@@ -352,11 +357,11 @@ def test_other_settings_are_refused_before_experts_are_trained(launch: Callable[
     ("changes", "options", "message"),
     [
         (["protocol=astt"], {}, "unknown protocol 'astt'; did you mean ast"),
-        ([], {"nets": ["convnet", "vgg12"]}, "unknown network 'vgg12'; did you mean vgg11"),
+        ([], {"evaluation": dstill.Evaluation(nets=["convnet", "vgg12"])}, "unknown network 'vgg12'; did you mean vgg11"),
         (["net.norm=batch"], {}, "running statistics"),
         (["net.name=convnot"], {}, "did you mean convnet"),
         ([], {"sets": 0}, "sets must be at least 1, got 0"),
-        ([], {"networks": 0}, "networks must be at least 1, got 0"),
+        ([], {"evaluation": dstill.Evaluation(networks=0)}, "networks must be at least 1, got 0"),
         ([], {"ipc": 21}, "has 20 training images, fewer than the 21"),
     ],
 )
@@ -365,7 +370,13 @@ def test_a_mistake_is_refused_before_experts_are_trained(
 ) -> None:
     with pytest.raises(DstillError, match=message):
         dstill.run(
-            tiny_real, recipe="smoke", method="mtt", changes=changes, out=tmp_path / "o", cache=tmp_path / "c", **options
+            tiny_real,
+            recipe="smoke",
+            method="mtt",
+            changes=changes,
+            out=tmp_path / "o",
+            machine=dstill.Machine(cache=tmp_path / "c"),
+            **options,
         )
     assert not (tmp_path / "c" / "experts").exists()
 
@@ -373,7 +384,12 @@ def test_a_mistake_is_refused_before_experts_are_trained(
 def test_what_is_chosen_on_a_holdout_is_measured_on_validation(tiny_real: RealSet, shared: Path, tmp_path: Path) -> None:
     changes = [f"protocol={shared / 'tiny.yaml'}", *TINY]
     result = dstill.run(
-        tiny_real.holdout(0), recipe="smoke", method="mtt", changes=changes, out=tmp_path, cache=shared / "cache"
+        tiny_real.holdout(0),
+        recipe="smoke",
+        method="mtt",
+        changes=changes,
+        out=tmp_path,
+        machine=dstill.Machine(cache=shared / "cache"),
     )
     assert (result.measured_on, result.random) == ("validation", None)
 
@@ -381,7 +397,15 @@ def test_what_is_chosen_on_a_holdout_is_measured_on_validation(tiny_real: RealSe
 def test_a_set_says_which_networks_were_measured_on_what(tiny_real: RealSet, shared: Path, tmp_path: Path) -> None:
     changes = [f"protocol={shared / 'tiny.yaml'}", "net.width=4"]
     held = tiny_real.holdout(0)
-    dstill.run(held, recipe="smoke", method="random", changes=changes, nets=["vgg11"], out=tmp_path, cache=shared / "cache")
+    dstill.run(
+        held,
+        recipe="smoke",
+        method="random",
+        changes=changes,
+        out=tmp_path,
+        evaluation=dstill.Evaluation(nets=["vgg11"]),
+        machine=dstill.Machine(cache=shared / "cache"),
+    )
     distilled = DistilledSet.load(tmp_path / "set-0")
     said = "fresh vgg11 networks on real images held out of the training set"
     assert said in str(distilled.accuracy)
@@ -396,5 +420,5 @@ def test_judging_on_other_data_than_the_set_was_made_of_is_said(
     launch(tmp_path, "random")
     watch = Watch()
     for data in (tiny_real, tiny_real.holdout(0)):
-        dstill.evaluate(tmp_path / "set-0", data, networks=1, random=False, reporter=watch)
+        dstill.evaluate(tmp_path / "set-0", data, networks=1, random=False, progress=watch)
     assert [note for note in watch.notes if "not what the set was distilled from" in note] == watch.notes[-1:]

@@ -136,7 +136,7 @@ def test_an_unknown_network_is_refused_before_the_known_ones_are_trained(syn: Di
             raise AssertionError(stage)
 
     with pytest.raises(DstillError, match="unknown network 'vgg12'; did you mean vgg11"):
-        dstill.evaluate(syn, tiny_real, nets=["convnet", "vgg12"], reporter=Watching())
+        dstill.evaluate(syn, tiny_real, nets=["convnet", "vgg12"], progress=Watching())
 
 
 def test_the_rate_that_was_trained_with_is_in_the_score(syn: DistilledSet, tiny_real: RealSet, tmp_path: Path) -> None:

@@ -168,12 +168,12 @@ def test_random_images_are_measured_anew_for_a_preprocessing_with_other_numbers(
 ) -> None:
     foreign = replace(syn, preprocess=preprocess.Standardise(torch.zeros(3), torch.full((3,), 0.1)))
     for one in (syn, foreign, syn):
-        dstill.evaluate(one, tiny_real, protocol=short, networks=1, cache=tmp_path)
+        dstill.evaluate(one, tiny_real, protocol=short, networks=1, machine=dstill.Machine(cache=tmp_path))
     assert len(list((tmp_path / "random").iterdir())) == 2
 
 
 def test_the_whole_set_is_measured_once_and_cached(syn: DistilledSet, tiny_real: RealSet, short: str, tmp_path: Path) -> None:
-    options = {"protocol": short, "random": False, "whole": True, "cache": tmp_path}
+    options = {"protocol": short, "random": False, "whole": True, "machine": dstill.Machine(cache=tmp_path)}
     first = dstill.evaluate(syn, tiny_real, **options)  # type: ignore[arg-type]
     cached = next((tmp_path / "whole").iterdir())
     cached.write_text(first.whole.model_copy(update={"mean": 0.125}).model_dump_json())  # type: ignore[union-attr]
@@ -216,7 +216,7 @@ def test_adam_takes_the_protocols_rate_and_says_so(syn: DistilledSet, tiny_real:
         "{name: adam, version: 1, passes: 3, batch_size: 8, momentum: 0.0, weight_decay: 0.0, lr: 0.002, networks: 1, "
         "optimiser: adam, loss: squared, schedule: cosine, warmup: 1}"
     )
-    result = dstill.evaluate(syn, tiny_real, protocol=str(path), cache=tmp_path)
+    result = dstill.evaluate(syn, tiny_real, protocol=str(path), machine=dstill.Machine(cache=tmp_path))
     assert result.random is not None
     assert (result.accuracy.lr, result.random.lr) == (0.002, 0.002)
 
@@ -225,5 +225,5 @@ def test_networks_that_differ_in_an_option_share_no_baseline(
     syn: DistilledSet, tiny_real: RealSet, short: str, tmp_path: Path
 ) -> None:
     for net in (NetConfig(width=2), NetConfig(depth=2)):
-        dstill.evaluate(replace(syn, net=net), tiny_real, protocol=short, cache=tmp_path, networks=1)
+        dstill.evaluate(replace(syn, net=net), tiny_real, protocol=short, networks=1, machine=dstill.Machine(cache=tmp_path))
     assert len(list((tmp_path / "random").iterdir())) == 2

@@ -105,7 +105,9 @@ def test_a_file_of_another_kind_is_refused_by_name(folder: Path) -> None:
 def test_experts_are_the_same_wherever_they_lie(tiny_real: RealSet, tmp_path: Path) -> None:
     def trained(seed: int) -> Trajectories:
         changes = ["net.width=4", "experts.count=2", "experts.gsam=null"]
-        return dstill.train_experts(tiny_real, recipe="smoke", method="mtt", changes=changes, seed=seed, cache=tmp_path)
+        return dstill.train_experts(
+            tiny_real, recipe="smoke", method="mtt", changes=changes, seed=seed, machine=dstill.Machine(cache=tmp_path)
+        )
 
     one, other = trained(0), trained(1)
     assert one.identity == one.folder.name != other.identity == other.folder.name

@@ -5,23 +5,25 @@ from __future__ import annotations
 import functools
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dstill.api.job import ensure_experts, fitted_preprocess, trained_on_all
+from dstill.api.job import Job, Workplace
+from dstill.api.options import Choice, Machine
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.run_folder import RunFolder
 from dstill.config import recipes
 from dstill.config.registry import METHODS, methods
 from dstill.config.settings import NetConfig, Protocol, Recipe
+from dstill.data.catalog import Shape
 from dstill.data.real import RealSet, Split
 from dstill.distillation.loop import Cadence, make_method, run_method
 from dstill.evaluation.networks import evaluate_set, prepared
 from dstill.methods.base import Problem, State
-from dstill.support.console import Silent
 
 NAMES = sorted(methods())
 STEPPING = [name for name in NAMES if methods()[name].family != "selection"]
@@ -74,12 +76,12 @@ def unbalanced(real: RealSet) -> RealSet:
 
 def recipe_of(method: str, real: RealSet, ipc: int, iterations: int) -> Recipe:
     info = methods()[method]
-    shape = recipes.DataShape(real.name, real.channels, real.size, real.classes)
+    shape = Shape(real.channels, real.size, real.classes)
     settings = list(QUICK.get(method, ()))
     if info.family != "selection":
         settings.append(f"distill.iterations={iterations}")
     smoke, _ = recipes.resolve(
-        "smoke", shape, method=method, ipc=ipc, changes=["augmentation=none", "preprocess=standardise", *settings]
+        "smoke", real.name, shape, method=method, ipc=ipc, changes=["augmentation=none", "preprocess=standardise", *settings]
     )
     return smoke.model_copy(update={"net": NetConfig(width=8, depth=2)})
 
@@ -89,11 +91,9 @@ def problem_of(cache: Path) -> Callable[..., Problem]:
     """A problem for a method, with whatever the method needs trained once a session."""
 
     def make(method: str, real: RealSet, *, ipc: int = 1, iterations: int = 3, seed: int = 0) -> Problem:
-        recipe = recipe_of(method, real, ipc, iterations)
-        needs = methods()[method].needs
-        experts = ensure_experts(real, recipe, 0, CPU, cache, Silent()) if needs == "experts" else None
-        trained = trained_on_all(real, recipe, 0, CPU, cache, Silent())
-        return Problem(real, fitted_preprocess(recipe.preprocess, real, cache), recipe, experts, CPU, seed, None, trained)
+        choice = Choice(recipe=recipe_of(method, real, ipc, iterations))
+        job = Job.resolve(real, choice, 0, Workplace.of(Machine(device="cpu", cache=cache), False))
+        return replace(job.problem(seed, job.experts() if job.method.needs_experts else None), feature_expert=None)
 
     return make
 

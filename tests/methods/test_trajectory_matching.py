@@ -19,7 +19,6 @@ from dstill.config.settings import NetConfig
 from dstill.distillation.loop import run_method
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
-from dstill.methods import trajectory_matching
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.trajectory_matching import TrajectoryMatching
 from dstill.support import seeding
@@ -184,7 +183,7 @@ def test_the_perturbed_start_lies_rho_times_the_filters_norms_away(
 def test_dropout_zeroes_its_share_of_the_start_and_scales_up_the_rest(make_problem: MakeProblem) -> None:
     method, _ = started(make_problem(dropout=0.25))
     segment = method.trajectories.segment(0, 1, 3)
-    start = method._perturbed_start(segment, seeding.generator(0, "perturb"))
+    start = method._perturbed(segment.start, seeding.generator(0, "perturb"))
     kept = start != 0
     torch.testing.assert_close(start[kept], segment.start[kept] / 0.75)
     assert float(kept.float().mean()) == pytest.approx(0.75 * float((segment.start != 0).float().mean()), abs=0.1)
@@ -355,7 +354,7 @@ def test_soft_labels_are_the_target_experts_logits_on_the_current_images_and_are
 def test_differentiated_labels_equal_plain_autograd(
     make_problem: MakeProblem, trajectories: Trajectories, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trajectory_matching, "_BLOCK", block)  # of 6 images
+    monkeypatch.setattr("dstill.methods.expert_labels._BLOCK", block)  # of 6 images
     experts = Trajectories(trajectories.folder, 1)
     problem = make_problem(ipc=2, experts=experts, soft_labels="expert-differentiated", image_momentum=0.0, **CERTAIN)
     method, state = started(problem)

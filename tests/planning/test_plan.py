@@ -18,7 +18,11 @@ from dstill.data.real import RealSet
 from dstill.planning.clock import Clock
 from dstill.planning.plan import Plan, together
 
-SMALL: dict[str, Any] = {"recipe": "smoke", "changes": ["net.width=4"], "device": "cpu", "workers": 1}
+SMALL: dict[str, Any] = {"recipe": "smoke", "changes": ["net.width=4"]}
+
+
+def on(cache: Path) -> dstill.Machine:
+    return dstill.Machine(device="cpu", cache=cache, workers=1)
 
 
 def stage(plan: Plan, name: str) -> Any:
@@ -28,7 +32,7 @@ def stage(plan: Plan, name: str) -> Any:
 def test_cached_experts_cost_nothing_and_those_to_be_trained_have_the_size_of_their_files(
     tiny_real: RealSet, tmp_path: Path
 ) -> None:
-    settings = {**SMALL, "method": "mtt", "cache": tmp_path, "changes": ["net.width=32"]}
+    settings = {**SMALL, "method": "mtt", "machine": on(tmp_path), "changes": ["net.width=32"]}
     before = dstill.plan(tiny_real, **settings)
     trajectories = dstill.train_experts(tiny_real, **settings)
     after = dstill.plan(tiny_real, **settings)
@@ -40,7 +44,7 @@ def test_cached_experts_cost_nothing_and_those_to_be_trained_have_the_size_of_th
 
 @pytest.mark.parametrize("method", list(methods()))
 def test_every_method_has_a_plan(tiny_real: RealSet, tmp_path: Path, method: str) -> None:
-    plan = dstill.plan(tiny_real, method=method, cache=tmp_path, **SMALL)
+    plan = dstill.plan(tiny_real, method=method, machine=on(tmp_path), **SMALL)
     names = {stage.name for stage in plan.stages}
     assert {"evaluation", "random images"} <= names
     assert ("experts" in names) == methods()[method].needs_experts
@@ -50,7 +54,7 @@ def test_every_method_has_a_plan(tiny_real: RealSet, tmp_path: Path, method: str
 
 
 def test_what_is_left_out_is_neither_planned_nor_run(tiny_real: RealSet, tmp_path: Path) -> None:
-    options = {"method": "random", "random": False, "cache": tmp_path, **SMALL}
+    options = {"method": "random", "evaluation": dstill.Evaluation(random=False), "machine": on(tmp_path), **SMALL}
     assert [stage.name for stage in dstill.plan(tiny_real, **options).stages] == ["evaluation"]
     result = dstill.run(tiny_real, out=tmp_path / "run", **options)
     assert (result.random, result.whole) == (None, None)
@@ -77,12 +81,12 @@ def test_large_batches_lie_on_the_line_through_two_small_ones() -> None:
 
 
 def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dstill.planning.plan.load_real", lambda source: pytest.fail(f"{source} was loaded"))
+    monkeypatch.setattr("dstill.api.job.load_real", lambda source: pytest.fail(f"{source} was loaded"))
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
-    plan = dstill.plan("cifar10", method="mtt", ipc=1, device="cpu", cache=tmp_path)
+    plan = dstill.plan("cifar10", method="mtt", ipc=1, machine=dstill.Machine(device="cpu", cache=tmp_path))
     # 100 experts: the start, 3 epochs, and the network to go on from, 320,010 parameters each (ConvNet-3 on ten classes).
     assert stage(plan, "experts").disk_bytes == 100 * 5 * 320_010 * 4
-    other = dstill.plan("cifar10", method="mtt", ipc=1, net="alexnet", device="cpu", cache=tmp_path)
+    other = dstill.plan("cifar10", method="mtt", ipc=1, net="alexnet", machine=dstill.Machine(device="cpu", cache=tmp_path))
     assert stage(other, "experts").disk_bytes > stage(plan, "experts").disk_bytes, "the network is the one asked for"
 
 
@@ -92,18 +96,18 @@ def test_the_shapes_of_known_data_are_those_that_are_loaded() -> None:
 
 
 def test_too_little_disk_or_memory_is_said(tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dstill.plan(tiny_real, method="mtt", cache=tmp_path, **SMALL).warnings == ()
+    assert dstill.plan(tiny_real, method="mtt", machine=on(tmp_path), **SMALL).warnings == ()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 0))
     monkeypatch.setattr("dstill.planning.plan.available_memory", lambda _: 10.0)
-    disk, memory = dstill.plan(tiny_real, method="mtt", cache=tmp_path, **SMALL).warnings
+    disk, memory = dstill.plan(tiny_real, method="mtt", machine=on(tmp_path), **SMALL).warnings
     assert "of disk are needed" in disk and str(tmp_path) in disk
     assert "of memory are needed" in memory
 
 
 def test_runs_that_share_experts_count_them_once(tiny_real: RealSet, tmp_path: Path) -> None:
     plans = [
-        dstill.plan(tiny_real, method="mtt", cache=tmp_path, **{**SMALL, "changes": ["net.width=4", change]})
+        dstill.plan(tiny_real, method="mtt", machine=on(tmp_path), **{**SMALL, "changes": ["net.width=4", change]})
         for change in ("distill.lr_images=1.0", "distill.lr_images=2.0", "experts.lr=0.5")
     ]
     first, second, third = together(plans, "all").stages

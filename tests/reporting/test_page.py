@@ -55,10 +55,17 @@ def runs(tiny_real: RealSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three finished runs: with experts and a chosen start, with soft labels, and a selection; classes have hostile names."""
     folder = tmp_path_factory.mktemp("runs")
     real = RealSet("tiny", tiny_real.train, tiny_real.test, HOSTILE)
-    options: dict[str, Any] = {"recipe": "smoke", "cache": folder / "cache", "networks": 2, "changes": ["net.width=4"]}
+    options: dict[str, Any] = {"recipe": "smoke", "machine": dstill.Machine(cache=folder / "cache"), "changes": ["net.width=4"]}
     for method in ("ast", "frepo", "random"):
         validate = 0 if method == "random" else 3
-        dstill.run(real, method=method, out=folder / method, validate_every=validate, whole=True, **options)
+        dstill.run(
+            real,
+            method=method,
+            out=folder / method,
+            evaluation=dstill.Evaluation(whole=True, networks=2),
+            recording=dstill.Recording(validate_every=validate),
+            **options,
+        )
     return folder
 
 

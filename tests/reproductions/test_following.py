@@ -14,7 +14,7 @@ from dstill.data import preprocess as preprocessing
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories, save_expert
-from dstill.methods.settings import MatchingConfig
+from dstill.methods.trajectory_matching import MatchingConfig
 from dstill.nets.networks import build
 from dstill.reproductions.following import accumulated_error
 from dstill.unrolling.student import Student

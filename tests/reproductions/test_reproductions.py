@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
+import dstill
 from dstill import DstillError
-from dstill.api.job import resolve_for
 from dstill.artifacts.record import Curve, ExpertCurves, RunRecord, SetRecord
 from dstill.artifacts.result import Cost, ProtocolId, Result, Score
+from dstill.config import recipes
 from dstill.config.registry import methods
 from dstill.config.settings import Recipe
 from dstill.data.catalog import DATASETS
@@ -21,7 +21,6 @@ from dstill.planning.clock import Clock
 from dstill.reproductions.page import Entry, Sets, cell, page, paired_difference, seconds, table, verdict
 from dstill.reproductions.run import applies, plan_reproduction
 from dstill.reproductions.spec import Case, Row, ScaleName, load_reproduction, reproduction_names
-from dstill.support.console import Silent
 
 SCALES: tuple[ScaleName, ...] = ("smoke", "cpu", "paper")
 NAMES = [*(f"table{k}" for k in range(1, 9)), *(f"fig{k}" for k in range(3, 12))]
@@ -51,16 +50,15 @@ def test_a_file_names_what_exists(what: str) -> None:
 def test_every_shared_change_changes_some_row(what: str) -> None:
     reproduction = load_reproduction(what)
     for name, scale in reproduction.scales.items():
-        recipes = [resolved(row, case) for row in reproduction.rows_at(name) for case in scale.cases]
+        found = [resolved(row, case) for row in reproduction.rows_at(name) for case in scale.cases]
         for change in scale.changes:
-            assert any(applies(change, recipe) for recipe in recipes), change
+            assert any(applies(change, recipe) for recipe in found), change
 
 
 def resolved(row: Row, case: Case) -> Recipe:
     shape = DATASETS[case.data].shape
     assert shape is not None
-    where, given = torch.device("cpu"), {"method": row.method, "ipc": case.ipc, "net": None, "changes": []}
-    return resolve_for(case.data, shape, None, **given, device=where, reporter=Silent())  # type: ignore[arg-type]
+    return recipes.resolve(None, case.data, shape, method=row.method, ipc=case.ipc)[0]
 
 
 @pytest.mark.parametrize("what", ["fig4", "table4"])
@@ -77,27 +75,30 @@ def test_the_sets_of_table3_are_shown_without_being_distilled_again(what: str) -
 def test_every_scale_can_be_planned(what: str, scale: ScaleName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
     reproduction = load_reproduction(what)
-    plan = plan_reproduction(what, scale=scale, device="cpu", cache=tmp_path)
+    plan = plan_reproduction(what, scale=scale, machine=dstill.Machine(device="cpu", cache=tmp_path))
     assert len(plan.stages) == len(reproduction.rows_at(scale)) * len(reproduction.scales[scale].cases)
     assert 0 < plan.seconds < math.inf
 
 
 def test_rows_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
-    plan = plan_reproduction("table3", only=["mtt", "random"], device="cpu", cache=tmp_path)
+    plan = plan_reproduction("table3", only=["mtt", "random"], machine=dstill.Machine(device="cpu", cache=tmp_path))
     assert [stage.name for stage in plan.stages] == ["Random, digits, IPC 1", "MTT, digits, IPC 1"]
     with pytest.raises(DstillError, match="no row 'mt'"):
-        plan_reproduction("table3", only=["mt"], device="cpu", cache=tmp_path)
+        plan_reproduction("table3", only=["mt"], machine=dstill.Machine(device="cpu", cache=tmp_path))
     with pytest.raises(DstillError, match="table1 has no scale 'gpu': take one of smoke, cpu, paper"):
-        plan_reproduction("table1", scale="gpu", device="cpu", cache=tmp_path)
+        plan_reproduction("table1", scale="gpu", machine=dstill.Machine(device="cpu", cache=tmp_path))
 
 
 def test_the_number_of_sets_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
-    one, two = (plan_reproduction("table3", only=["dm"], sets=sets, device="cpu", cache=tmp_path) for sets in (1, 2))
+    one, two = (
+        plan_reproduction("table3", only=["dm"], sets=sets, machine=dstill.Machine(device="cpu", cache=tmp_path))
+        for sets in (1, 2)
+    )
     assert one.seconds < two.seconds <= 2 * one.seconds
     with pytest.raises(DstillError, match="sets must be at least 1, got 0"):
-        plan_reproduction("table3", sets=0, device="cpu", cache=tmp_path)
+        plan_reproduction("table3", sets=0, machine=dstill.Machine(device="cpu", cache=tmp_path))
 
 
 def sets(

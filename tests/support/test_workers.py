@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dstill.cli.options import Common
+from dstill.api.job import Workplace
+from dstill.api.options import Machine
 from dstill.errors import DstillError
 from dstill.support.workers import apart, choose_workers, cores, spread
 
@@ -42,7 +43,7 @@ def asks(item: int, report: Callable[[int], None]) -> bool:
 def test_determinism_is_asked_for_in_every_process() -> None:
     assert not apart(asks, 0)
     try:
-        Common(deterministic=True).start()
+        Workplace.of(Machine(deterministic=True))
         assert torch.are_deterministic_algorithms_enabled()
         assert apart(asks, 0)
     finally:
@@ -94,7 +95,7 @@ def test_work_apart_has_a_process_of_its_own_and_workers_in_it() -> None:
 UNGUARDED = """
 import dstill
 
-dstill.compare("digits", methods=["random"], recipe="smoke", networks=1, whole=False, out="out", device="cpu")
+dstill.compare("digits", methods=["random"], recipe="smoke", networks=1, whole=False, out="out")
 """
 
 

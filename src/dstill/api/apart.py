@@ -4,59 +4,55 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dstill.api.run import run
+from dstill.api.job import Job
+from dstill.api.run import Task, run_job
 from dstill.artifacts.files import write_text
 from dstill.artifacts.record import RESULT_NAME
 from dstill.artifacts.result import Result
-from dstill.config.settings import Recipe, canonical
-from dstill.data.real import RealSet
+from dstill.config.settings import canonical
 from dstill.evaluation.protocols import load_protocol
-from dstill.support.console import Reporter
+from dstill.support.console import Silent
 from dstill.support.workers import apart
 
 _REQUEST = "request.json"
 
 
-def request(real: RealSet, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
-    """What decides the numbers of a run, as plain JSON values; of the protocol all, since a file of that name can change."""
-    protocol = canonical(load_protocol(recipe.protocol))
-    return {"recipe": canonical(recipe, exclude={"note"}), "data": real.fingerprint, "protocol": protocol, **options}
+def request(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the numbers of a run, as plain JSON values.
+
+    The protocol is written out, since a protocol file can change and keep its name.
+    """
+    recipe, protocol = canonical(job.recipe, exclude={"note"}), canonical(load_protocol(job.recipe.protocol))
+    return {"recipe": recipe, "data": job.real.fingerprint, "protocol": protocol, **options}
 
 
-def run_apart(
-    real: RealSet,
-    recipe: Recipe,
-    folder: Path,
-    options: dict[str, Any],
-    elsewhere: dict[str, Any],
-    reporter: Reporter,
-) -> Result:
-    """`commands.run` in a fresh process; a finished run of the same request in `folder` is read instead.
+def run_apart(job: Job, folder: Path, task: Task, asked: Mapping[str, Any]) -> Result:
+    """Runs a job in a fresh process; the result of a finished run of the same request in `folder` is read instead.
 
     Args:
-        real: the real data.
-        recipe: the resolved settings.
+        job: what is run.
         folder: the run folder.
-        options: further arguments of `run` that decide its numbers, plain JSON values.
-        elsewhere: those that do not.
-        reporter: receives progress.
+        task: what is done with the job.
+        asked: the request, by which a finished run is known.
 
     Raises:
-        DstillError: whatever `run` raises, and that its process died.
+        DstillError: whatever the run raises; or its process died.
     """
-    asked = json.dumps(request(real, recipe, options), indent=1) + "\n"
-    stamp, finished = folder / _REQUEST, folder / RESULT_NAME
-    if finished.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == asked:
+    text = json.dumps(asked, indent=1) + "\n"
+    stamp, finished, reporter = folder / _REQUEST, folder / RESULT_NAME, job.place.reporter
+    if finished.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == text:
         reporter.note(f"{finished} is finished: reused")
         return Result.load(finished)
-    stamp.unlink(missing_ok=True)  # from here on the result there may be another's
-    work = functools.partial(_work, real, {"recipe": recipe, "out": folder, **options, **elsewhere})
+    stamp.unlink(missing_ok=True)  # from here on, a result in the folder may be another run's
+    quiet = replace(job, place=replace(job.place, reporter=Silent()))  # reporters stay in the process that shows them
+    work = functools.partial(_work, quiet, folder, task)
     result: Result = apart(work, None, lambda _, told: getattr(reporter, told[0])(*told[1:]))
-    write_text(stamp, asked)
+    write_text(stamp, text)
     return result
 
 
@@ -73,5 +69,5 @@ class _Relay:
         self.report(("progress", stage, done, total, detail))
 
 
-def _work(real: RealSet, arguments: dict[str, Any], _: None, report: Callable[[Any], None]) -> Result:
-    return run(real, reporter=_Relay(report), **arguments)
+def _work(job: Job, folder: Path, task: Task, _: None, report: Callable[[Any], None]) -> Result:
+    return run_job(replace(job, place=replace(job.place, reporter=_Relay(report))), folder, task)

@@ -1,31 +1,32 @@
-"""The public function that puts methods side by side: each one run or reused, one protocol, one table."""
+"""The function that puts methods side by side, `compare`: each one run or reused, one protocol, one table."""
 
 from __future__ import annotations
 
 import csv
-import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from dstill.api.apart import run_apart
-from dstill.api.job import resolve_recipe
+from dstill.api.apart import request, run_apart
+from dstill.api.job import Job, Workplace
+from dstill.api.options import Changes, Choice, Evaluation, Machine, Recording, Seeds
+from dstill.api.run import Task
 from dstill.artifacts.files import write_text
 from dstill.artifacts.result import Result
+from dstill.config import recipes
 from dstill.config.registry import method_info
 from dstill.config.registry import methods as known_methods
-from dstill.config.settings import Recipe
-from dstill.data.real import RealSet, load_real
+from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import reason_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.reporting.page import REPORT_NAME, report
-from dstill.support.console import Reporter, Silent
-from dstill.support.devices import resolve_device
+from dstill.support.console import Progress
+from dstill.support.plugins import name_of
 from dstill.support.tables import latex, markdown
-from dstill.support.workers import Workers, refuse_import
+from dstill.support.workers import refuse_import
 
 _KEYS = (
     *("method", "ipc", "labels", "accuracy", "std", "n", "over_random", "of_whole"),
@@ -137,90 +138,94 @@ def _text(key: str, cells: dict[str, Any]) -> str:
 
 
 def compare(
-    source: Any,
+    source: Source,
     *,
-    methods: Sequence[str] = (),
-    ipc: Sequence[int] = (1,),
+    methods: Sequence[str | type[Any]] = (),
+    ipc: int | Sequence[int] = 1,
     recipe: str | None = None,
-    changes: Sequence[str] = (),
-    out: str | Path | None = None,
+    changes: Changes = (),
+    protocol: str = "ast",
     sets: int = 1,
     networks: int | None = None,
-    protocol: str = "ast",
     whole: bool = True,
-    checkpoint_every: int = 25,
+    out: str | Path | None = None,
     seed: int = 0,
-    device: str = "auto",
-    cache: str | Path | None = None,
-    workers: Workers = 1,
-    reporter: Reporter | None = None,
+    checkpoint_every: int = 25,
+    machine: Machine = Machine(),
+    progress: Progress = None,
 ) -> Comparison:
-    """Runs several methods on one data set and tabulates them. Interrupted, the same call continues where it stopped.
+    """Runs several methods on one data set and puts them in one table. Interrupted, the same call resumes.
 
-    Each row is a run of its own in a process of its own. Experts, trained networks, random images and the whole training
-    set are worked out once for all rows that share them. A row that fails keeps its reason, and the others go on.
+    Each row is a run of its own, in a process of its own. What rows share is made once: experts, trained networks, random
+    images, and the whole training set. A row that fails keeps its reason, and the others go on.
+
+    Each process imports the script that calls this: keep the call under `if __name__ == "__main__":`.
 
     Args:
-        source: a `RealSet`, or anything `load_real` takes.
-        methods: names of `dstill ls methods`; all of them if left out.
-        ipc: images per class; one row for each method and each of these.
+        source: the real data, see `load_real`.
+        methods: names of `dstill ls methods`, or classes; all registered methods if left out.
+        ipc: images per class: one number, or several; there is a row for each method and each of these.
         recipe: `smoke` for runs of seconds; left out: each method's own recipe.
-        changes: `section.key=value` assignments for every row, such as `net.width=32`.
-        out: folder; `runs/<data>-compare-seed<s>` if left out. Holds the tables and a run folder for each row.
+        changes: changes to the recipe of every row, such as `{"net.width": 32}`; see `run`.
+        protocol: evaluation protocol of every row, whatever the recipes say.
         sets: synthetic sets a row.
         networks: fresh networks a set; the protocol's number if left out.
-        protocol: evaluation protocol of every row, whatever the recipes say.
         whole: also measure the whole training set.
-        checkpoint_every: store the state every so many iterations; 0 for never.
+        out: folder of the tables and of a run folder for each row; `runs/<data>-compare-seed<s>` if left out.
         seed: decides everything random.
-        device: auto, cpu, cuda or mps.
-        cache: folder that keeps what rows share.
-        workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
-        reporter: receives progress.
+        checkpoint_every: store the state every so many iterations; 0 for never.
+        machine: where the work is done.
+        progress: whether progress is shown.
+
+    Returns:
+        The table.
 
     Raises:
         DstillError: a method or the protocol is unknown. What goes wrong in a row stays in the row.
 
-    Each row's process imports the script that calls this: keep the call under `if __name__ == "__main__":`.
+    Example:
+        >>> import dstill
+        >>> once = {"recipe": "smoke", "protocol": "quick", "networks": 1, "whole": False}
+        >>> table = dstill.compare("digits", methods=["random", "dm"], **once)  # doctest: +SKIP
+        >>> print(table.markdown())  # doctest: +SKIP
     """
     refuse_import("compare")
-    reporter, where = reporter or Silent(), resolve_device(device)
-    real = load_real(source)
-    names = list(dict.fromkeys(methods)) or list(known_methods())
-    for name in names:
-        method_info(name)
+    place, real = Workplace.of(machine, progress), load_real(source)
     load_protocol(protocol)
+    paths = {name: info.path for name, info in known_methods().items()}
+    chosen = list(dict.fromkeys(name_of(method, paths, "method") for method in methods)) or list(paths)
+    for name in chosen:
+        method_info(name)
     folder = Path(out) if out else Path("runs") / f"{real.name}-compare-seed{seed}"
-    assignments = [*changes, f"protocol={protocol}"]
+    task = Task(sets, Evaluation(networks=networks, whole=whole), Recording(checkpoint_every=checkpoint_every))
     options = {"sets": sets, "networks": networks, "whole": whole, "seed": seed}
-    elsewhere = {"device": device, "cache": cache, "workers": workers, "checkpoint_every": checkpoint_every}
+    assignments = [*recipes.assignments(changes), f"protocol={protocol}"]
     table = Comparison(data=real.name, protocol=protocol, rows=())
-    for images in dict.fromkeys(ipc):
-        for name in names:
-            resolve = functools.partial(resolve_recipe, real, recipe, name, images, None, assignments, where, reporter)
-            row = _row(real, name, images, resolve, folder / f"{name}-ipc{images}", options, elsewhere, reporter)
+    for images in dict.fromkeys([ipc] if isinstance(ipc, int) else ipc):
+        for name in chosen:
+            choice = Choice(name, images, recipe, changes=assignments)
+            row = _row(real, choice, Seeds.of(seed), place, folder, task, options)
             table = table.model_copy(update={"rows": (*table.rows, row)})
             table.save(folder)
-    finished = [folder / f"{row.method}-ipc{row.ipc}" for row in table.rows if row.result]
+    finished = [_row_folder(folder, row.method, row.ipc) for row in table.rows if row.result]
     if finished:
-        reporter.note(f"report: {report(finished, folder / REPORT_NAME)}")
+        place.reporter.note(f"report: {report(finished, folder / REPORT_NAME)}")
     return table
 
 
+def _row_folder(folder: Path, method: str, ipc: int) -> Path:
+    return folder / f"{method.rpartition(':')[2]}-ipc{ipc}"
+
+
 def _row(
-    real: RealSet,
-    method: str,
-    ipc: int,
-    resolve: Callable[[], Recipe],
-    folder: Path,
-    options: dict[str, Any],
-    elsewhere: dict[str, Any],
-    reporter: Reporter,
+    real: RealSet, choice: Choice, seeds: Seeds, place: Workplace, folder: Path, task: Task, options: dict[str, Any]
 ) -> Row:
-    """Runs one method, or reads the result of a finished run with the same request."""
+    """Runs one method, or reads the result of a finished run of the same request."""
+    method, ipc = str(choice.method), choice.ipc or 1
     try:
-        recipe = resolve()
-        return Row(method=method, ipc=ipc, result=run_apart(real, recipe, folder, options, elsewhere, reporter))
-    except Exception as error:  # whatever it is, it concerns this row alone
-        reporter.note(f"{method} failed: {reason_of(error)}")
+        job = Job.resolve(real, choice, seeds, place)
+        result = run_apart(job, _row_folder(folder, method, ipc), task, request(job, options))
+        return Row(method=method, ipc=ipc, result=result)
+    except Exception as error:  # whatever went wrong, the other rows go on
+        place.reporter.note(f"{method} failed: {reason_of(error)}")
         return Row(method=method, ipc=ipc, result=None, reason=reason_of(error))

@@ -1,4 +1,4 @@
-"""The public function that judges distilled sets: fresh networks, one look at the test set, baselines beside it."""
+"""The function that measures distilled sets, `evaluate`: fresh networks, one look at the test set, baselines beside it."""
 
 from __future__ import annotations
 
@@ -8,125 +8,112 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dstill.api.job import at_least_one, cache_folder
+from dstill.api.job import Workplace
+from dstill.api.options import Evaluation, Machine, Networks, at_least_one
 from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import RESULT_NAME
 from dstill.artifacts.result import ProtocolId, Result, Score
 from dstill.config.settings import NetConfig, Protocol, canonical, digest, evaluation_nets
-from dstill.data.real import RealSet, load_real
+from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import DstillError
 from dstill.evaluation.baselines import random_baseline, whole_set
 from dstill.evaluation.networks import Measured, Trial, learning_rate, measure, prepared, trials_of
 from dstill.evaluation.protocols import load_protocol
-from dstill.nets.networks import network_class
-from dstill.support.console import Reporter, Silent
-from dstill.support.devices import resolve_device
-from dstill.support.workers import Workers
+from dstill.nets.networks import network_class, network_name
+from dstill.support.console import Progress
 from dstill.version import __version__
 
 
 def evaluate(
     distilled: DistilledSet | str | Path | Sequence[DistilledSet],
-    source: Any,
+    source: Source,
     *,
     protocol: str | None = None,
-    nets: Sequence[str] = (),
+    nets: Networks = (),
     networks: int | None = None,
     random: bool = True,
     whole: bool = False,
-    seed: int = 0,
-    device: str = "auto",
-    cache: str | Path | None = None,
     out: str | Path | None = None,
-    workers: Workers = 1,
-    reporter: Reporter | None = None,
+    seed: int = 0,
+    machine: Machine = Machine(),
+    progress: Progress = None,
 ) -> Result:
-    """Trains fresh networks on one or several sets of a method and measures each once on the whole test set.
+    """Trains fresh networks on one or several sets of a method, and measures each once on the whole test set.
 
     Args:
         distilled: a set, its file or folder, or several sets of one method and IPC.
-        source: a `RealSet`, or anything `load_real` takes.
+        source: the real data, see `load_real`.
         protocol: name or file; the recipe's if left out.
         nets: evaluation networks; the set's own if left out. The first gives `accuracy`.
         networks: fresh networks a set; the protocol's number if left out.
         random: also measure random real images of the same IPC, with the first network (cached like the whole set).
         whole: also measure the whole training set with the first network (cached by data, network and preprocessing).
-        seed: decides initial weights, order and augmentation.
-        device: auto, cpu, cuda or mps.
-        cache: folder that keeps the accuracies of random images and of the whole set.
         out: file or folder for `result.json`.
-        workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
-        reporter: receives progress.
+        seed: decides initial weights, order and augmentation.
+        machine: where the work is done.
+        progress: whether progress is shown.
+
+    Returns:
+        The result, as `result.json` has it.
 
     Raises:
-        DstillError: the set was made for other classes or another image size than `source` has, or with a network of somebody's
-            own, which is not imported because a file names it; several sets differ in method, IPC or preprocessing.
+        DstillError: the set was made for other classes or another image size than `source` has, or with a network of your
+            own that nobody has imported: a file does not decide what is imported; or several sets differ in method, IPC or
+            preprocessing.
         CollapseError: a learned α is not positive.
+
+    Example:
+        >>> import dstill
+        >>> syn = dstill.distill("digits", method="random", recipe="smoke", progress=False)
+        >>> dstill.evaluate(syn, "digits", networks=2, random=False, progress=False).accuracy.n
+        2
     """
-    reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
-    at_least_one(networks=networks, workers=None if workers == "auto" else workers)
+    place = Workplace.of(machine, progress)
+    at_least_one(networks=networks)
     target = None if out is None else Path(out) if Path(out).suffix == ".json" else Path(out) / RESULT_NAME
     if target is not None:
         files.check_writable(target.parent)
     if isinstance(distilled, str | Path):
         distilled = DistilledSet.load(distilled)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
-    if not sets:
-        raise DstillError("there is no distilled set to evaluate: pass at least one")
-    first = sets[0]
-    real = load_real(source)
-    for one in sets:
-        one.check_fits(real)
-    if any(one.data_fingerprint != real.fingerprint for one in sets):
-        reporter.note(
-            f"{real.name} is not what the set was distilled from (another size, share, choice of classes or split): if images "
-            "tested here were trained on there, the accuracy is too high"
-        )
-    unseen = [real.class_names[c] for c in range(real.classes) if not bool((real.test.labels == c).any())]
-    if unseen:
-        reporter.note(f"{real.name} has no test image of {', '.join(unseen)}: the accuracy says nothing of it")
-    if len(sets) > 1 and len({(one.method, one.ipc, _fitted(one)) for one in sets}) > 1:
-        raise DstillError("several sets are evaluated together only if method, IPC and preprocessing agree")
-    chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
-    test = prepared(real.test, first.preprocess, where)
-    count = networks or chosen.networks
-    configs = evaluation_nets(first.net, nets)
-    for config in configs:
-        if not nets:
-            _check_imported(config.name)
-        network_class(config.name)
+    result = measure_sets(sets, load_real(source), place, Evaluation(nets, networks, random, whole), seed, protocol)
+    if target is not None:
+        result.save(target)
+    return result
 
-    measured = {
-        config.name: _measure_sets(sets, config, count, test, chosen, seed=seed, workers=workers, reporter=reporter)
-        for config in configs
-    }
+
+def measure_sets(
+    sets: Sequence[DistilledSet],
+    real: RealSet,
+    place: Workplace,
+    evaluation: Evaluation,
+    seed: int,
+    protocol: str | None = None,
+) -> Result:
+    """`evaluate`, resolved."""
+    started = time.perf_counter()
+    _check_sets(sets, real, place)
+    first = sets[0]
+    chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
+    count, configs = evaluation.networks or chosen.networks, _networks(first, evaluation)
+    test = prepared(real.test, first.preprocess, place.device)
+    measured = {config.name: _measured(sets, config, count, test, chosen, seed, place) for config in configs}
     rates = {learning_rate(one, chosen) for one in sets}
     rate = rates.pop() if len(rates) == 1 else None
     scores = {name: Score.of([[one.accuracy for one in some] for some in by_set], lr=rate) for name, by_set in measured.items()}
     confusions = [one.confusion for some in measured[configs[0].name] for one in some]
     evaluated = time.perf_counter()
-
-    store, shared = cache_folder(cache), _shared_by(first, configs[0], real, seed)
-    beside = full = None
-    if random and real.judged_on == "test":
-        name = f"random/{shared}-ipc{first.ipc}-{_named(chosen)}-{count}.json"
-        beside = _cached(
-            store / name,
-            lambda: random_baseline(
-                first, real, test, chosen, net=configs[0], networks=count, seed=seed, workers=workers, tick=reporter.note
-            ),
-        )
-    if whole:
-        name = f"whole/{shared}-{_named(load_protocol('whole'))}.json"
-        full = _cached(store / name, lambda: whole_set(configs[0], first, real, test, seed=seed))
+    baselines = _Baselines(first, configs[0], real, test, seed, place)
+    random = baselines.random(chosen, count) if evaluation.random and real.judged_on == "test" else None
+    whole = baselines.whole() if evaluation.whole else None
     stages = {"evaluate": evaluated - started, "baselines": time.perf_counter() - evaluated}
-    result = Result(
+    soft = first.labels.is_floating_point()
+    return Result(
         method=first.method,
         data=real.name,
         data_fingerprint=real.fingerprint,
@@ -135,33 +122,57 @@ def evaluate(
         protocol=ProtocolId(name=chosen.name, version=chosen.version),
         measured_on=real.judged_on,
         accuracy=scores[configs[0].name],
-        random=beside,
-        whole=full,
+        random=random,
+        whole=whole,
         nets=scores,
         confusion=torch.tensor(confusions).sum(0).tolist(),
         alpha=first.alpha,
-        labels="soft" if first.labels.is_floating_point() else "hard",
-        stored_bytes=first.images.numel() + first.labels.numel() * (4 if first.labels.is_floating_point() else 1),
+        labels="soft" if soft else "hard",
+        stored_bytes=first.images.numel() + first.labels.numel() * (4 if soft else 1),
         whole_bytes=real.train.images.numel() + len(real.train),
         seconds=sum(stages.values()),
         stages=stages,
         dstill=__version__,
     )
-    if target is not None:
-        result.save(target)
-    return result
 
 
-def _measure_sets(
+def _check_sets(sets: Sequence[DistilledSet], real: RealSet, place: Workplace) -> None:
+    """Refuses sets that cannot be measured on these data or together, and notes what the accuracy will not say."""
+    if not sets:
+        raise DstillError("there is no distilled set to evaluate: pass at least one")
+    for one in sets:
+        one.check_fits(real)
+    if any(one.data_fingerprint != real.fingerprint for one in sets):
+        place.reporter.note(
+            f"{real.name} is not what the set was distilled from (another size, share, choice of classes or split): if images "
+            "tested here were trained on there, the accuracy is too high"
+        )
+    unseen = [real.class_names[c] for c in range(real.classes) if not bool((real.test.labels == c).any())]
+    if unseen:
+        place.reporter.note(f"{real.name} has no test image of {', '.join(unseen)}: the accuracy says nothing of it")
+    if len(sets) > 1 and len({(one.method, one.ipc, _fitted(one)) for one in sets}) > 1:
+        raise DstillError("several sets are evaluated together only if method, IPC and preprocessing agree")
+
+
+def _networks(first: DistilledSet, evaluation: Evaluation) -> list[NetConfig]:
+    """The evaluation networks, each of which can be imported."""
+    named = [network_name(net) for net in evaluation.nets]
+    configs = evaluation_nets(first.net, named)
+    for config in configs:
+        if not named:
+            _check_imported(config.name)
+        network_class(config.name)
+    return configs
+
+
+def _measured(
     sets: Sequence[DistilledSet],
     config: NetConfig,
     count: int,
     test: tuple[Tensor, Tensor],
     protocol: Protocol,
-    *,
     seed: int,
-    workers: Workers,
-    reporter: Reporter,
+    place: Workplace,
 ) -> list[list[Measured]]:
     """For each set, what `count` fresh networks of one kind reach."""
     trials = [
@@ -173,10 +184,58 @@ def _measure_sets(
     done = itertools.count(1)
 
     def watch(trial: Trial, score: float) -> None:
-        reporter.progress(f"evaluating {trial.net.name}", next(done), len(trials), f"{trial.net.name} {score:.1%}")
+        place.reporter.progress(f"evaluating {trial.net.name}", next(done), len(trials), f"{trial.net.name} {score:.1%}")
 
-    measured = measure(trials, test, protocol, workers=workers, progress=watch)
+    measured = measure(trials, test, protocol, workers=place.workers, progress=watch)
     return [measured[i * count : (i + 1) * count] for i in range(len(sets))]
+
+
+class _Baselines:
+    """Random images and the whole training set beside a set, each measured once for all sets that share them.
+
+    Args:
+        like: the set, whose preprocessing, augmentation and IPC they have.
+        net: the evaluation network.
+        real: the real data.
+        test: the prepared test images.
+        seed: of the evaluation.
+        place: where the work is done.
+    """
+
+    def __init__(
+        self, like: DistilledSet, net: NetConfig, real: RealSet, test: tuple[Tensor, Tensor], seed: int, place: Workplace
+    ) -> None:
+        self.like, self.net, self.real, self.test, self.seed, self.place = like, net, real, test, seed, place
+
+    def random(self, protocol: Protocol, networks: int) -> Score:
+        """Random real images under the protocol."""
+        return _cached(
+            self.place.cache / f"random/{self._shared()}-ipc{self.like.ipc}-{_named(protocol)}-{networks}.json",
+            lambda: random_baseline(
+                self.like,
+                self.real,
+                self.test,
+                protocol,
+                net=self.net,
+                networks=networks,
+                seed=self.seed,
+                workers=self.place.workers,
+                tick=self.place.reporter.note,
+            ),
+        )
+
+    def whole(self) -> Score:
+        """The whole training set under the protocol `whole`."""
+        return _cached(
+            self.place.cache / f"whole/{self._shared()}-{_named(load_protocol('whole'))}.json",
+            lambda: whole_set(self.net, self.like, self.real, self.test, seed=self.seed),
+        )
+
+    def _shared(self) -> str:
+        """Names what the baselines depend on."""
+        settings = "-".join(f"{key}={value}" for key, value in canonical(self.net, exclude_none=True).items())
+        name = f"{self.real.fingerprint}-{_fitted(self.like)}-{self.like.augmentation}-{settings}-seed{self.seed}"
+        return name.replace("/", "_").replace(":", "_")
 
 
 def _check_imported(net: str) -> None:
@@ -187,13 +246,6 @@ def _check_imported(net: str) -> None:
             f"the distilled set was made with the network {net}, which is not part of dstill, and a file does not decide what "
             f"is imported: if you trust that module, pass --nets {net}, or import it first"
         )
-
-
-def _shared_by(like: DistilledSet, net: NetConfig, real: RealSet, seed: int) -> str:
-    """Names what the baselines of a set depend on, and so the sets that share them."""
-    settings = "-".join(f"{key}={value}" for key, value in canonical(net, exclude_none=True).items())
-    name = f"{real.fingerprint}-{_fitted(like)}-{like.augmentation}-{settings}-seed{seed}"
-    return name.replace("/", "_").replace(":", "_")
 
 
 def _named(protocol: Protocol) -> str:

@@ -1,41 +1,74 @@
-"""What every command does first: settings, preprocessing, experts, and the checks that spare a long wait."""
+"""What a command is about, resolved once: data, settings, seeds, and the place where it works. Everything else is handed it."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dstill.api.options import Choice, Machine, Seeds, Workers
 from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config import recipes
-from dstill.config.registry import method_info
-from dstill.config.settings import Recipe, TrainingConfig, evaluation_nets
+from dstill.config.registry import METHODS, MethodInfo, method_info
+from dstill.config.settings import NetConfig, Recipe, canonical
 from dstill.data import preprocess as preprocessing
-from dstill.data import siamese
 from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess
-from dstill.data.real import VALIDATION_FRACTION, RealSet, check_ipc, stratified
-from dstill.distillation.sinks import check_sinks
+from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import DstillError
-from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trained import NetworkTask, TrainedNetwork, trained_network
 from dstill.experts.trajectory import Trajectories, missing_experts
-from dstill.methods.initialisation import check_initial
-from dstill.methods.settings import MatchingConfig, SelectionConfig
-from dstill.nets.networks import build
-from dstill.support.console import Reporter
-from dstill.support.devices import total_memory
-from dstill.support.workers import Workers
+from dstill.methods.base import Problem
+from dstill.nets.networks import network_name
+from dstill.support.console import Progress, Reporter, reporter_of
+from dstill.support.devices import ask_for_determinism, resolve_device, total_memory
+from dstill.support.plugins import name_of
 from dstill.training.fit import EpochReport
-from dstill.unrolling.student import Student
 
 _PREPROCESS = "preprocessing"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a command works, resolved from `Machine`.
+
+    Attributes:
+        device: where tensors live.
+        cache: folder that keeps what runs share.
+        workers: processes that train experts and networks.
+        reporter: receives progress.
+    """
+
+    device: torch.device
+    cache: Path
+    workers: Workers
+    reporter: Reporter
+
+    @classmethod
+    def of(cls, machine: Machine, progress: Progress = None) -> Workplace:
+        """The place that the options describe; the number of threads and determinism are set for this process.
+
+        Raises:
+            DstillError: this machine has no such device, or there are fewer than one worker or thread.
+        """
+        if machine.threads is not None:
+            if machine.threads < 1:
+                raise DstillError(f"threads must be at least 1, got {machine.threads}")
+            torch.set_num_threads(machine.threads)
+        if machine.deterministic:
+            ask_for_determinism()
+        workers = 1 if machine.workers is None else machine.workers
+        if workers != "auto" and workers < 1:
+            raise DstillError(f"workers must be at least 1, or auto, got {workers}")
+        return cls(resolve_device(machine.device), cache_folder(machine.cache), workers, reporter_of(progress))
 
 
 def cache_folder(cache: str | Path | None) -> Path:
@@ -44,217 +77,194 @@ def cache_folder(cache: str | Path | None) -> Path:
     return Path(chosen).expanduser()
 
 
-def fitted_preprocess(kind: str, real: RealSet, cache: Path) -> Preprocess:
-    """The preprocessing fitted on the training part; a ZCA fit is cached by the data's fingerprint."""
-    if kind != "zca":
-        return preprocessing.fit(kind, real.train.images)
-    path = cache / "preprocess" / f"{kind}-{real.fingerprint}.safetensors"
+@dataclass(frozen=True)
+class Job:
+    """A command, resolved.
 
-    def make() -> None:
-        files.save(path, _PREPROCESS, preprocessing.fit(kind, real.train.images).tensors(), {"data": real.fingerprint})
-
-    # Also what was fitted just now is read back: another memory layout would round a small batch in another way.
-    return preprocessing.from_tensors(kind, files.load_or_make(path, _PREPROCESS, make)[1])
-
-
-def resolve_recipe(
-    real: RealSet,
-    recipe: str | Recipe | None,
-    method: str | None,
-    ipc: int | None,
-    net: str | None,
-    changes: Sequence[str],
-    device: torch.device,
-    reporter: Reporter,
-) -> Recipe:
-    """The settings of a run, said in the log."""
-    return resolve_for(
-        real.name, shape_of(real), recipe, method=method, ipc=ipc, net=net, changes=changes, device=device, reporter=reporter
-    )
-
-
-def shape_of(real: RealSet) -> Shape:
-    """What settings and plans must know of the data."""
-    return Shape(real.channels, real.size, real.classes, len(real.train), len(real.test))
-
-
-def resolve_for(
-    name: str,
-    shape: Shape,
-    recipe: str | Recipe | None,
-    *,
-    method: str | None,
-    ipc: int | None,
-    net: str | None,
-    changes: Sequence[str],
-    device: torch.device,
-    reporter: Reporter,
-) -> Recipe:
-    """`resolve_recipe` for data of which the name and the shape are known, loaded or not."""
-    if net is not None:
-        changes = [f"net={json.dumps({'name': net})}", *changes]
-    if isinstance(recipe, Recipe):
-        recipes.check_method(recipe, method, "the recipe")
-        return recipes.changed(recipe, [*([f"ipc={ipc}"] if ipc is not None else []), *changes], "recipe")
-    described = recipes.DataShape(name, shape.channels, shape.size, shape.classes, total_memory(device))
-    resolved, origin = recipes.resolve(recipe, described, method=method, ipc=ipc, changes=changes)
-    reporter.note(f"{resolved.method}, {resolved.ipc} image(s) per class, {name}: {origin}")
-    return resolved
-
-
-def check_early(
-    real: RealSet,
-    recipe: Recipe,
-    nets: Sequence[str] = (),
-    logs: Sequence[str] = (),
-    *,
-    own_experts: bool = True,
-    validates: bool = False,
-    initial: DistilledSet | None = None,
-) -> None:
-    """Refuses at once what would otherwise be refused after the experts are trained or the set is distilled.
-
-    Args:
-        real: the real data.
-        recipe: the resolved settings.
-        nets: evaluation networks that somebody names.
-        logs: names of sinks.
-        own_experts: experts are the recipe's, not such as somebody names, which may be longer.
-        validates: a part of the training images is set aside on the way.
-        initial: a set whose images are started from.
+    Attributes:
+        name: name of the real data.
+        shape: shape of the real data.
+        data: the real data; None for a plan that does not load them.
+        recipe: all settings.
+        origin: where the settings come from, in a sentence.
+        seeds: of images and experts.
+        place: where the work is done.
     """
-    check_ipc(real, recipe.ipc)
-    if validates and real.judged_on == "test":
-        stratified(real.train.labels, real.class_names, VALIDATION_FRACTION, torch.Generator())
-    if initial is not None:
-        if method_info(recipe.method).family == "selection":
-            raise DstillError(f"method {recipe.method!r} chooses real images: it does not start from a set, leave init out")
-        check_initial(initial, real, recipe.ipc)
-    load_protocol(recipe.protocol)
-    check_sinks(logs)
-    siamese.parse(recipe.augmentation)
-    for config in (recipe.net, *evaluation_nets(recipe.net, nets)):
-        build(config, real.channels, real.classes, real.size, torch.Generator())
-    if method_info(recipe.method).family in ("trajectory matching", "gradient matching"):
-        settings, student = recipe.distill, build(recipe.net, real.channels, real.classes, real.size, torch.Generator())
-        Student(student)
-        if isinstance(settings, MatchingConfig):
-            Student(student, precision=settings.precision)
-            Student(student, precision=recipe.expert_config.precision)
-            if own_experts:
-                _check_epochs(recipe, settings)
+
+    name: str
+    shape: Shape
+    data: RealSet | None
+    recipe: Recipe
+    origin: str
+    seeds: Seeds
+    place: Workplace
+
+    @classmethod
+    def resolve(cls, source: Source, choice: Choice, seed: int | Seeds, place: Workplace, *, shape: Shape | None = None) -> Job:
+        """Loads the data and resolves the settings, which are said in the log.
+
+        Args:
+            source: the real data, see `load_real`.
+            choice: which settings are asked for.
+            seed: one for everything, or two.
+            place: where the work will be done.
+            shape: shape of data that are not to be loaded; `source` is then their name.
+
+        Raises:
+            DstillError: the data cannot be read, or the settings are unknown or contradict each other.
+        """
+        data = load_real(source) if shape is None else None
+        name = str(source) if data is None else data.name
+        shape = shape or shape_of(data)
+        recipe, origin = resolved(choice, name, shape, place.device)
+        if not isinstance(choice.recipe, Recipe):
+            place.reporter.note(f"{recipe.method}, {recipe.ipc} image(s) per class, {name}: {origin}")
+        return cls(name, shape, data, recipe, origin, Seeds.of(seed), place)
+
+    def on(self, data: RealSet, recipe: Recipe | None = None) -> Job:
+        """The same job on other data of this shape, such as a hold-out, or with other settings."""
+        return replace(self, name=data.name, shape=shape_of(data), data=data, recipe=recipe or self.recipe)
+
+    @property
+    def real(self) -> RealSet:
+        """The real data, of a job that has loaded them."""
+        assert self.data is not None, "this job has no data: it is a plan's"
+        return self.data
+
+    @property
+    def method(self) -> MethodInfo:
+        """What the table says of the recipe's method."""
+        return method_info(self.recipe.method)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder where none is named."""
+        recipe = self.recipe
+        return Path("runs") / f"{self.name}-{recipe.method.rpartition(':')[2]}-ipc{recipe.ipc}-seed{self.seeds.images}"
+
+    def identity(self, seed: int) -> dict[str, Any]:
+        """What tells the distillation of one set from others before its experts are trained, which know their own seed."""
+        known = {"recipe": canonical(self.recipe, exclude={"note"}), "data": self.real.fingerprint, "seed": seed}
+        return {**known, "expert_seed": self.seeds.experts} if self.method.needs == "trained network" else known
+
+    def preprocess(self) -> Preprocess:
+        """The preprocessing fitted on the training part; a ZCA fit is cached by the data's fingerprint."""
+        kind, real = self.recipe.preprocess, self.real
+        if kind != "zca":
+            return preprocessing.fit(kind, real.train.images)
+        path = self.place.cache / "preprocess" / f"{kind}-{real.fingerprint}.safetensors"
+
+        def make() -> None:
+            files.save(path, _PREPROCESS, preprocessing.fit(kind, real.train.images).tensors(), {"data": real.fingerprint})
+
+        # A fresh fit is read back, too: with another memory layout a small batch would be rounded in another way.
+        return preprocessing.from_tensors(kind, files.load_or_make(path, _PREPROCESS, make)[1])
+
+    def experts(self, *, only: Sequence[int] | None = None, describing: bool = True) -> Trajectories:
+        """The recipe's experts; those that the cache lacks are trained first.
+
+        Args:
+            only: train these experts alone, and return whatever the cache then holds.
+            describing: train the expert that describes images for the initialisation at its full length at once, where the
+                recipe asks for a longer one, so that it is not trained again afterwards.
+
+        Raises:
+            DstillError: `only` names an expert that the recipe does not have.
+        """
+        config, reporter = self.recipe.expert_config, self.place.reporter
+        assert config.epochs is not None
+        longer = self.recipe.describing_expert(config.epochs) if describing and (only is None or 0 in only) else None
+        if longer is not None:
+            reporter.note(f"expert 0 is trained for {longer.epochs} epochs, to describe images for the initialisation")
+            replace(self, recipe=self.recipe.model_copy(update={"experts": longer})).experts()
+        task = ExpertTask(self.real, self.preprocess(), self.recipe.net, config, self.recipe.augmentation, self.seeds.experts)
+        folder = self.place.cache / "experts" / task.fingerprint()
+        wanted = _numbers(only, config.count)
+        self._train(task, folder, wanted, only)
+        reporter.note(f"experts: {folder}")
+        return Trajectories(folder, config.count, config.epochs) if only is None else Trajectories(folder)
+
+    def _train(self, task: ExpertTask, folder: Path, wanted: Sequence[int], only: Sequence[int] | None) -> None:
+        epochs, place = task.config.epochs or 1, self.place
+        total, missing = len(wanted) * epochs, len(missing_experts(folder, wanted, epochs))
+        done = itertools.count(1 + total - missing * epochs)
+
+        def observe(index: int, report: EpochReport, score: float) -> None:
+            detail = f"expert {index}: {self.real.judged_on} accuracy {score:.1%}, {report.images_per_second:,.0f} images/s"
+            place.reporter.progress("expert epochs", next(done), total, detail)
+
+        train_missing(task, folder, place.device, only=only, workers=place.workers, observer=observe, note=place.reporter.note)
+
+    def describing_expert(self, trajectories: Trajectories | None) -> Trajectories | None:
+        """The longer expert that the initialisation describes images with, trained if the cache lacks it.
+
+        None where the recipe asks for none, or where the experts at hand are long enough.
+        """
+        longer = None if trajectories is None else self.recipe.describing_expert(trajectories.epochs)
+        if longer is None:
+            return None
+        return replace(self, recipe=self.recipe.model_copy(update={"experts": longer})).experts()
+
+    def trained_network(self) -> TrainedNetwork | None:
+        """The recipe's network trained on all real images, for methods that look through one; None for the others."""
+        if self.method.needs != "trained network":
+            return None
+        config = self.recipe.distill.network_training
+        task = NetworkTask(self.real, self.preprocess(), self.recipe.net, config, self.seeds.experts)
+
+        def observe(report: EpochReport) -> None:
+            detail = f"loss {report.loss:.3f}, {report.images_per_second:,.0f} images/s"
+            self.place.reporter.progress("training a network", report.epochs_done, config.epochs, detail)
+
+        return trained_network(task, self.place.cache / "networks", self.place.device, observe)
+
+    def problem(self, seed: int, trajectories: Trajectories | None, initial: DistilledSet | None = None) -> Problem:
+        """What the method works on to distil one set; whatever it needs beside the experts is made first."""
+        describing = None if initial is not None else self.describing_expert(trajectories)
+        trained, preprocess = self.trained_network(), self.preprocess()
+        return Problem(self.real, preprocess, self.recipe, trajectories, self.place.device, seed, describing, trained, initial)
 
 
-def _check_epochs(recipe: Recipe, settings: MatchingConfig) -> None:
-    epochs, needed = recipe.expert_config.epochs, settings.epochs_needed
-    if epochs is not None and epochs < needed:
-        raise DstillError(
-            f"experts.epochs {epochs} is too short, matching needs {needed} (T+ + M - 1): raise it, or lower "
-            "distill.max_start_epoch"
-        )
+def resolved(choice: Choice, name: str, shape: Shape, device: torch.device) -> tuple[Recipe, str]:
+    """The settings that are asked for, and a sentence on where they come from; see `recipes.resolve`."""
+    method = None if choice.method is None else name_of(choice.method, {n: i.path for n, i in METHODS.items()}, "method")
+    changes = _changes(choice)
+    if isinstance(choice.recipe, Recipe):
+        recipes.check_method(choice.recipe, method, "the recipe")
+        ipc = [] if choice.ipc is None else [f"ipc={choice.ipc}"]
+        return recipes.changed(choice.recipe, [*ipc, *changes], "recipe"), "the recipe that was passed"
+    memory = total_memory(device)
+    return recipes.resolve(choice.recipe, name, shape, method=method, ipc=choice.ipc, changes=changes, memory=memory)
 
 
-def check_experts(experts: Trajectories, real: RealSet, recipe: Recipe) -> None:
-    """Refuses experts that somebody names and that do not fit, or were trained on other inputs, as far as their files tell.
-
-    Raises:
-        DstillError: they are of another network, or too short, or their data or preprocessing are others. Experts of a whole
-            training set, for one, have seen the part of it that a hold-out sets aside.
-    """
-    if isinstance(recipe.distill, MatchingConfig):
-        net = build(recipe.net, real.channels, real.classes, real.size, torch.Generator())
-        experts.check_fits(sum(parameter.numel() for parameter in net.parameters()), recipe.distill.epochs_needed)
-    for key, ours, remedy in (
-        ("data", real.fingerprint, "train experts on these"),
-        ("preprocess", recipe.preprocess, f"pass --set preprocess={experts.headers[0].get('preprocess')}, or train others"),
-    ):
-        others = {header[key] for header in experts.headers if key in header} - {ours}
-        if others:
-            theirs = ", ".join(sorted(others))
-            raise DstillError(f"the experts of {experts.folder} were trained with other {key} ({theirs}, not {ours}): {remedy}")
+def _changes(choice: Choice) -> list[str]:
+    """Everything that changes the recipe, as assignments; a network replaces the recipe's with its own defaults."""
+    found: list[str] = []
+    if choice.net is not None:
+        found.append(f"net={json.dumps(_net(choice.net))}")
+    found += recipes.assignments(choice.changes)
+    for section, values in (("distill", choice.distill), ("experts", choice.experts)):
+        found += [] if values is None else recipes.assignments({section: values})
+    return found
 
 
-def at_least_one(**values: int | None) -> None:
-    """Raises `DstillError` for a count below 1."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise DstillError(f"{name} must be at least 1, got {value}")
+def _net(net: Any) -> Mapping[str, Any]:
+    if isinstance(net, NetConfig):
+        return canonical(net, exclude_none=True)
+    return net if isinstance(net, Mapping) else {"name": network_name(net)}
 
 
-def ensure_experts(
-    real: RealSet,
-    recipe: Recipe,
-    seed: int,
-    device: torch.device,
-    cache: Path,
-    reporter: Reporter,
-    *,
-    only: Sequence[int] | None = None,
-    workers: Workers = 1,
-    describing: bool = True,
-) -> Trajectories:
-    """The recipe's experts, those that the cache lacks trained first.
-
-    With `only`, no others are trained, and whatever the cache then holds is returned. `describing`: the one that describes
-    images for the initialisation is longer at once, where the recipe asks for that, and not trained again afterwards.
-    """
-    config = recipe.expert_config
-    assert config.epochs is not None
-    longer = recipe.describing_expert(config.epochs) if describing and (only is None or 0 in only) else None
-    if longer is not None:
-        reporter.note(f"expert 0 is trained for {longer.epochs} epochs, to describe images for the initialisation")
-        ensure_experts(real, recipe.model_copy(update={"experts": longer}), seed, device, cache, reporter)
-    preprocess = fitted_preprocess(recipe.preprocess, real, cache)
-    task = ExpertTask(real, preprocess, recipe.net, config, recipe.augmentation, seed)
-    folder = cache / "experts" / task.fingerprint()
-    wanted = list(range(config.count)) if only is None else list(only)
+def _numbers(only: Sequence[int] | None, count: int) -> list[int]:
+    """Numbers of the experts to train."""
+    wanted = list(range(count)) if only is None else list(only)
     if any(index < 0 for index in wanted):
         raise DstillError(f"experts are numbered from 0, got {min(wanted)}")
-    if only is not None and any(index >= config.count for index in wanted):
-        raise DstillError(f"there is no expert {max(wanted)}: the recipe has {config.count}, numbered from 0")
-    total = len(wanted) * config.epochs
-    missing = len(missing_experts(folder, wanted, config.epochs))
-    done = itertools.count(1 + total - missing * config.epochs)
-
-    def observe(index: int, report: EpochReport, score: float) -> None:
-        detail = f"expert {index}: {real.judged_on} accuracy {score:.1%}, {report.images_per_second:,.0f} images/s"
-        reporter.progress("expert epochs", next(done), total, detail)
-
-    train_missing(task, folder, device, only=only, workers=workers, observer=observe, note=reporter.note)
-    reporter.note(f"experts: {folder}")
-    return Trajectories(folder, config.count, config.epochs) if only is None else Trajectories(folder)
+    if only is not None and any(index >= count for index in wanted):
+        raise DstillError(f"there is no expert {max(wanted)}: the recipe has {count}, numbered from 0")
+    return wanted
 
 
-def trained_on_all(
-    real: RealSet, recipe: Recipe, seed: int, device: torch.device, cache: Path, reporter: Reporter
-) -> TrainedNetwork | None:
-    """The recipe's network trained on all real images, for methods that look through one; None for the others."""
-    if method_info(recipe.method).needs != "trained network":
-        return None
-    config = recipe.distill.training if isinstance(recipe.distill, SelectionConfig) else TrainingConfig()
-    task = NetworkTask(real, fitted_preprocess(recipe.preprocess, real, cache), recipe.net, config, seed)
-
-    def observe(report: EpochReport) -> None:
-        detail = f"loss {report.loss:.3f}, {report.images_per_second:,.0f} images/s"
-        reporter.progress("training a network", report.epochs_done, config.epochs, detail)
-
-    return trained_network(task, cache / "networks", device, observe)
-
-
-def feature_expert(
-    real: RealSet,
-    recipe: Recipe,
-    trajectories: Trajectories | None,
-    seed: int,
-    device: torch.device,
-    cache: Path,
-    reporter: Reporter,
-) -> Trajectories | None:
-    """The longer expert that the initialisation describes images with, trained if the cache lacks it.
-
-    None where the recipe asks for none, or where the experts at hand are long enough.
-    """
-    longer = None if trajectories is None else recipe.describing_expert(trajectories.epochs)
-    if longer is None:
-        return None
-    return ensure_experts(real, recipe.model_copy(update={"experts": longer}), seed, device, cache, reporter)
+def shape_of(real: RealSet | None) -> Shape:
+    """What settings and plans must know of the data."""
+    assert real is not None
+    return Shape(real.channels, real.size, real.classes, len(real.train), len(real.test))

@@ -1,23 +1,24 @@
-"""The public function that asks what a distilled set owes to its images, its labels, its augmentation and its network."""
+"""The function that asks what a distilled set owes to its images, its labels, its augmentation and its network."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from dstill.api.evaluate import evaluate
+from dstill.api.evaluate import measure_sets
+from dstill.api.job import Workplace
+from dstill.api.options import Evaluation, Machine, Network, Networks, at_least_one
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import check_writable, write_text
 from dstill.artifacts.result import Result
 from dstill.data import siamese
-from dstill.data.real import load_real
-from dstill.support.console import Reporter, Silent
+from dstill.data.real import Source, load_real
+from dstill.nets.networks import network_name
+from dstill.support.console import Progress
 from dstill.support.tables import markdown
-from dstill.support.workers import Workers
 
 HEADING = ["network", "labels", "augmentation", "accuracy %", "n", "over random", "% of whole"]
 
@@ -69,45 +70,52 @@ class Judgement(BaseModel):
 
 def judge(
     distilled: DistilledSet | str | Path,
-    source: Any,
+    source: Source,
     *,
-    nets: Sequence[str] = (),
+    nets: Networks = (),
     augmentations: Sequence[str] = (),
     protocol: str | None = None,
     networks: int | None = None,
     whole: bool = True,
-    seed: int = 0,
-    device: str = "auto",
-    cache: str | Path | None = None,
     out: str | Path | None = None,
-    workers: Workers = 1,
-    reporter: Reporter | None = None,
+    seed: int = 0,
+    machine: Machine = Machine(),
+    progress: Progress = None,
 ) -> Judgement:
     """Evaluates a set with its own and with hard labels, with and without augmentation, on several networks.
 
     A set may owe its accuracy to soft labels, to the augmentation that it is trained with, or to the network that it was made
-    with, rather than to its images. Each row says what is left when one of them is taken away; random images and the whole
+    with, rather than to its images. Each row says what is left when one of them is taken away. Random images and the whole
     set are measured under the same augmentation and network, with hard labels.
 
     Args:
         distilled: a set, its file or folder; foreign ones through `import_set`.
-        source: a `RealSet`, or anything `load_real` takes.
+        source: the real data, see `load_real`.
         nets: evaluation networks; the set's own if left out.
         augmentations: DSA strategies; the set's own and `none` if left out.
         protocol: name or file; the recipe's if left out.
         networks: fresh networks a row.
         whole: also measure the whole training set, once for each network and augmentation.
-        seed: decides initial weights, order and augmentation.
-        device: auto, cpu, cuda or mps.
-        cache: folder that keeps the accuracies of random images and of the whole set.
         out: folder for `judgement.json` and `judgement.md`.
-        workers: processes that train networks at once.
-        reporter: receives progress.
+        seed: decides initial weights, order and augmentation.
+        machine: where the work is done.
+        progress: whether progress is shown.
+
+    Returns:
+        The rows.
 
     Raises:
         DstillError: see `evaluate`.
+
+    Example:
+        >>> import dstill
+        >>> syn = dstill.distill("digits", method="random", recipe="smoke", progress=False)
+        >>> once = {"networks": 1, "whole": False, "progress": False}
+        >>> judgement = dstill.judge(syn, "digits", augmentations=["none"], **once)
+        >>> [row.augmentation for row in judgement.rows]
+        ['none']
     """
-    reporter = reporter or Silent()
+    place = Workplace.of(machine, progress)
     one = DistilledSet.load(distilled) if isinstance(distilled, str | Path) else distilled
     real = load_real(source)
     variants = {"soft": one, "hard": one.with_hard_labels()} if one.labels.is_floating_point() else {"hard": one}
@@ -116,24 +124,14 @@ def judge(
         siamese.parse(strategy)
     if out is not None:
         check_writable(Path(out))
+    at_least_one(networks=networks)
     rows = []
-    chosen = [[net] for net in nets] or [[]]  # nothing: the set's own, which `evaluate` takes with care
+    chosen: list[list[Network]] = [[net] for net in nets] or [[]]  # none: the set's own, which is imported with care
     for named, (labels, variant), strategy in itertools.product(chosen, variants.items(), strategies):
-        net = named[0] if named else one.net.name
-        reporter.note(f"{net}, {labels} labels, augmentation {strategy}")
-        result = evaluate(
-            variant.with_augmentation(strategy),
-            real,
-            protocol=protocol,
-            nets=named,
-            networks=networks,
-            whole=whole,
-            seed=seed,
-            device=device,
-            cache=cache,
-            workers=workers,
-            reporter=reporter,
-        )
+        net = network_name(named[0]) if named else one.net.name
+        place.reporter.note(f"{net}, {labels} labels, augmentation {strategy}")
+        evaluation = Evaluation(named, networks, True, whole)
+        result = measure_sets([variant.with_augmentation(strategy)], real, place, evaluation, seed, protocol)
         rows.append(Judged(net=net, labels=labels, augmentation=strategy, result=result))
     judgement = Judgement(rows=tuple(rows), stored_bytes=rows[0].result.stored_bytes)
     if out is not None:

@@ -1,275 +1,276 @@
-"""Public functions that train experts, distil and run: the commands of the same names have the same arguments."""
+"""The functions that train experts, distil, and run everything: `train_experts`, `distill` and `run`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstill.api.evaluate import evaluate
-from dstill.api.job import (
-    at_least_one,
-    cache_folder,
-    check_early,
-    check_experts,
-    ensure_experts,
-    feature_expert,
-    fitted_preprocess,
-    resolve_recipe,
-    trained_on_all,
-)
+from dstill.api.checks import check_early, check_experts
+from dstill.api.evaluate import measure_sets
+from dstill.api.job import Job, Workplace
+from dstill.api.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import RESULT_NAME
 from dstill.artifacts.result import Claim, Cost, Result
 from dstill.artifacts.run_folder import refuse_other_run
-from dstill.config.registry import method_info
 from dstill.config.settings import Recipe
-from dstill.data.real import load_real
-from dstill.distillation.folder import Watcher, distill_into, known_identity
+from dstill.data.real import Source
+from dstill.distillation.folder import Watcher, distill_into
 from dstill.distillation.loop import Cadence, run_method
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
-from dstill.methods.base import Problem
+from dstill.nets.networks import network_name
 from dstill.reporting.page import REPORT_NAME, report
-from dstill.support.console import Reporter, Silent
-from dstill.support.devices import resolve_device
-from dstill.support.workers import Workers
+from dstill.support.console import Progress
 
 
 def train_experts(
-    source: Any,
+    source: Source,
     *,
-    recipe: str | Recipe | None = None,
-    method: str | None = None,
+    method: str | type[Any] | None = None,
     ipc: int | None = None,
-    net: str | None = None,
-    changes: Sequence[str] = (),
-    seed: int = 0,
-    device: str = "auto",
-    cache: str | Path | None = None,
+    recipe: str | Recipe | None = None,
+    net: Network | Mapping[str, Any] | None = None,
+    experts: Mapping[str, Any] | None = None,
+    changes: Changes = (),
+    seed: int | Seeds = 0,
     only: Sequence[int] | None = None,
-    workers: Workers = 1,
-    reporter: Reporter | None = None,
+    machine: Machine = Machine(),
+    progress: Progress = None,
 ) -> Trajectories:
     """Trains the expert trajectories that a recipe needs and that the cache does not hold yet.
 
     Args:
-        source: a `RealSet`, or anything `load_real` takes.
-        recipe: name, file or `Recipe`; left out: the data set's own.
-        method: must agree with the recipe's; `ast` where there is neither.
-        ipc: overrides the recipe's.
-        net: a network instead of the recipe's, with its own defaults: a name, or your `package.module:Class`.
-        changes: `section.key=value` assignments, such as `experts.count=4`.
+        source: the real data, see `load_real`.
+        method: name or class; see `run`, as for all that follow.
+        ipc: images per class.
+        recipe: name, file or `Recipe`.
+        net: a network instead of the recipe's.
+        experts: changes to the section `experts`, such as `{"count": 4}`.
+        changes: changes to the recipe.
         seed: expert i depends on it and on i alone.
-        device: auto, cpu, cuda or mps.
-        cache: folder that keeps experts for every run that can use them.
-        only: train just these experts, for a share of the work elsewhere.
-        workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
-        reporter: receives progress.
+        only: train these experts alone, for a share of the work elsewhere.
+        machine: where the work is done.
+        progress: whether progress is shown.
 
     Returns:
         The trajectories. An interrupted call, repeated, trains the missing experts only.
+
+    Raises:
+        DstillError: the method needs no experts, or whatever `run` would refuse at once.
+
+    Example:
+        >>> import dstill
+        >>> short = {"experts": {"count": 1}, "changes": {"net.width": 4}}
+        >>> experts = dstill.train_experts("digits", recipe="smoke", **short, progress=False)
+        >>> len(experts), experts.epochs
+        (1, 3)
     """
-    reporter, where = reporter or Silent(), resolve_device(device)
-    real = load_real(source)
-    resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
-    if resolved.experts is None and not method_info(resolved.method).needs_experts:
-        raise DstillError(f"method {resolved.method!r} needs no experts")
-    check_early(real, resolved)
-    return ensure_experts(real, resolved, seed, where, cache_folder(cache), reporter, only=only, workers=workers)
+    job = Job.resolve(source, Choice(method, ipc, recipe, net, changes, None, experts), seed, Workplace.of(machine, progress))
+    if job.recipe.experts is None and not job.method.needs_experts:
+        raise DstillError(f"method {job.recipe.method!r} needs no experts")
+    check_early(job)
+    return job.experts(only=only)
 
 
 def distill(
-    source: Any,
+    source: Source,
     *,
-    experts: Trajectories | str | Path | None = None,
-    recipe: str | Recipe | None = None,
-    method: str | None = None,
+    method: str | type[Any] | None = None,
     ipc: int | None = None,
-    net: str | None = None,
-    changes: Sequence[str] = (),
-    seed: int = 0,
-    expert_seed: int | None = None,
+    recipe: str | Recipe | None = None,
+    net: Network | Mapping[str, Any] | None = None,
+    distill: Mapping[str, Any] | None = None,
+    experts: Trajectories | str | Path | Mapping[str, Any] | None = None,
+    changes: Changes = (),
     init: DistilledSet | str | Path | None = None,
     out: str | Path | None = None,
-    device: str = "auto",
-    cache: str | Path | None = None,
-    validate_every: int = 0,
-    checkpoint_every: int = 25,
-    picture_every: int = 0,
-    logs: Sequence[str] = (),
-    workers: Workers = 1,
-    reporter: Reporter | None = None,
+    seed: int | Seeds = 0,
+    recording: Recording = Recording(),
+    machine: Machine = Machine(),
+    progress: Progress = None,
 ) -> DistilledSet:
     """Distils a real image set.
 
     Args:
-        source: a `RealSet`, or anything `load_real` takes.
-        experts: trajectories or their folder; left out: those of the recipe, trained if the cache lacks them.
-        recipe: name, file or `Recipe`; left out: the data set's own.
-        method: must agree with the recipe's; `ast` where there is neither.
-        ipc: images per class; overrides the recipe's.
-        net: a network instead of the recipe's, with its own defaults: a name, or your `package.module:Class`.
-        changes: `section.key=value` assignments, such as `distill.iterations=300`.
+        source: the real data, see `load_real`.
+        method: name or class; see `run`, as for all that follow.
+        ipc: images per class.
+        recipe: name, file or `Recipe`.
+        net: a network instead of the recipe's.
+        distill: changes to the section `distill`, such as `{"iterations": 300}`.
+        experts: trajectories or their folder; or changes to the section `experts`. Without trajectories, the recipe's are
+            taken, and trained if the cache lacks them.
+        changes: changes to the recipe.
+        init: a set, its file or its folder, to start from instead of the recipe's initialisation.
+        out: folder for metrics, checkpoints, pictures and the set. A call with the same arguments resumes there.
         seed: decides initial images and every draw.
-        expert_seed: seed of the experts; `seed` if left out.
-        init: a set, its file or folder, whose images are started from instead of the recipe's initialisation.
-        out: folder for metrics, checkpoints, pictures and the set. A call with the same arguments continues there.
-        device: auto, cpu, cuda or mps.
-        cache: folder that keeps experts for every run that can use them.
-        validate_every: measure the set on the validation part every so many iterations; 0 for never.
-        checkpoint_every: store the state every so many iterations; 0 for never.
-        picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
-        logs: where the metrics go besides, `tensorboard` and `wandb`.
-        workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
-        reporter: receives progress.
+        recording: what is recorded on the way.
+        machine: where the work is done.
+        progress: whether progress is shown.
+
+    Returns:
+        The distilled set.
 
     Raises:
         DstillError: whatever the user can put right, in a sentence.
+
+    Example:
+        >>> import dstill
+        >>> dstill.distill("digits", method="random", recipe="smoke", progress=False)
+        DistilledSet('random' of 'digits', 10 images of 1x8x8, 10 classes)
     """
-    reporter, where = reporter or Silent(), resolve_device(device)
-    real = load_real(source)
-    resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
+    settings, trained = (experts, None) if isinstance(experts, Mapping) else (None, experts)
+    choice = Choice(method, ipc, recipe, net, changes, distill, settings)
+    job = Job.resolve(source, choice, seed, Workplace.of(machine, progress))
     initial = DistilledSet.load(init) if isinstance(init, str | Path) else init
-    check_early(real, resolved, logs=logs, own_experts=experts is None, validates=validate_every > 0, initial=initial)
-    store = cache_folder(cache)
-    trained_with = seed if expert_seed is None else expert_seed
-    known = known_identity(real, resolved, seed, trained_with)
-    files.check_writable(store)
+    validates = recording.validate_every > 0
+    check_early(job, logs=recording.logs, own_experts=trained is None, validates=validates, initial=initial)
+    files.check_writable(job.place.cache)
     if out is not None:
-        refuse_other_run(Path(out), known)
+        refuse_other_run(Path(out), job.identity(job.seeds.images))
         files.check_writable(Path(out))
-    trajectories: Trajectories | None = None
-    if experts is not None:
-        trajectories = experts if isinstance(experts, Trajectories) else Trajectories(Path(experts))
-        check_experts(trajectories, real, resolved)
-    elif method_info(resolved.method).needs_experts:
-        trajectories = ensure_experts(
-            real, resolved, trained_with, where, store, reporter, workers=workers, describing=init is None
-        )
-    preprocess = fitted_preprocess(resolved.preprocess, real, store)
-    describing = None if init else feature_expert(real, resolved, trajectories, trained_with, where, store, reporter)
-    trained = trained_on_all(real, resolved, trained_with, where, store, reporter)
-    problem = Problem(real, preprocess, resolved, trajectories, where, seed, describing, trained, initial)
-    cadence = Cadence(checkpoint=checkpoint_every, validate=validate_every, picture=picture_every if out else 0)
+    trajectories = _trajectories(job, trained, describing=initial is None)
+    return _distilled(job, job.seeds.images, trajectories, recording, None if out is None else Path(out), initial)
+
+
+def _trajectories(job: Job, given: Trajectories | str | Path | None, *, describing: bool = True) -> Trajectories | None:
+    """The experts that are given, else the job's own, else None where the method needs none."""
+    if given is not None:
+        trajectories = given if isinstance(given, Trajectories) else Trajectories(Path(given))
+        check_experts(trajectories, job)
+        return trajectories
+    return job.experts(describing=describing) if job.method.needs_experts else None
+
+
+def _distilled(
+    job: Job,
+    seed: int,
+    trajectories: Trajectories | None,
+    recording: Recording,
+    out: Path | None,
+    initial: DistilledSet | None = None,
+) -> DistilledSet:
+    """One set, with a folder or without."""
+    problem, reporter = job.problem(seed, trajectories, initial), job.place.reporter
+    pictures = recording.picture_every if out else 0
+    cadence = Cadence(checkpoint=recording.checkpoint_every, validate=recording.validate_every, picture=pictures)
     if out is None:
         return run_method(problem, cadence=cadence, observer=Watcher(problem, reporter))
-    return distill_into(Path(out), problem, known, cadence, reporter, logs)
+    return distill_into(out, problem, job.identity(seed), cadence, reporter, recording.logs)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run does with its job.
+
+    Attributes:
+        sets: synthetic sets, with seeds that count from the job's.
+        evaluation: how they are measured.
+        recording: what is recorded on the way.
+    """
+
+    sets: int = 1
+    evaluation: Evaluation = Evaluation()
+    recording: Recording = Recording()
 
 
 def run(
-    source: Any,
+    source: Source,
     *,
-    method: str | None = None,
+    method: str | type[Any] | None = None,
     ipc: int | None = None,
     recipe: str | Recipe | None = None,
-    net: str | None = None,
-    changes: Sequence[str] = (),
+    net: Network | Mapping[str, Any] | None = None,
+    distill: Mapping[str, Any] | None = None,
+    experts: Mapping[str, Any] | None = None,
+    changes: Changes = (),
     out: str | Path | None = None,
     sets: int = 1,
-    nets: Sequence[str] = (),
-    networks: int | None = None,
-    random: bool = True,
-    whole: bool = False,
-    validate_every: int = 0,
-    checkpoint_every: int = 25,
-    picture_every: int = 0,
-    logs: Sequence[str] = (),
-    seed: int = 0,
-    expert_seed: int | None = None,
-    device: str = "auto",
-    cache: str | Path | None = None,
-    workers: Workers = 1,
-    reporter: Reporter | None = None,
+    seed: int | Seeds = 0,
+    evaluation: Evaluation = Evaluation(),
+    recording: Recording = Recording(),
+    machine: Machine = Machine(),
+    progress: Progress = None,
 ) -> Result:
-    """Experts, distillation, evaluation, summary. Interrupted, the same call continues where it stopped.
+    """Experts, distillation, evaluation, report. Interrupted, the same call resumes where it stopped.
 
     Args:
-        source: a `RealSet`, or anything `load_real` takes.
-        method: must agree with the recipe's; `ast` where there is neither.
+        source: the real data: a name, a path, arrays, or a `RealSet`; see `load_real`.
+        method: a name of `dstill ls methods`, or a class of your own; it must agree with the recipe's. `ast` where there is
+            neither.
         ipc: images per class; 1 where neither this nor the recipe says.
-        recipe: name, file or `Recipe`; `smoke` for a run of seconds; left out: the data set's own, else derived.
-        net: a network instead of the recipe's, with its own defaults: a name, or your `package.module:Class`.
-        changes: `section.key=value` assignments, such as `experts.count=4`.
-        out: run folder; `runs/<data>-<method>-ipc<k>-seed<s>` if left out. Holds `result.json`, and in `set-<k>/` the
-            distilled set, its picture, its metrics and its curves.
+        recipe: a name of `dstill ls recipes`, a YAML file, or a `Recipe`; `smoke` for a run of seconds. Left out: the data
+            set's own recipe, else settings derived from the nearest one.
+        net: a network instead of the recipe's, with its own defaults: a name of `dstill ls networks`, a class or a function
+            that makes one, your `package.module:Class`, or a mapping with `name` and options.
+        distill: changes to the section `distill` of the recipe, such as `{"iterations": 300}`.
+        experts: changes to the section `experts`, such as `{"count": 4}`.
+        changes: changes to any part of the recipe: a mapping, nested or with dotted keys, such as
+            `{"preprocess": "zca", "net.width": 32}`, or assignments such as `["net.width=32"]`.
+        out: run folder; `runs/<data>-<method>-ipc<k>-seed<s>` if left out. Holds `result.json`, `report.html`, and in
+            `set-<k>/` the distilled set, its picture, its metrics and its curves.
         sets: synthetic sets to distil, with seeds `seed`, `seed + 1` …, from the same experts.
-        nets: evaluation networks; the recipe's own if left out.
-        networks: fresh networks a set; the protocol's number if left out.
-        random: also measure random real images.
-        whole: also measure the whole training set.
-        validate_every: measure on the validation part every so many iterations; 0 for never.
-        checkpoint_every: store the state every so many iterations; 0 for never.
-        picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
-        logs: where the metrics go besides, `tensorboard` and `wandb`.
-        seed: decides everything random.
-        expert_seed: seed of the experts; `seed` if left out. Sets of other seeds from the same experts, one run each.
-        device: auto, cpu, cuda or mps.
-        cache: folder that keeps experts for every run that can use them.
-        workers: processes that train experts and networks at once; `auto`: one a core where the work is worth it.
-        reporter: receives progress.
+        seed: decides everything random; `Seeds` where experts have another one.
+        evaluation: how the sets are measured.
+        recording: what is recorded on the way.
+        machine: where the work is done.
+        progress: whether progress is shown: None shows it on a terminal and in a notebook; a `Reporter` receives it.
+
+    Returns:
+        The result, as `result.json` has it.
 
     Raises:
         DstillError: whatever the user can put right, in a sentence.
+
+    Example:
+        >>> import dstill, tempfile
+        >>> once = dstill.Evaluation(networks=1, random=False)
+        >>> options = {"recipe": "smoke", "evaluation": once, "progress": False}
+        >>> result = dstill.run("digits", method="random", out=tempfile.mkdtemp(), **options)
+        >>> result.method, result.ipc, result.accuracy.n
+        ('random', 1, 1)
     """
-    reporter, where, started = reporter or Silent(), resolve_device(device), time.perf_counter()
-    at_least_one(sets=sets, networks=networks, workers=None if workers == "auto" else workers)
-    real = load_real(source)
-    resolved = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
-    check_early(real, resolved, nets, logs, validates=validate_every > 0)
-    folder = Path(out) if out else Path("runs") / f"{real.name}-{resolved.method}-ipc{resolved.ipc}-seed{seed}"
-    trained_with = seed if expert_seed is None else expert_seed
-    for k in range(sets):
-        refuse_other_run(folder / f"set-{k}", known_identity(real, resolved, seed + k, trained_with))
+    started = time.perf_counter()
+    choice = Choice(method, ipc, recipe, net, changes, distill, experts)
+    job = Job.resolve(source, choice, seed, Workplace.of(machine, progress))
+    return run_job(job, job.folder if out is None else Path(out), Task(sets, evaluation, recording), started)
+
+
+def run_job(job: Job, folder: Path, task: Task, started: float | None = None) -> Result:
+    """`run`, resolved.
+
+    Args:
+        job: what is run.
+        folder: the run folder.
+        task: what is done with the job.
+        started: when the call began, where loading the data counts.
+    """
+    started = time.perf_counter() if started is None else started
+    evaluation, recording, reporter = task.evaluation, task.recording, job.place.reporter
+    at_least_one(sets=task.sets, networks=evaluation.networks)
+    nets = [network_name(net) for net in evaluation.nets]
+    check_early(job, nets, recording.logs, validates=recording.validate_every > 0)
+    seeds = [job.seeds.images + k for k in range(task.sets)]
+    for k, seed in enumerate(seeds):
+        refuse_other_run(folder / f"set-{k}", job.identity(seed))
     files.check_writable(folder)
-    files.check_writable(cache_folder(cache))
+    files.check_writable(job.place.cache)
     reporter.note(f"run folder: {folder}")
-    trajectories: Trajectories | None = None
-    if method_info(resolved.method).needs_experts:
-        trajectories = train_experts(
-            real, recipe=resolved, seed=trained_with, device=device, cache=cache, workers=workers, reporter=reporter
-        )
+    trajectories = _trajectories(job, None)
     trained = time.perf_counter()
-    distilled = [
-        distill(
-            real,
-            experts=trajectories,
-            recipe=resolved,
-            seed=seed + k,
-            expert_seed=trained_with,
-            out=folder / f"set-{k}",
-            device=device,
-            cache=cache,
-            validate_every=validate_every,
-            checkpoint_every=checkpoint_every,
-            picture_every=picture_every,
-            logs=logs,
-            workers=workers,
-            reporter=reporter,
-        )
-        for k in range(sets)
-    ]
+    sets = [_distilled(job, seed, trajectories, recording, folder / f"set-{k}") for k, seed in enumerate(seeds)]
     matched = time.perf_counter()
-    result = evaluate(
-        distilled,
-        real,
-        nets=nets,
-        networks=networks,
-        random=random,
-        whole=whole,
-        seed=seed,
-        device=device,
-        cache=cache,
-        workers=workers,
-        reporter=reporter,
-    )
+    result = measure_sets(sets, job.real, job.place, evaluation, job.seeds.images)
     stages = {"experts": trained - started, "distill": matched - trained, **result.stages}
     cost = Cost.load(folder / "set-0")
     result = result.model_copy(update={"seconds": time.perf_counter() - started, "stages": stages, "cost": cost})
     result.save(folder / RESULT_NAME)
-    for k, one in enumerate(distilled):
+    for k, one in enumerate(sets):
         one.with_accuracy(Claim.of(result)).save(folder / f"set-{k}")
     reporter.note(f"report: {report([folder], folder / REPORT_NAME)}")
     return result

@@ -1,72 +1,69 @@
-"""Settings for data that nobody published settings for: a search on the validation part within a time budget."""
+"""The function that searches settings, `tune`: on the validation part, within a time budget."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dstill.api.evaluate import evaluate
-from dstill.api.job import check_early, resolve_recipe
-from dstill.api.run import distill, train_experts
+from dstill.api.checks import check_early, check_experts
+from dstill.api.evaluate import measure_sets
+from dstill.api.job import Job, Workplace
+from dstill.api.options import Changes, Choice, Evaluation, Machine, Network
 from dstill.artifacts.files import check_writable, write_text
 from dstill.artifacts.record import read_metrics
 from dstill.config import recipes
 from dstill.config.settings import Recipe, canonical, digest
-from dstill.data.real import RealSet, load_real
+from dstill.data.real import RealSet, Source
+from dstill.distillation.loop import run_method
 from dstill.errors import CollapseError, DstillError
 from dstill.experts.trajectory import Trajectories
-from dstill.methods.settings import MatchingConfig
 from dstill.support import seeding
-from dstill.support.console import Reporter, Silent
-from dstill.support.devices import resolve_device
-from dstill.support.workers import Workers
-
-_RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
-_ALPHA_FACTORS = (0.3, 1.0, 3.0, 10.0)
+from dstill.support.console import Progress, Silent
 
 
 def tune(
-    source: Any,
+    source: Source,
     *,
     budget: float,
-    method: str | None = None,
+    method: str | type[Any] | None = None,
     ipc: int | None = None,
     recipe: str | Recipe | None = None,
-    net: str | None = None,
-    changes: tuple[str, ...] = (),
+    net: Network | Mapping[str, Any] | None = None,
+    distill: Mapping[str, Any] | None = None,
+    experts: Mapping[str, Any] | None = None,
+    changes: Changes = (),
     out: str | Path | None = None,
     seed: int = 0,
-    device: str = "auto",
-    cache: str | Path | None = None,
-    workers: Workers = 1,
-    reporter: Reporter | None = None,
+    machine: Machine = Machine(),
+    progress: Progress = None,
 ) -> Path:
-    """Searches lr_images, T+ and α₀ and writes the best recipe found.
+    """Searches a method's most important settings, and writes the best recipe found.
 
-    Everything is judged on a stratified tenth of the training images that experts and images never see; the test set is not
-    touched. The first candidate is the recipe itself; the others change the three settings by factors around the best so
-    far. A candidate that collapses is out. What was tried is written beside the recipe, and the same call goes on from there.
+    For trajectory matching these are lr_images, T+ and α₀. Everything is judged on a stratified tenth of the training images
+    that experts and images never see; the test set is not touched. The first candidate is the recipe itself; the others
+    change the settings by factors around the best so far. A candidate that collapses is out. What was tried is written beside
+    the recipe, and the same call resumes from there.
 
     Args:
-        source: a `RealSet`, or anything `load_real` takes.
+        source: the real data, see `load_real`.
         budget: minutes of this call; the candidate under way when it ends is finished.
-        method: must agree with the recipe's; `ast` where there is neither.
-        ipc: overrides the recipe's.
-        recipe: where to start; left out: the data set's own, else derived.
+        method: name or class; see `run`, as for the next six.
+        ipc: images per class.
+        recipe: where to start.
         net: a network instead of the recipe's.
-        changes: `section.key=value` assignments; `distill.iterations` bounds a candidate's length.
+        distill: changes to the section `distill`; `iterations` bounds a candidate's length.
+        experts: changes to the section `experts`.
+        changes: changes to the recipe.
         out: recipe file to write; `<data>-<method>-ipc<k>.yaml` if left out.
         seed: decides the validation part and the candidates.
-        device: auto, cpu, cuda or mps.
-        cache: folder that keeps experts.
-        workers: processes that train experts at once; `auto`: one a core where the work is worth it.
-        reporter: receives progress.
+        machine: where the work is done.
+        progress: whether progress is shown.
 
     Returns:
         The recipe file, which `--recipe FILE` takes. It is written after every candidate, the best so far; `<name>.tried.jsonl`
@@ -74,36 +71,42 @@ def tune(
 
     Raises:
         DstillError: the method has nothing to tune, every candidate collapsed, or whatever `distill` raises.
+
+    Example:
+        >>> import dstill, tempfile
+        >>> out = tempfile.mkdtemp() + "/tuned.yaml"
+        >>> path = dstill.tune("digits", budget=0.001, method="mtt", recipe="smoke", out=out, progress=False)
+        >>> dstill.load_recipe(str(path)).method
+        'mtt'
     """
-    reporter, started = reporter or Silent(), time.monotonic()
-    where = resolve_device(device)
-    real = load_real(source)
-    base = resolve_recipe(real, recipe, method, ipc, net, changes, where, reporter)
-    if not isinstance(base.distill, MatchingConfig):
+    started, place = time.monotonic(), Workplace.of(machine, progress)
+    job = Job.resolve(source, Choice(method, ipc, recipe, net, changes, distill, experts), seed, place)
+    base, real = job.recipe, job.real
+    if not base.distill.search_factors:
         raise DstillError(f"tune searches settings of trajectory matching, and method {base.method!r} is none: take ast or mtt")
-    target = Path(out) if out else Path(f"{real.name}-{base.method}-ipc{base.ipc}.yaml")
+    target = Path(out) if out else Path(f"{real.name}-{base.method.rpartition(':')[2]}-ipc{base.ipc}.yaml")
     if target.is_dir():
         raise DstillError(f"{target} is a folder: pass the recipe file to write, such as {target / 'tuned.yaml'}")
     check_writable(target.absolute().parent)
-    held = real.holdout(seed)
-    check_early(held, base)
-    # Experts long enough for the largest T+ of the search serve every candidate.
-    largest = 2 * base.distill.max_start_epoch
-    if base.experts and base.experts.epochs is not None:
-        largest = min(largest, base.experts.epochs - base.distill.expert_epochs + 1)
-    longest = base.model_copy(update={"distill": base.distill.model_copy(update={"max_start_epoch": largest})})
-    experts = train_experts(held, recipe=longest, seed=seed, device=device, cache=cache, workers=workers, reporter=reporter)
-    journal = _Journal(target, {"recipe": canonical(base, exclude={"note"}), "data": held.fingerprint, "seed": seed})
+    held = job.on(real.holdout(seed))
+    check_early(held)
+    # Experts that are long enough for the largest candidate serve all of them.
+    largest = {name: max(factors) for name, factors in base.distill.search_factors.items()}
+    limit = base.experts.epochs if base.experts else None
+    longest = base.distill.scaled(largest, limit)
+    trajectories = held.on(held.real, base.model_copy(update={"distill": longest})).experts()
+    silent = replace(held, place=replace(place, reporter=Silent(), workers=1))
+    journal = _Journal(target, {"recipe": canonical(base, exclude={"note"}), "data": held.real.fingerprint, "seed": seed})
     if journal.rows:
-        reporter.note(f"{journal.path} has {len(journal.rows)} candidates of this search: it goes on from there")
+        place.reporter.note(f"{journal.path} has {len(journal.rows)} candidates of this search: it goes on from there")
     best, tried = base, 0
     best_score: float | None = None
-    for candidate in _candidates(seed):
+    for factors in _candidates(base.distill.search_factors, seed):
         known = tried < len(journal.rows)
         if tried and not known and time.monotonic() - started > 60 * budget:
             break
-        settings = _around(best, candidate, largest) if tried else base
-        score = journal.rows[tried]["score"] if known else _judge(settings, held, experts, seed, device, cache)
+        settings = _around(best, factors, longest.epochs_needed) if tried else base
+        score = journal.rows[tried]["score"] if known else _judge(silent.on(held.real, settings), trajectories)
         tried += 1
         leads = score is not None and (best_score is None or score > best_score)
         if leads:
@@ -112,7 +115,7 @@ def tune(
             continue
         journal.add(settings, score)
         said = "collapsed" if score is None else f"validation {score:.1%}{' (best so far)' if leads else ''}"
-        reporter.note(f"candidate {tried}: {_named(settings)}: {said}")
+        place.reporter.note(f"candidate {tried}: {_named(settings)}: {said}")
         if best_score is not None:
             _write(target, best, real, best_score, tried)
     if best_score is None:
@@ -120,7 +123,7 @@ def tune(
             f"all of {tried} candidates collapsed: start from a smaller distill.lr_images, or give it more --budget"
         )
     _write(target, best, real, best_score, tried)
-    reporter.note(f"wrote {target}: pass it as --recipe {target}")
+    place.reporter.note(f"wrote {target}: pass it as --recipe {target}")
     return target
 
 
@@ -143,8 +146,9 @@ class _Journal:
 
 
 def _named(settings: Recipe) -> str:
-    distill = _matching(settings)
-    return f"lr_images {distill.lr_images:.3g}, T+ {distill.max_start_epoch}, α₀ {distill.alpha_init:.3g}"
+    """The searched settings of a candidate, in words."""
+    values = {name: getattr(settings.distill, name) for name in settings.distill.search_factors}
+    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
 def _write(target: Path, best: Recipe, real: RealSet, score: float, tried: int) -> None:
@@ -152,41 +156,27 @@ def _write(target: Path, best: Recipe, real: RealSet, score: float, tried: int) 
     write_text(target, recipes.dump(best.model_copy(update={"data": real.name, "note": note})))
 
 
-def _candidates(seed: int) -> Iterator[tuple[float, float, float]]:
-    """Endless factors on (lr_images, T+, α₀), drawn without a memory; the first is ignored."""
+def _candidates(choices: Mapping[str, tuple[float, ...]], seed: int) -> Iterator[dict[str, float]]:
+    """Endless factors of the searched settings, drawn without a memory; the first ones are ignored."""
     generator = seeding.generator(seed, "tune")
-
-    def pick(values: tuple[float, ...]) -> float:
-        return values[int(torch.randint(len(values), (), generator=generator))]
-
     while True:
-        yield pick(_RATE_FACTORS), pick((0.5, 1.0, 2.0)), pick(_ALPHA_FACTORS)
+        yield {name: some[int(torch.randint(len(some), (), generator=generator))] for name, some in choices.items()}
 
 
-def _matching(recipe: Recipe) -> MatchingConfig:
-    assert isinstance(recipe.distill, MatchingConfig)
-    return recipe.distill
+def _around(best: Recipe, factors: Mapping[str, float], longest: int | None) -> Recipe:
+    """The best recipe so far with its settings multiplied, within what the experts were trained for."""
+    return best.model_copy(update={"distill": best.distill.scaled(factors, longest)})
 
 
-def _around(best: Recipe, factors: tuple[float, float, float], largest: int) -> Recipe:
-    """The best recipe so far with its settings multiplied, T+ within what the experts were trained for."""
-    rate, span, alpha = factors
-    distill = _matching(best)
-    start = min(largest, max(distill.min_start_epoch + 1, math.ceil(distill.max_start_epoch * span)))
-    update = {"lr_images": distill.lr_images * rate, "max_start_epoch": start, "alpha_init": distill.alpha_init * alpha}
-    return best.model_copy(update={"distill": distill.model_copy(update=update)})
-
-
-def _judge(
-    settings: Recipe, held: RealSet, experts: Trajectories, seed: int, device: str, cache: str | Path | None
-) -> float | None:
+def _judge(job: Job, trajectories: Trajectories) -> float | None:
     """The accuracy on the validation part; None for settings that collapse."""
-    # No further than the finished recipe's experts will go: the last epoch describes the images of the start.
-    experts = Trajectories(experts.folder, len(experts), settings.expert_config.epochs)
+    # No longer than the finished recipe's experts will be: the last epoch describes the images of the start.
+    experts = Trajectories(trajectories.folder, len(trajectories), job.recipe.expert_config.epochs)
+    check_experts(experts, job)
     try:
-        candidate = distill(held, experts=experts, recipe=settings, seed=seed, device=device, cache=cache)
+        candidate = run_method(job.problem(job.seeds.images, experts))
         if not bool(torch.isfinite(candidate.images).all()):
             return None
-        return evaluate(candidate, held, random=False, seed=seed, device=device, cache=cache).accuracy.mean
+        return measure_sets([candidate], job.real, job.place, Evaluation(random=False), job.seeds.images).accuracy.mean
     except CollapseError:
         return None

@@ -9,16 +9,14 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from dstill.cli.app import app
-from dstill.cli.options import Common, Data
+from dstill.cli.options import Common, Data, Out
 from dstill.support.console import printable
 
 _DATA, _COMMON = Data(), Common()
 
 
 @app.command
-def export(
-    distilled: Path, kind: Literal["hf", "png", "npz", "pt"], *, out: Annotated[Path, Parameter(name=["--out", "-o"])]
-) -> None:
+def export(distilled: Path, kind: Literal["hf", "png", "npz", "pt"], *, out: Out) -> None:
     """Write a set for programs that do not know dstill.
 
     Args:
@@ -43,7 +41,7 @@ def import_(
     net: str = "convnet",
     augmentation: str = "colour_crop_cutout_flip_scale_rotate",
     alpha: float | None = None,
-    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    out: Out,
     data: Data = _DATA,
     common: Common = _COMMON,
 ) -> None:
@@ -60,30 +58,29 @@ def import_(
         alpha: learning rate, where no lr_best.pt tells it.
         out: folder for distilled.safetensors.
         data: how the real data are read.
-        common: where and how the command runs.
+        common: how the command behaves.
     """
     from dstill.artifacts import importing
-    from dstill.cli import show as showing
+    from dstill.cli.show import describe
 
-    common.start()
     real = data.load(source)
     options = {"method": method, "net": net, "augmentation": augmentation, "alpha": alpha}
     importing.import_set(path, real, preprocess=preprocess, **options).save(out)  # type: ignore[arg-type]
-    print(printable(showing.describe(out)))
+    print(printable(describe(out)))
 
 
 @app.command
-def import_experts(*buffers: Path, out: Annotated[Path, Parameter(name=["--out", "-o"])]) -> None:
+def import_experts(*buffers: Path, out: Out) -> None:
     """Read expert buffers of MTT as a folder for `distill --experts`.
 
     Args:
         buffers: replay_buffer_*.pt.
         out: folder of trajectories.
     """
-    from dstill.cli import show as showing
+    from dstill.cli.show import describe
     from dstill.experts import importing
 
-    print(printable(showing.describe(importing.import_experts(buffers, out))))
+    print(printable(describe(importing.import_experts(buffers, out))))
 
 
 @app.command
@@ -94,11 +91,11 @@ def show(path: Path, *, png: Path | None = None) -> None:
         path: a distilled set, a run folder, a folder of experts, or a result.json.
         png: write the distilled images as a picture.
     """
-    from dstill.cli import show as showing
+    from dstill.cli.show import describe, write_picture
 
-    print(printable(showing.describe(path)))
+    print(printable(describe(path)))
     if png is not None:
-        showing.write_picture(path, png)
+        write_picture(path, png)
         print(f"pictures: {png}")
 
 
@@ -114,13 +111,13 @@ def ls(
         kind: what to list.
         as_json: print a JSON list of objects.
     """
-    from dstill.cli import ls as listing
+    from dstill.cli.ls import rows, table
 
-    print(json.dumps(listing.rows(kind), indent=2) if as_json else "\n".join(listing.table(kind)))
+    print(json.dumps(rows(kind), indent=2) if as_json else "\n".join(table(kind)))
 
 
 @app.command
-def report(*runs: Path, out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("report.html")) -> None:
+def report(*runs: Path, out: Out = Path("report.html")) -> None:
     """Write a page about one run, or about several side by side, that opens in any browser.
 
     Args:
@@ -139,9 +136,9 @@ def check(*paths: Path) -> None:
     Args:
         paths: files, or folders with all that is below them.
     """
-    from dstill.cli import check as checking
+    from dstill.cli.check import check as check_files
 
-    found = checking.check(paths)
+    found = check_files(paths)
     for path, problem in found:
         print(f"{path}: {problem or 'whole'}")
     if any(problem for _, problem in found):

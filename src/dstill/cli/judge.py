@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from dstill.api.options import Evaluation, Flag, Machine, Recording, Whole, names
 from dstill.cli.app import app
-from dstill.cli.options import Choice, Common, Data, Set, Whole, assignments, names, numbers
+from dstill.cli.options import Choice, Common, Data, OptionalOut, Out, Set, assignments, numbers
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
+_EVALUATION, _RECORDING, _MACHINE = Evaluation(), Recording(), Machine()
 
 
 @app.command
@@ -19,14 +21,12 @@ def evaluate(
     source: str,
     *,
     protocol: str | None = None,
-    nets: str | None = None,
-    networks: Whole | None = None,
+    evaluation: Evaluation = _EVALUATION,
     augmentation: str | None = None,
-    hard: Annotated[bool, Parameter(negative="")] = False,
-    random: bool = True,
-    whole: bool = False,
-    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    hard: Flag = False,
+    out: OptionalOut = None,
     data: Data = _DATA,
+    machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
     """Train fresh networks on a distilled set and measure them once on the whole test set.
@@ -35,34 +35,22 @@ def evaluate(
         distilled: distilled.safetensors or its folder.
         source: see `dstill run`.
         protocol: ast, mtt, frepo, quick, or a YAML file (default: the recipe's).
-        nets: evaluation networks, joined by commas, for example convnet,resnet18,vgg11,alexnet.
-        networks: fresh networks (default: the protocol's).
+        evaluation: how the set is measured.
         augmentation: DSA operations joined by _, or none (default: the set's own).
         hard: train on the most likely class of soft labels.
-        random: also measure random real images.
-        whole: also train on the whole training set.
         out: folder or file for result.json.
         data: how the real data are read.
-        common: where and how the command runs.
+        machine: where the work is done.
+        common: how the command behaves.
     """
-    from dstill.api import evaluate as evaluating
+    from dstill.api.evaluate import evaluate
     from dstill.artifacts.distilled import DistilledSet
     from dstill.cli import summary
 
-    reporter, one = common.start(), DistilledSet.load(distilled)
+    options, one = common.arguments(machine), DistilledSet.load(distilled)
     one = one.with_hard_labels() if hard else one
-    result = evaluating.evaluate(
-        one.with_augmentation(augmentation) if augmentation else one,
-        data.load(source),
-        protocol=protocol,
-        nets=names(nets),
-        networks=networks,
-        random=random,
-        whole=whole,
-        out=out,
-        **common.arguments(reporter),
-    )
-    summary.print_result(result)
+    one = one.with_augmentation(augmentation) if augmentation else one
+    summary.print_result(evaluate(one, data.load(source), protocol=protocol, out=out, **vars(evaluation), **options))
 
 
 @app.command
@@ -75,8 +63,9 @@ def judge(
     protocol: str | None = None,
     networks: Whole | None = None,
     whole: bool = True,
-    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    out: OptionalOut = None,
     data: Data = _DATA,
+    machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
     """Ask what a set owes to its images, its labels, its augmentation and its network.
@@ -91,24 +80,15 @@ def judge(
         whole: also train on the whole training set, for each network and augmentation.
         out: folder for judgement.json and judgement.md.
         data: how the real data are read.
-        common: where and how the command runs.
+        machine: where the work is done.
+        common: how the command behaves.
     """
-    from dstill.api import judge as judging
+    from dstill.api.judge import judge
     from dstill.cli import summary
 
-    reporter = common.start()
-    judgement = judging.judge(
-        distilled,
-        data.load(source),
-        nets=names(nets),
-        augmentations=names(augmentations),
-        protocol=protocol,
-        networks=networks,
-        whole=whole,
-        out=out,
-        **common.arguments(reporter),
-    )
-    summary.print_judgement(judgement)
+    options = {"protocol": protocol, "networks": networks, "whole": whole, "out": out, **common.arguments(machine)}
+    real = data.load(source)
+    summary.print_judgement(judge(distilled, real, nets=names(nets), augmentations=names(augmentations), **options))
 
 
 @app.command
@@ -117,47 +97,31 @@ def plan(
     *,
     choice: Choice = _CHOICE,
     sets: Whole = 1,
-    nets: str | None = None,
-    networks: Whole | None = None,
-    random: bool = True,
-    whole: bool = False,
-    validate_every: Whole = 0,
+    evaluation: Evaluation = _EVALUATION,
+    recording: Recording = _RECORDING,
     data: Data = _DATA,
+    machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
     """Say what `dstill run` with the same options would take: time, memory and disk, stage by stage.
 
     Args:
         source: see `dstill run`; data of a known name that are not embedded are not loaded for this.
-        sets: synthetic sets to distil and evaluate.
-        nets: evaluation networks, joined by commas.
-        networks: fresh networks a set (default: the protocol's).
-        random: also measure random real images.
-        whole: also train on the whole training set.
-        validate_every: measure on the validation part every so many iterations; 0 for never.
         choice: which settings it takes.
+        sets: synthetic sets to distil and evaluate.
+        evaluation: how the sets are measured.
+        recording: what is recorded on the way.
         data: how the real data are read.
-        common: where and how the command runs.
+        machine: where the work would be done.
+        common: how the command behaves.
     """
     from dstill.cli import summary
     from dstill.data.catalog import DATASETS
-    from dstill.planning import plan as planning
+    from dstill.planning.plan import plan
 
-    reporter = common.start()
+    options = {"sets": sets, "evaluation": evaluation, "recording": recording, **common.arguments(machine)}
     known = source in DATASETS and DATASETS[source].hub and data == _DATA
-    summary.print_plan(
-        planning.plan(
-            source if known else data.load(source),
-            sets=sets,
-            nets=names(nets),
-            networks=networks,
-            random=random,
-            whole=whole,
-            validate_every=validate_every,
-            **choice.arguments(),
-            **common.arguments(reporter),
-        )
-    )
+    summary.print_plan(plan(source if known else data.load(source), **choice.arguments(), **options))
 
 
 @app.command
@@ -168,17 +132,18 @@ def compare(
     ipc: str = "1",
     recipe: str | None = None,
     changes: Set = (),
-    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    out: OptionalOut = None,
     sets: Whole = 1,
     networks: Whole | None = None,
     protocol: str = "ast",
     whole: bool = True,
     checkpoint_every: Whole = 25,
     data: Data = _DATA,
+    machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
-    """Run several methods and put them in one table. Interrupted, the same command continues. The exit code is 1 if a
-    row failed.
+    """Run several methods and put them in one table. Interrupted, the same command resumes. The exit code is 1 if a row
+    failed.
 
     Args:
         source: see `dstill run`.
@@ -193,26 +158,16 @@ def compare(
         whole: also train on the whole training set.
         checkpoint_every: store the state every so many iterations.
         data: how the real data are read.
-        common: where and how the command runs.
+        machine: where the work is done.
+        common: how the command behaves.
     """
-    from dstill.api import compare as comparing
+    from dstill.api.compare import compare
     from dstill.cli import summary
 
-    reporter = common.start()
-    comparison = comparing.compare(
-        data.load(source, out or Path("runs")),
-        methods=names(methods),
-        ipc=numbers(ipc, "--ipc"),
-        recipe=recipe,
-        changes=changes,
-        out=out,
-        sets=sets,
-        networks=networks,
-        protocol=protocol,
-        whole=whole,
-        checkpoint_every=checkpoint_every,
-        **common.arguments(reporter),
-    )
+    rows = {"methods": names(methods), "ipc": numbers(ipc, "--ipc"), "recipe": recipe, "changes": changes, "sets": sets}
+    judging = {"networks": networks, "protocol": protocol, "whole": whole}
+    options = {"out": out, "checkpoint_every": checkpoint_every, **common.arguments(machine)}
+    comparison = compare(data.load(source, out or Path("runs")), **rows, **judging, **options)  # type: ignore[arg-type]
     summary.print_comparison(comparison)
     if any(row.result is None for row in comparison.rows):
         raise SystemExit(1)
@@ -227,12 +182,13 @@ def reproduce(
     only: str | None = None,
     sets: Whole | None = None,
     plan: Annotated[bool, Parameter(name="--plan", negative="")] = False,
-    out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("results"),
+    out: Out = Path("results"),
     runs: Path = Path("runs/reproduce"),
     checkpoint_every: Whole = 25,
+    machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
-    """Work out a table or figure of the paper, ours beside the published figures. Interrupted, the same command continues.
+    """Work out a table or figure of the paper, ours beside the published figures. Interrupted, the same command resumes.
 
     Args:
         what: table1 to table8, fig3 to fig11 (`dstill ls reproductions`).
@@ -245,30 +201,19 @@ def reproduce(
         out: folder of results.
         runs: folder of run folders, shared by all reproductions.
         checkpoint_every: store the state every so many iterations.
-        common: where and how the command runs.
+        machine: where the work is done.
+        common: how the command behaves.
     """
     from dstill.cli import summary
-    from dstill.reproductions import run as reproducing
+    from dstill.reproductions.run import plan_reproduction, reproduce
 
-    reporter = common.start()
+    options, rows = common.arguments(machine), names(only)
     if plan:
-        planned = reproducing.plan_reproduction(
-            what, scale=scale, only=names(only), sets=sets, device=common.device, cache=common.cache, workers=common.workers
-        )
-        summary.print_plan(planned)
+        summary.print_plan(plan_reproduction(what, scale=scale, only=rows, sets=sets, machine=options["machine"]))
         return
-    folder = reproducing.reproduce(
-        what,
-        scale=scale,
-        sources=assignments(source, "--source"),
-        only=names(only),
-        sets=sets,
-        out=out,
-        runs=runs,
-        checkpoint_every=checkpoint_every,
-        **common.arguments(reporter),
-    )
-    print(folder / "page.md")
+    sources = assignments(source, "--source")
+    folders: dict[str, Any] = {"out": out, "runs": runs, "checkpoint_every": checkpoint_every}
+    print(reproduce(what, scale=scale, sources=sources, only=rows, sets=sets, **folders, **options) / "page.md")
 
 
 @app.command
@@ -277,8 +222,9 @@ def tune(
     *,
     budget: float,
     choice: Choice = _CHOICE,
-    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    out: OptionalOut = None,
     data: Data = _DATA,
+    machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
     """Search lr_images, T+ and α₀ on the validation part, and write a recipe file.
@@ -286,21 +232,13 @@ def tune(
     Args:
         source: see `dstill run`.
         budget: minutes.
-        out: recipe file to write.
         choice: which settings it takes.
+        out: recipe file to write.
         data: how the real data are read.
-        common: where and how the command runs.
+        machine: where the work is done.
+        common: how the command behaves.
     """
-    from dstill.api import tune as tuning
+    from dstill.api.tune import tune
 
-    reporter = common.start()
-    real = data.load(source)
-    print(
-        tuning.tune(
-            real,
-            budget=budget,
-            out=out,
-            **choice.arguments(),
-            **common.arguments(reporter),
-        )
-    )
+    options = common.arguments(machine)
+    print(tune(data.load(source), budget=budget, out=out, **choice.arguments(), **options))

@@ -36,8 +36,7 @@ def rows(kind: str) -> list[dict[str, Any]]:
         case "datasets":
             return [{"name": name, "note": entry.note, "hub": entry.hub} for name, entry in DATASETS.items()]
         case "recipes":
-            found = [(name, recipes.load_recipe(name)) for name in recipes.recipe_names()]
-            return [{"name": n, "note": r.note, "data": r.data, "method": r.method, "ipc": r.ipc} for n, r in found]
+            return [{"name": name, **head} for name, head in recipes.recipe_heads().items()]
         case "reproductions":
             entries = [(name, load_reproduction(name)) for name in reproduction_names()]
             return [{"name": name, "note": f"{r.paper}: {r.title}", "rows": len(r.rows)} for name, r in entries]

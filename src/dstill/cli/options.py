@@ -1,37 +1,25 @@
-"""Options that several commands of the command line share. Importing this never imports torch."""
+"""Options of the command line alone, beside those that it shares with Python (`dstill.api.options`). No torch here."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter, Token
+from cyclopts import Parameter
 
+from dstill.api.options import Machine, Seeds, Whole, names
 from dstill.errors import DstillError
 from dstill.support.console import ConsoleReporter
 
 if TYPE_CHECKING:
     from dstill.data.real import RealSet
 
-
-def _whole(_: type, tokens: Sequence[Token]) -> int:
-    """Cyclopts would round 1.5."""
-    try:
-        return int(tokens[0].value)
-    except ValueError:
-        raise ValueError(f"{tokens[0].value!r} is not a whole number") from None
-
-
-def _auto_or_whole(hint: type, tokens: Sequence[Token]) -> int | str:
-    return "auto" if tokens[0].value == "auto" else _whole(hint, tokens)
-
-
-Whole = Annotated[int, Parameter(converter=_whole)]
-Processes = Annotated[int | Literal["auto"], Parameter(converter=_auto_or_whole)]
 Set = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, negative="")]
+Out = Annotated[Path, Parameter(name=["--out", "-o"])]
+OptionalOut = Annotated[Path | None, Parameter(name=["--out", "-o"])]
 
 
 @Parameter(name="*")
@@ -54,7 +42,7 @@ class Data:
     test_fraction: float | None = None
 
     def load(self, source: str, out: Path | None = None) -> RealSet:
-        """The data, the same whatever the seed of the command: what one judges, another must not have trained on.
+        """The data. They do not depend on the command's seed: images that one command judges by, none may have trained on.
 
         Raises:
             DstillError: see `load_real`; or `out`, where results will go, lies inside a folder of images, of which it would be
@@ -79,44 +67,23 @@ class Data:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Common:
-    """Where and how a command runs.
+    """How a command behaves.
 
     Attributes:
         seed: decides everything random.
-        device: auto, cpu, cuda or mps.
-        cache: folder that keeps experts for every run ($DSTILL_CACHE, else ~/.cache/dstill).
-        threads: CPU threads of distilling; the machine's cores if left out.
-        workers: processes that train experts and networks at once: a number, or auto for one a core.
-        deterministic: ask torch for deterministic algorithms, and be warned of operations that have none; on a CPU the same
-            seed and threads give the same bits without it.
         quiet: print the result only.
         debug: show the traceback of an error.
     """
 
     seed: Whole = 0
-    device: str = "auto"
-    cache: Path | None = None
-    threads: Whole | None = None
-    workers: Processes = "auto"
-    deterministic: Annotated[bool, Parameter(negative="")] = False
     quiet: bool = False
     debug: bool = False
 
-    def start(self) -> ConsoleReporter:
-        if self.threads is not None:
-            if self.threads < 1:
-                raise DstillError(f"--threads must be at least 1, got {self.threads}")
-            import torch
-
-            torch.set_num_threads(self.threads)
-        if self.deterministic:
-            from dstill.support.devices import ask_for_determinism
-
-            ask_for_determinism()
-        return ConsoleReporter(sys.stderr, quiet=self.quiet)
-
-    def arguments(self, reporter: ConsoleReporter) -> dict[str, Any]:
-        return {"seed": self.seed, "device": self.device, "cache": self.cache, "workers": self.workers, "reporter": reporter}
+    def arguments(self, machine: Machine, expert_seed: int | None = None) -> dict[str, Any]:
+        """Arguments of the public functions: the seed, the machine with all its cores, and who is told of the progress."""
+        seed = self.seed if expert_seed is None else Seeds(self.seed, expert_seed)
+        machine = replace(machine, workers="auto") if machine.workers is None else machine
+        return {"seed": seed, "machine": machine, "progress": ConsoleReporter(sys.stderr, quiet=self.quiet)}
 
 
 @Parameter(name="*")
@@ -125,7 +92,7 @@ class Choice:
     """Which settings a command takes.
 
     Attributes:
-        method: a name of `dstill ls methods` (default ast).
+        method: a name of `dstill ls methods` or your package.module:Class (default ast).
         ipc: synthetic images per class (default 1).
         recipe: name of `dstill ls recipes`, a YAML file, or `smoke`.
         net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
@@ -142,11 +109,6 @@ class Choice:
         return dict(vars(self))
 
 
-def names(text: str | None) -> list[str]:
-    """What stands between commas."""
-    return [name.strip() for name in text.split(",") if name.strip()] if text else []
-
-
 def numbers(text: str | None, option: str) -> list[int]:
     """Whole numbers between commas.
 
@@ -159,7 +121,7 @@ def numbers(text: str | None, option: str) -> list[int]:
         raise DstillError(f"{option} takes numbers joined by commas, got {text!r}") from error
 
 
-def assignments(texts: tuple[str, ...], option: str) -> dict[str, str]:
+def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
     """NAME=VALUE as a mapping.
 
     Raises:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dstill.config import yamls
 from dstill.config.registry import method_info
-from dstill.config.settings import ExpertConfig, Recipe, canonical, settings_class
-from dstill.data.catalog import DATASETS
+from dstill.config.settings import Case, ExpertConfig, Recipe, canonical, settings_class
+from dstill.data.catalog import DATASETS, Shape
 from dstill.errors import DstillError, suggest
-from dstill.methods.settings import MatchingConfig
+
+Changes = Sequence[str] | Mapping[str, Any]
+"""Changes to a recipe: assignments such as `["distill.iterations=300"]`, or a mapping, nested or with dotted keys, such as
+`{"distill": {"iterations": 300}, "net.width": 32}`."""
 
 _FOLDER = Path(__file__).parent / "recipe_files"
 # Data sets that share the recipes of another name.
@@ -25,25 +28,15 @@ DERIVED = "derived from"  # begins the note of settings that no recipe was writt
 _FOREIGN = 100.0  # added to the distance of other data: more than any two cases of one data set are apart
 
 
-@dataclass(frozen=True)
-class DataShape:
-    """What settings depend on: name, colour channels, height and breadth in pixels, classes, bytes of memory at hand."""
-
-    name: str
-    channels: int
-    size: tuple[int, int]
-    classes: int
-    memory: float = math.inf
-
-    @property
-    def side(self) -> int:
-        """The shorter one: what the depth of a network depends on."""
-        return min(self.size)
-
-
 def recipe_names() -> list[str]:
     """Names of all shipped recipes, `<data>/<method>[-released|-tuned]-ipc<k>`: the paper's, its code's, what won here."""
     return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.glob("*/*.yaml"))
+
+
+def recipe_heads() -> dict[str, dict[str, Any]]:
+    """What the shipped recipes say first, by name: note, data, method, IPC. No method is imported for it."""
+    files = {name: yamls.read_mapping(_FOLDER / f"{name}.yaml") for name in recipe_names()}
+    return {name: {key: values[key] for key in ("note", "data", "method", "ipc")} for name, values in files.items()}
 
 
 def load_recipe(name: str) -> Recipe:
@@ -61,30 +54,40 @@ def load_recipe(name: str) -> Recipe:
 
 
 def resolve(
-    recipe: str | None, shape: DataShape, *, method: str | None, ipc: int | None, changes: Sequence[str] = ()
+    recipe: str | None,
+    data: str,
+    shape: Shape,
+    *,
+    method: str | None,
+    ipc: int | None,
+    changes: Sequence[str] = (),
+    memory: float = math.inf,
 ) -> tuple[Recipe, str]:
-    """The settings of a run and a sentence on where they come from.
+    """The settings of a run, and a sentence on where they come from.
 
     Args:
-        recipe: name or file; `smoke` for a tiny run on any data; left out: the data set's own, tuned where there is one,
-            else derived.
-        shape: the real data.
+        recipe: name or file; `smoke` for a tiny run on any data; None: the data set's own recipe, the tuned one where there
+            is one, else settings derived from the nearest recipe.
+        data: name of the real data.
+        shape: shape of the real data.
         method: must agree with the recipe's; `ast` where there is neither.
         ipc: overrides the recipe's; 1 where there is neither.
-        changes: `section.key=value` assignments, applied last.
+        changes: assignments `section.key=value`, applied last.
+        memory: bytes of memory of the device, which derived settings must fit.
 
     Raises:
-        DstillError: see `load_recipe`; or an assignment names an unknown key.
+        DstillError: see `load_recipe`; or a change names an unknown key.
     """
     if method is not None:
         method_info(method)
     if ipc is not None and ipc < 1:
         raise DstillError(f"ipc must be at least 1, got {ipc}")
+    about = _About(data, shape, memory)
     if recipe == "smoke":
-        found = _smoke(_default(shape, method or "ast", ipc or 1)[0])
+        found = _smoke(_default(about, method or "ast", ipc or 1)[0])
         origin = "settings of a smoke run: they show that everything works, not what it can reach"
     elif recipe is None:
-        found, origin = _default(shape, method or "ast", ipc or 1)
+        found, origin = _default(about, method or "ast", ipc or 1)
     else:
         found, origin = load_recipe(recipe), f"recipe {recipe}"
         check_method(found, method, f"recipe {recipe}")
@@ -94,45 +97,71 @@ def resolve(
     return yamls.validate(Recipe, values, "--set" if changes else origin), origin
 
 
+class _About(NamedTuple):
+    """The data that settings are looked for."""
+
+    name: str
+    shape: Shape
+    memory: float
+
+
 def check_method(recipe: Recipe, method: str | None, name: str) -> None:
     """Raises `DstillError` where another method is asked for than the recipe's, whose settings are not that one's."""
     if method is not None and method != recipe.method:
         raise DstillError(f"{name} is for method {recipe.method!r}, not {method!r}: leave one of the two out")
 
 
+def assignments(changes: Changes) -> list[str]:
+    """Changes as assignments `section.key=value`.
+
+    Raises:
+        DstillError: they are neither a mapping nor a list of assignments.
+
+    Example:
+        >>> assignments({"distill": {"iterations": 300}, "net.width": 32})
+        ['distill.iterations=300', 'net.width=32']
+    """
+    if isinstance(changes, str) or not isinstance(changes, Mapping | Sequence):
+        raise DstillError(f"changes are a mapping or a list of 'section.key=value', got {changes!r}")
+    if not isinstance(changes, Mapping):
+        return list(changes)
+    found: list[str] = []
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and value:
+            found += [f"{key}.{inner}" for inner in assignments(value)]
+        else:
+            found.append(f"{key}={json.dumps(value)}")
+    return found
+
+
 def _assign(values: dict[str, Any], changes: Sequence[str]) -> None:
-    if isinstance(changes, str | Mapping):
-        raise DstillError(f"changes are a list of 'section.key=value', got {changes!r}")
+    """Puts assignments into the nested plain values of a recipe."""
     for change in changes:
-        _assign_one(values, change)
+        path, separator, text = change.partition("=")
+        if not separator:
+            raise DstillError(f"{change!r} is not an assignment: write section.key=value, for example distill.iterations=300")
+        *sections, key = path.strip().split(".")
+        target = values
+        for section in sections:
+            if target.get(section) is None:
+                target[section] = {}
+            target = target[section]
+            if not isinstance(target, dict):
+                raise DstillError(f"{change!r}: {section} is a value, not a section")
+        target[key] = yamls.parse(text, f"--set {change}")
 
 
-def _assign_one(values: dict[str, Any], change: str) -> None:
-    path, separator, text = change.partition("=")
-    if not separator:
-        raise DstillError(f"{change!r} is not an assignment: write section.key=value, for example distill.iterations=300")
-    *sections, key = path.strip().split(".")
-    target = values
-    for section in sections:
-        if target.get(section) is None:
-            target[section] = {}
-        target = target[section]
-        if not isinstance(target, dict):
-            raise DstillError(f"{change!r}: {section} is a value, not a section")
-    target[key] = yamls.parse(text, f"--set {change}")
-
-
-def _default(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
-    name = published(shape.name, method, ipc)
+def _default(about: _About, method: str, ipc: int) -> tuple[Recipe, str]:
+    name = published(about.name, method, ipc)
     if name is not None:
         chosen = _tuned(name)
         return load_recipe(chosen), f"recipe {chosen}" + (f" (as published: {name})" if chosen != name else "")
-    if _comparable(shape, method):
-        return _derived(shape, method, ipc)
-    like, _ = _default(shape, "ast", ipc)
+    if _comparable(about, method):
+        return _derived(about, method, ipc)
+    like, _ = _default(about, "ast", ipc)
     settings = settings_class(method)
     experts = ExpertConfig(**settings.expert_defaults()) if method_info(method).needs_experts else None
-    update = {"data": shape.name, "method": method, "experts": experts, "distill": settings(), "note": ""}
+    update = {"data": about.name, "method": method, "experts": experts, "distill": settings(), "note": ""}
     return like.model_copy(update=update), "the method's own settings; preprocessing, network and augmentation are those of ast"
 
 
@@ -148,61 +177,49 @@ def _tuned(name: str) -> str:
     return tuned if tuned in recipe_names() else name
 
 
-def _distance(shape: DataShape, ipc: int, candidate: Recipe) -> float:
-    if candidate.data == shape.name:
-        return abs(math.log2(ipc / candidate.ipc))
+def _distance(about: _About, ipc: int, candidate: Recipe) -> float:
+    steps = abs(math.log2(ipc / candidate.ipc))
+    if candidate.data == about.name:
+        return steps
     side, classes = _PUBLISHED[candidate.data]
-    return (
-        _FOREIGN
-        + abs(math.log2(shape.side / side))
-        + abs(math.log2(shape.classes / classes))
-        + abs(math.log2(ipc / candidate.ipc))
-    )
+    return _FOREIGN + abs(math.log2(about.shape.side / side)) + abs(math.log2(about.shape.classes / classes)) + steps
 
 
-def _comparable(shape: DataShape, method: str) -> list[str]:
+def _comparable(about: _About, method: str) -> list[str]:
     """The method's recipes that settings for these data can be derived from."""
     return [
         name
         for name in recipe_names()
-        if name.split("/")[0] in {*_PUBLISHED, shape.name} and name.split("/")[1].startswith(f"{method}-ipc")
+        if name.split("/")[0] in {*_PUBLISHED, about.name} and name.split("/")[1].startswith(f"{method}-ipc")
     ]
 
 
-def _derived(shape: DataShape, method: str, ipc: int) -> tuple[Recipe, str]:
-    """Settings for a case that no recipe was written for: those of the nearest one, cut to fit.
+def _derived(about: _About, method: str, ipc: int) -> tuple[Recipe, str]:
+    """Settings for a case that no recipe was written for: those of the nearest recipe, adapted.
 
     The data set's own recipe of another IPC is nearest; else published cases are compared by side, classes and IPC.
     """
-    nearest = _tuned(min(_comparable(shape, method), key=lambda name: _distance(shape, ipc, load_recipe(name))))
-    base = load_recipe(nearest)
-    depth = max(1, min(5, int(math.log2(shape.side)) - 2)) if shape.side >= 16 else max(1, int(math.log2(shape.side)) - 1)
-    mirror = _mirrors(shape.name)
-    if base.data == shape.name:
-        distill = base.distill.adapted(ipc=ipc, depth=base.net.depth or depth, mirror=mirror)
-        update: dict[str, Any] = {"ipc": ipc, "distill": distill, "note": f"{DERIVED} {nearest}"}
-        return base.model_copy(update=update), f"no recipe for {shape.name} at IPC {ipc}: settings derived from {nearest}"
-    net = base.net.model_copy(update={"depth": depth})
-    distill, cut = base.distill.adapted(ipc=ipc, depth=depth, mirror=mirror), ""
-    if isinstance(distill, MatchingConfig):
-        steps = _steps_in_memory(distill, net.width or 128, depth, shape)
-        batch = distill.batch_syn if distill.batch_syn is not None and distill.batch_syn < ipc * shape.classes else None
-        cut = f"; N cut from {distill.student_steps} to {steps} to fit the memory" if steps < distill.student_steps else ""
-        distill = distill.model_copy(update={"student_steps": steps, "batch_syn": batch})
-    update = {
-        "data": shape.name,
-        "ipc": ipc,
-        "net": net,
-        "augmentation": _augmentation(base.augmentation, mirror),
-        "preprocess": _preprocess(base.preprocess, shape),
-        "distill": distill,
-        "note": f"{DERIVED} {nearest}",
+    nearest = _tuned(min(_comparable(about, method), key=lambda name: _distance(about, ipc, load_recipe(name))))
+    base, missing = load_recipe(nearest), f"no recipe for {about.name} at IPC {ipc}: settings derived from {nearest}"
+    own = base.data == about.name
+    depth = base.net.depth if own and base.net.depth else _depth(about.shape.side)
+    case = Case(about.shape, ipc, base.net.model_copy(update={"depth": depth}), _mirrors(about.name), about.memory)
+    update: dict[str, Any] = {"ipc": ipc, "distill": base.distill.adapted(case), "note": f"{DERIVED} {nearest}"}
+    if own:
+        return base.model_copy(update=update), missing
+    update["distill"], cut = update["distill"].fitted(case)
+    update |= {
+        "data": about.name,
+        "net": case.net,
+        "augmentation": _augmentation(base.augmentation, case.mirror),
+        "preprocess": _preprocess(base.preprocess, about.shape),
     }
-    origin = (
-        f"no recipe for {shape.name} at IPC {ipc}: settings derived from {nearest}{cut}. "
-        "dstill tune finds better ones on a validation part"
-    )
-    return base.model_copy(update=update), origin
+    return base.model_copy(update=update), f"{missing}{cut}. dstill tune finds better ones on a validation part"
+
+
+def _depth(side: int) -> int:
+    """Blocks of a ConvNet for images of this side: as published from 16 pixels on, one more for smaller images."""
+    return max(1, min(5, int(math.log2(side)) - 2)) if side >= 16 else max(1, int(math.log2(side)) - 1)
 
 
 def _mirrors(name: str) -> bool:
@@ -215,18 +232,9 @@ def _augmentation(strategy: str, mirror: bool) -> str:
     return strategy if mirror else "_".join(op for op in strategy.split("_") if op != "flip")
 
 
-def _preprocess(kind: Literal["standardise", "zca"], shape: DataShape) -> Literal["standardise", "zca"]:
+def _preprocess(kind: Literal["standardise", "zca"], shape: Shape) -> Literal["standardise", "zca"]:
     """ZCA takes the square of the pixels in memory and their cube in time: only for small images."""
-    return kind if shape.channels * math.prod(shape.size) <= _ZCA_MAX_PIXELS else "standardise"
-
-
-def _steps_in_memory(distill: MatchingConfig, width: int, depth: int, shape: DataShape) -> int:
-    """N, so that the kept parameter vectors (two a step with momentum) take at most a quarter of the memory."""
-    last = math.prod(max(1, side >> depth) for side in shape.size)
-    parameters = 9 * width * (shape.channels + width * (depth - 1)) + 3 * width * depth + (width * last + 1) * shape.classes
-    vectors = 2 if distill.student_momentum else 1
-    affordable = 0.25 * shape.memory / (4 * parameters * vectors)
-    return max(distill.expert_epochs, int(min(distill.student_steps, affordable)))
+    return kind if shape.numbers <= _ZCA_MAX_PIXELS else "standardise"
 
 
 def _smoke(recipe: Recipe) -> Recipe:
@@ -245,7 +253,7 @@ def dump(recipe: Recipe) -> str:
 
 
 def changed(recipe: Recipe, changes: Sequence[str], where: str) -> Recipe:
-    """A recipe with `section.key=value` assignments applied and checked."""
+    """A recipe with assignments `section.key=value` applied and checked."""
     values = recipe.model_dump()
     _assign(values, changes)
     return yamls.validate(Recipe, values, where)

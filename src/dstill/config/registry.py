@@ -1,115 +1,133 @@
 """The table of methods. A new method is one file and one line here, or an entry point of another package.
 
-Nothing here imports torch. Another package registers a method by an entry point of the group `dstill.methods` whose name is
-the method's and whose value is a `MethodInfo`.
+Nothing here imports torch. Another package registers a method by an entry point of the group `dstill.methods`. The entry
+point's name is the method's name, and its value is a `MethodInfo`.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib import metadata
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from dstill.errors import DstillError, suggest
+from dstill.support.plugins import load_class
 
 ENTRY_POINTS = "dstill.methods"
 Need = Literal["real images", "experts", "trained network"]
+Labels = Literal["hard", "soft"]
 
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What a method is and where it lives.
+    """What can be said of a method without importing it.
 
     Attributes:
         path: `module:Class` of a `dstill.methods.base.Method`.
-        settings: `module:Class` of its `distill` section, a `dstill.config.settings.DistillConfig`; None for none.
-        family: which idea it belongs to.
-        needs: `experts`: expert trajectories; `trained network`: one network trained on the real images, with what it got
-            wrong on the way; `real images`: nothing that has to be trained first.
+        family: the idea that it belongs to.
+        needs: what is trained first. `experts`: expert trajectories; `trained network`: one network trained on the real
+            images, with a record of what it got wrong on the way; `real images`: nothing.
         labels: `hard` class ids, or `soft` labels that are part of the result.
         paper: who published it.
         note: one line for `dstill ls methods`.
+        curves: metrics of its own that reports draw, and their titles; `loss` and `alpha` are drawn anyway.
+
+    Example:
+        >>> info = MethodInfo("my_package:Mine", family="mine", needs="real images", labels="hard", note="a line")
+        >>> info.needs_experts
+        False
     """
 
     path: str
-    settings: str | None
     family: str
-    needs: Need
-    labels: Literal["hard", "soft"]
-    paper: str
-    note: str
+    needs: Need = "real images"
+    labels: Labels = "hard"
+    paper: str = "-"
+    note: str = ""
+    curves: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def needs_experts(self) -> bool:
         return self.needs == "experts"
 
 
-def _selection(name: str, needs: Need, paper: str, note: str) -> MethodInfo:
-    settings = None if needs == "real images" else "dstill.methods.settings:SelectionConfig"
-    return MethodInfo(f"dstill.methods.{name.lower()}:{name}", settings, "selection", needs, "hard", paper, note)
-
-
-def _gradients(paper: str, note: str, settings: str = "GradientMatchingConfig") -> MethodInfo:
-    path, settings = "dstill.methods.gradient_matching:GradientMatching", f"dstill.methods.settings:{settings}"
-    return MethodInfo(path, settings, "gradient matching", "real images", "hard", paper, note)
-
-
-def _trajectories(
-    paper: str, note: str, labels: Literal["hard", "soft"] = "hard", settings: str = "MatchingConfig"
-) -> MethodInfo:
-    path, settings = (
-        "dstill.methods.trajectory_matching:TrajectoryMatching",
-        f"dstill.methods.settings:{settings}",
-    )
-    return MethodInfo(path, settings, "trajectory matching", "experts", labels, paper, note)
-
-
-# DC and DSA are one algorithm, and so are MTT, TESLA, FTD and AST; what tells them apart are the defaults of their settings.
 METHODS: dict[str, MethodInfo] = {
-    "random": _selection("Random", "real images", "-", "real images drawn at random"),
-    "herding": _selection(
-        "Herding", "trained network", "Welling 2009", "real images whose mean feature stays near the class mean"
+    "random": MethodInfo("dstill.methods.random:Random", "selection", note="real images drawn at random"),
+    "herding": MethodInfo(
+        "dstill.methods.herding:Herding",
+        "selection",
+        needs="trained network",
+        paper="Welling 2009",
+        note="real images whose mean feature stays near the class mean",
     ),
-    "forgetting": _selection("Forgetting", "trained network", "Toneva et al. 2019", "real images forgotten most often"),
-    "dc": _gradients("Zhao et al. 2021", "gradients of real and synthetic batches agree, class by class", settings="DcConfig"),
-    "dsa": _gradients("Zhao and Bilen 2021", "DC under one augmentation of both batches"),
+    "forgetting": MethodInfo(
+        "dstill.methods.forgetting:Forgetting",
+        "selection",
+        needs="trained network",
+        paper="Toneva et al. 2019",
+        note="real images forgotten most often",
+    ),
+    "dc": MethodInfo(
+        "dstill.methods.dc:Dc",
+        "gradient matching",
+        paper="Zhao et al. 2021",
+        note="gradients of real and synthetic batches agree, class by class",
+    ),
+    "dsa": MethodInfo(
+        "dstill.methods.dsa:Dsa",
+        "gradient matching",
+        paper="Zhao and Bilen 2021",
+        note="DC under one augmentation of both batches",
+    ),
     "dm": MethodInfo(
         "dstill.methods.distribution_matching:DistributionMatching",
-        "dstill.methods.settings:DistributionMatchingConfig",
         "distribution matching",
-        "real images",
-        "hard",
-        "Zhao and Bilen 2023",
-        "mean features of random networks agree",
+        paper="Zhao and Bilen 2023",
+        note="mean features of random networks agree",
     ),
     "cafe": MethodInfo(
         "dstill.methods.cafe:Cafe",
-        "dstill.methods.settings:CafeConfig",
         "distribution matching",
-        "real images",
-        "hard",
-        "Wang et al. 2022",
-        "features of every layer agree, and synthetic centres classify real features",
+        paper="Wang et al. 2022",
+        note="features of every layer agree, and synthetic centres classify real features",
     ),
     "frepo": MethodInfo(
         "dstill.methods.frepo:Frepo",
-        "dstill.methods.settings:FrepoConfig",
         "kernel regression",
-        "real images",
-        "soft",
-        "Zhou et al. 2022",
-        "ridge regression on the features of a pool of networks; labels are learned",
+        labels="soft",
+        paper="Zhou et al. 2022",
+        note="ridge regression on the features of a pool of networks; labels are learned",
     ),
-    "mtt": _trajectories("Cazenavette et al. 2022", "segments of plain SGD experts"),
-    "tesla": _trajectories(
-        "Cui et al. 2023", "approximate gradient, labels from the target expert", "soft", settings="TeslaConfig"
+    "mtt": MethodInfo(
+        "dstill.methods.mtt:Mtt",
+        "trajectory matching",
+        needs="experts",
+        paper="Cazenavette et al. 2022",
+        note="segments of plain SGD experts",
     ),
-    "ftd": _trajectories("Du et al. 2023", "flat experts (GSAM), moving average of the images", settings="FtdConfig"),
-    "ast": _trajectories(
-        "Shen, Yang, Lam",
-        "smooth experts, representative start, balanced loss, intermediate matching, perturbation",
-        settings="AstConfig",
+    "tesla": MethodInfo(
+        "dstill.methods.tesla:Tesla",
+        "trajectory matching",
+        needs="experts",
+        labels="soft",
+        paper="Cui et al. 2023",
+        note="approximate gradient, labels from the target expert",
+    ),
+    "ftd": MethodInfo(
+        "dstill.methods.ftd:Ftd",
+        "trajectory matching",
+        needs="experts",
+        paper="Du et al. 2023",
+        note="flat experts (GSAM), moving average of the images",
+    ),
+    "ast": MethodInfo(
+        "dstill.methods.ast:Ast",
+        "trajectory matching",
+        needs="experts",
+        paper="Shen, Yang, Lam",
+        note="smooth experts, representative start, balanced loss, intermediate matching, perturbation",
     ),
 }
 
@@ -141,15 +159,35 @@ def _fault(info: object) -> str:
         return f"it is a {type(info).__name__}, not a MethodInfo"
     if info.needs not in get_args(Need):
         return f"needs is {info.needs!r}, not one of {', '.join(get_args(Need))}"
-    return "" if info.labels in ("hard", "soft") else f"labels is {info.labels!r}, not hard or soft"
+    return "" if info.labels in get_args(Labels) else f"labels is {info.labels!r}, not hard or soft"
 
 
 def method_info(name: str) -> MethodInfo:
-    """The table's entry.
+    """The entry of a method in the table, or what your own `package.module:Class` says of itself.
 
     Raises:
         DstillError: the name is unknown.
     """
+    if name in METHODS:  # without importing what other packages register
+        return METHODS[name]
+    if ":" in name:
+        said = getattr(load_class(name, "method"), "info", None)
+        return replace(said, path=name) if isinstance(said, MethodInfo) else MethodInfo(name, "your own")
     if name not in methods():
         raise DstillError(f"unknown method {name!r}; {suggest(name, methods())}")
     return methods()[name]
+
+
+def load_method(name: str) -> Any:
+    """The class of a method, imported now; see `dstill.methods.base.method_class`, which knows its type.
+
+    Raises:
+        DstillError: the name is unknown, or the class cannot be imported.
+    """
+    return load_class(method_info(name).path, f"method {name!r}")
+
+
+def curve_titles(method: str) -> dict[str, str]:
+    """Metrics that reports draw for a method, and their titles; those of every method where it is not installed."""
+    own = METHODS[method].curves if method in METHODS else methods()[method].curves if method in methods() else {}
+    return {"loss": "Objective", "alpha": "Learning rate α", **own}

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
 
-from dstill.config.registry import method_info
-from dstill.support.plugins import load_class
+from dstill.config.registry import load_method
+from dstill.data.catalog import Shape
 
 Form = Literal["off", "paper", "released"]
+Precision = Literal["float32", "bfloat16-backward", "bfloat16"]
 Positive = Annotated[float, Field(gt=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 # More than anybody can wait for or store, and few enough for every integer type.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 
@@ -64,7 +66,7 @@ class ExpertConfig(Settings):
     """`sgd` with `momentum`, or Adam."""
     lr: Positive = 0.003
     """Learning rate."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Momentum = 0.9
     """Momentum of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
     """L2 coefficient added to the gradient."""
@@ -93,7 +95,7 @@ class TrainingConfig(Settings):
     """Passes over the real training set."""
     lr: Positive = 0.01
     """Learning rate."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Momentum = 0.9
     """Momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """L2 coefficient added to the gradient."""
@@ -102,43 +104,99 @@ class TrainingConfig(Settings):
 
 
 class Passes(NamedTuple):
-    """How often a batch goes through a network: forward alone, forward and backward, or in second order.
+    """How often a batch goes through a network, for the estimate of a run's cost.
 
-    `library-forward` and `library` are the first two where a method cannot use the hand-written derivatives.
+    Attributes:
+        kind: `forward`, `gradient` (forward and backward) or `tangent` (the second order alone), by the hand-written
+            derivatives where the network has them; `library-forward` and `library` are the first two by the library, for
+            methods that cannot use those derivatives.
+        times: how often in one iteration.
+        images: images in the batch.
+        net: the network; None for the recipe's.
+        precision: of the convolutions.
     """
 
     kind: Literal["forward", "gradient", "tangent", "library-forward", "library"]
     times: float
     images: int
+    net: NetConfig | None = None
+    precision: Precision = "float32"
+
+
+class Case(NamedTuple):
+    """What settings are derived for, where no recipe was written for it.
+
+    Attributes:
+        shape: shape of the real data.
+        ipc: images per class.
+        net: the network, with its depth.
+        mirror: whether a mirrored image keeps its class.
+        memory: bytes of memory of the device.
+    """
+
+    shape: Shape
+    ipc: int
+    net: NetConfig
+    mirror: bool
+    memory: float
 
 
 class DistillConfig(Settings):
-    """Base of the settings of a method, the section `distill` of its recipes."""
+    """Base of the settings of a method, the section `distill` of its recipes.
+
+    What the rest of dstill must know of a method before it runs, the settings say. Each answer has a default, so that a
+    method only overrides what is special about it.
+    """
 
     iterations: Annotated[int, Field(ge=0, le=10**9)] = 0
     """Updates of the synthetic set; 0 for methods that select real images."""
 
+    search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {}
+    """Settings that `tune` searches, with the factors that it may multiply each by; none: the method cannot be tuned."""
+
     @classmethod
     def expert_defaults(cls) -> dict[str, Any]:
-        """What an `experts` section that leaves it out has, where that is not `ExpertConfig`'s own default."""
+        """Defaults of the `experts` section that differ from those of `ExpertConfig`."""
         return {}
 
-    def adapted(self, *, ipc: int, depth: int, mirror: bool) -> Self:
-        """These settings for a case that they were not written for.
+    @property
+    def epochs_needed(self) -> int | None:
+        """Epochs of an expert that the method reads; None where it does not say."""
+        return None
 
-        Args:
-            ipc: images per class.
-            depth: blocks that a ConvNet has for the images' side.
-            mirror: whether a mirrored image keeps its class.
-        """
+    @property
+    def describing_epochs(self) -> int | None:
+        """Epochs of the expert whose features describe images for the initialisation; None where any expert will do."""
+        return None
+
+    @property
+    def starts_from_representatives(self) -> bool:
+        """Whether the synthetic set starts from real images that are chosen by an expert's features."""
+        return False
+
+    @property
+    def network_training(self) -> TrainingConfig:
+        """How the network that the method looks through is trained, for methods that need one."""
+        return TrainingConfig()
+
+    def adapted(self, case: Case) -> Self:
+        """These settings for a case that they were not written for."""
         return self
 
+    def fitted(self, case: Case) -> tuple[Self, str]:
+        """These settings cut down to other data and to the memory, and a remark on what was cut, or an empty string."""
+        return self, ""
+
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        """About what one iteration costs, for `dstill plan`; nothing for methods that select."""
+        """About what one iteration costs; nothing for methods that select."""
         return []
 
+    def scaled(self, factors: Mapping[str, float], longest: int | None) -> Self:
+        """These settings with those of `search_factors` multiplied; T+ stays within experts of `longest` epochs."""
+        return self.model_copy(update={name: getattr(self, name) * factor for name, factor in factors.items()})
+
     def smoke(self) -> Self:
-        """These settings shrunk until a run takes seconds."""
+        """These settings cut down until a run takes seconds."""
         return self.model_copy(update={"iterations": min(self.iterations, 5)})
 
 
@@ -162,7 +220,7 @@ class Recipe(Settings):
     experts: ExpertConfig | None = None
     """Expert trajectories; left out by methods that need none."""
     distill: Annotated[SerializeAsAny[DistillConfig], Field(validate_default=True)] = DistillConfig()
-    """The method's own settings; keys and defaults are those of the class that the table of methods names for it."""
+    """The method's own settings; keys and defaults are those of the class that the method names."""
     protocol: str = "ast"
     """Evaluation protocol, a name of `dstill ls protocols`."""
 
@@ -196,11 +254,11 @@ class Recipe(Settings):
         experts = self.experts or ExpertConfig(**self.distill.expert_defaults())
         if experts.epochs is not None:
             return experts
-        return experts.model_copy(update={"epochs": getattr(self.distill, "epochs_needed", experts.planned_epochs)})
+        return experts.model_copy(update={"epochs": self.distill.epochs_needed or experts.planned_epochs})
 
     def describing_expert(self, epochs: int) -> ExpertConfig | None:
         """The one longer expert that the initialisation asks for beside experts of `epochs` epochs; None if they will do."""
-        wanted: int | None = getattr(self.distill, "describing_epochs", None)
+        wanted = self.distill.describing_epochs
         if wanted is None or epochs >= wanted:
             return None
         return self.expert_config.model_copy(update={"count": 1, "epochs": wanted})
@@ -221,7 +279,7 @@ class Protocol(Settings):
     """Cross-entropy, or mean squared error of the outputs to the label probabilities minus 1/K, over √(K/10) (FRePo)."""
     optimiser: Literal["sgd", "adam"] = "sgd"
     """`sgd` with `momentum`, or Adam."""
-    momentum: Annotated[float, Field(ge=0, lt=1)]
+    momentum: Momentum
     """Momentum of SGD."""
     weight_decay: Annotated[float, Field(ge=0)]
     """L2 coefficient."""
@@ -241,12 +299,9 @@ def settings_class(method: str) -> type[DistillConfig]:
     """The class of a method's `distill` section.
 
     Raises:
-        DstillError: the method is unknown, or its settings cannot be imported.
+        DstillError: the method is unknown, or cannot be imported.
     """
-    path = method_info(method).settings
-    if path is None:
-        return DistillConfig
-    found: type[DistillConfig] = load_class(path, f"settings of method {method!r}")
+    found: type[DistillConfig] = load_method(method).Settings
     return found
 
 

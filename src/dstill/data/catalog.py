@@ -8,18 +8,31 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """Colour channels, height and breadth in pixels, classes, training images, test images."""
+    """What settings and plans must know of a real data set.
+
+    Attributes:
+        channels: colour channels.
+        size: height and width in pixels.
+        classes: number of classes.
+        train: training images; 0 where that is not known.
+        test: test images; 0 where that is not known.
+    """
 
     channels: int
     size: tuple[int, int]
     classes: int
-    train: int
-    test: int
+    train: int = 0
+    test: int = 0
 
     @property
     def numbers(self) -> int:
         """Numbers of one image."""
         return self.channels * math.prod(self.size)
+
+    @property
+    def side(self) -> int:
+        """The shorter side, which the depth of a network depends on."""
+        return min(self.size)
 
 
 @dataclass(frozen=True)

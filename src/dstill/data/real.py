@@ -130,10 +130,12 @@ def stratified(labels: Tensor, names: Sequence[str], fraction: float, generator:
 
 
 Pair = tuple["Tensor | np.ndarray", "Tensor | np.ndarray | Sequence[int]"]
+# What `load_real` takes.
+Source = str | Path | Pair | Mapping[str, Pair] | RealSet
 
 
 def load_real(
-    source: str | Path | Pair | Mapping[str, Pair] | RealSet,
+    source: Source,
     *,
     image_size: int | None = None,
     fit: str | None = None,

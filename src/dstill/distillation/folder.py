@@ -16,16 +16,11 @@ from dstill.artifacts.record import EXPERTS_NAME, MAP_NAME, RECIPE_NAME, SetReco
 from dstill.artifacts.result import Cost
 from dstill.artifacts.run_folder import RunFolder
 from dstill.config import recipes
-from dstill.config.registry import method_info
-from dstill.config.settings import Recipe, canonical
-from dstill.data.real import RealSet
-from dstill.derivatives import build as native
-from dstill.derivatives.engine import supports
+from dstill.config.settings import canonical
 from dstill.distillation.loop import Cadence, run_method
 from dstill.distillation.sinks import Sink, open_sinks
-from dstill.methods.base import Problem
+from dstill.methods.base import Problem, method_class
 from dstill.methods.initialisation import initialisation_map
-from dstill.methods.settings import MatchingConfig
 from dstill.reporting import figures
 from dstill.support.console import Reporter, size
 from dstill.support.devices import resident_memory, watching_memory
@@ -82,12 +77,6 @@ class Watcher:
             sink.close()
 
 
-def known_identity(real: RealSet, recipe: Recipe, seed: int, expert_seed: int) -> dict[str, Any]:
-    """What tells a run from others and is known before its experts are trained; these know their own seed."""
-    identity = {"recipe": canonical(recipe, exclude={"note"}), "data": real.fingerprint, "seed": seed}
-    return {**identity, "expert_seed": expert_seed} if method_info(recipe.method).needs == "trained network" else identity
-
-
 def distill_into(
     out: Path, problem: Problem, known: dict[str, Any], cadence: Cadence, reporter: Reporter, logs: Sequence[str] = ()
 ) -> DistilledSet:
@@ -96,7 +85,7 @@ def distill_into(
     Args:
         out: the folder.
         problem: what is worked on.
-        known: see `known_identity`.
+        known: what tells the run from others before its experts are trained.
         cadence: how often what is done.
         reporter: receives progress.
         logs: names of sinks.
@@ -146,25 +135,14 @@ def _write_beginnings(out: Path, problem: Problem) -> None:
     """What a report shows of where the run came from: its experts, and how its initial images were chosen."""
     if problem.trajectories is None or (out / EXPERTS_NAME).exists():
         return
-    settings = problem.recipe.distill
-    chosen = isinstance(settings, MatchingConfig) and settings.initialisation.startswith("representative")
-    if chosen and problem.initial is None:
+    if problem.recipe.distill.starts_from_representatives and problem.initial is None:
         files.write_text(out / MAP_NAME, json.dumps(initialisation_map(problem)) + "\n")
     files.write_text(out / EXPERTS_NAME, json.dumps(problem.trajectories.curves()) + "\n")
 
 
 def _how(problem: Problem) -> str:
-    """What the numbers are worked out by, in a line."""
-    settings, device = problem.recipe.distill, problem.device
+    """What computes the numbers, in a line."""
+    device = problem.device
     where = f"{torch.get_num_threads()} CPU thread(s)" if device.type == "cpu" else str(device)
-    if not isinstance(settings, MatchingConfig):
-        return f"distilling on {where}"
-    if settings.gradient == "graph":
-        engine = "library autograd"
-    elif not supports(problem.network()):
-        engine = "library double backward"
-    else:
-        engine = native.describe(device, compiled=settings.compile)
-    exact = settings.gradient != "tesla" and settings.precision == "float32"
-    kind = f"{settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
-    return f"distilling on {where}, {engine}, {kind}"
+    engine = method_class(problem.recipe.method).engine(problem)
+    return f"distilling on {where}" + (f", {engine}" if engine else "")

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import INITIAL_NAME
 from dstill.artifacts.run_folder import RunFolder
-from dstill.config.registry import method_info
 from dstill.evaluation.networks import evaluate_set, prepared
 from dstill.evaluation.protocols import load_protocol
-from dstill.methods.base import Method, Metrics, Problem
+from dstill.methods.base import Method, Metrics, Problem, method_class
 from dstill.support import seeding
-from dstill.support.plugins import load_class
 from dstill.support.stopping import between_steps
 
 _LONGEST_SECONDS = 60.0
@@ -56,7 +54,7 @@ class _Due:
 
 def make_method(problem: Problem) -> Method:
     """The recipe's method, started on the problem."""
-    method: Method = load_class(method_info(problem.recipe.method).path, f"method {problem.recipe.method!r}")()
+    method = method_class(problem.recipe.method)()
     method.start(problem)
     return method
 

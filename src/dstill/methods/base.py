@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import abc
+import math
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
+from dstill.config.registry import MethodInfo, load_method
 from dstill.config.settings import DistillConfig, NetConfig, Recipe
+from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import RealSet
+from dstill.errors import DstillError
 from dstill.experts.trained import TrainedNetwork
 from dstill.experts.trajectory import Trajectories
 from dstill.nets import networks as nets
@@ -100,25 +105,83 @@ class Problem:
         )
 
 
-class Method(Protocol):
-    """A distillation method; `dstill.distillation.loop` runs it."""
+class Method(abc.ABC):
+    """A distillation method; `dstill.distillation.loop` runs it.
+
+    The three abstract functions are the method. The rest is what dstill asks about it beforehand, with answers that suit
+    most methods.
+    """
+
+    info: ClassVar[MethodInfo | None] = None
+    """What the table of methods says of it, where it is not dstill's own; an entry point may name it."""
+    Settings: ClassVar[type[DistillConfig]] = DistillConfig
+    """Class of the `distill` section of its recipes."""
+    starts_from_a_set: ClassVar[bool] = True
+    """Whether it can start from the images of another set."""
 
     def start(self, problem: Problem) -> None:
         """Called on every launch, also when a run is resumed: builds what is not state."""
-        ...
+        self.problem = problem
 
+    @abc.abstractmethod
     def initialise(self, generator: torch.Generator) -> State:
         """The state before the first step."""
-        ...
 
     def iterations(self) -> int:
         """Number of steps; 0 for selection methods."""
-        ...
+        return self.problem.recipe.distill.iterations
 
+    @abc.abstractmethod
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
         """One update of `state`; `generator` depends on seed and iteration alone, so a resumed run draws the same."""
-        ...
 
+    @abc.abstractmethod
     def result(self, state: State) -> DistilledSet:
         """The distilled set of this state."""
-        ...
+
+    @classmethod
+    def check(cls, recipe: Recipe, network: nn.Module) -> None:
+        """Refuses early what `start` would refuse after the experts are trained.
+
+        Args:
+            recipe: the resolved settings.
+            network: a network of the recipe's kind.
+
+        Raises:
+            DstillError: the method cannot work with this network or these settings.
+        """
+        return None  # most methods refuse nothing
+
+    @classmethod
+    def peak_bytes(cls, recipe: Recipe, shape: Shape, device: torch.device) -> float:
+        """About how much memory one iteration takes.
+
+        By default that is what the library holds of the largest batch: four copies of the first block's maps, by far the
+        largest. For a gradient the library keeps the maps of every block, and without one it needs room to work: that is the
+        same within a factor of two.
+        """
+        work = recipe.distill.work(ipc=recipe.ipc, classes=shape.classes)
+        batches = [(passes.net or recipe.net, passes.images) for passes in work if passes.kind != "forward"]
+        return max((library_bytes(net, images, shape) for net, images in batches), default=0.0)
+
+    @classmethod
+    def engine(cls, problem: Problem) -> str:
+        """What computes the gradients and whether they are exact, for the log; empty where there is no choice."""
+        return ""
+
+
+def library_bytes(net: NetConfig, images: int, shape: Shape) -> float:
+    """What the library holds of a batch in float32; see `Method.peak_bytes`."""
+    return 4 * images * 4 * (net.width or 128) * math.prod(shape.size)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        DstillError: the name is unknown, or the class cannot be imported, or is no `Method`.
+    """
+    found = load_method(name)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise DstillError(f"method {name!r} is {found!r}, which is no class of dstill.methods.base.Method: derive it from that")
+    return found

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from dstill.config.settings import Count, DistillConfig, Momentum, Passes, Positive
 from dstill.data import siamese
 from dstill.derivatives.engine import derivatives_of
 from dstill.errors import DstillError
 from dstill.methods.base import Problem, State
 from dstill.methods.initialisation import initial_images
-from dstill.methods.settings import ImageConfig, InnerConfig
 from dstill.training.fit import cross_entropy_objective, fit
 from dstill.unrolling.student import sgd_step
+
+
+class ImageConfig(DistillConfig):
+    """What every method has that improves images by SGD against batches of real ones."""
+
+    iterations: Count = 1000
+    """Updates, each with a network of its own."""
+    batch_real: Count = 256
+    """Real images of a class in a batch; all of them where a class has fewer."""
+    lr_images: Positive = 0.1
+    """Step size of the images, in preprocessed units squared per unit of the objective."""
+    image_momentum: Momentum = 0.5
+    """Momentum of the SGD on images."""
+    initialisation: Literal["random", "noise"] = "random"
+    """Real images drawn at random, or standard normal noise in preprocessed units."""
+    augment: bool = True
+    """Whether real and synthetic images of a class are augmented by one and the same draw of the recipe's augmentation."""
+
+    def smoke(self) -> Self:
+        return self.model_copy(update={"iterations": 5, "batch_real": min(self.batch_real, 16)})
+
+
+class InnerConfig(ImageConfig):
+    """What is added where a network is trained on the synthetic set between updates."""
+
+    lr_net: Positive = 0.01
+    """Learning rate of its SGD, which has no momentum."""
+    batch_train: Count = 256
+    """Synthetic images a step of its training."""
+
+    def training(self, images: int) -> Passes:
+        """One pass over a synthetic set of so many images."""
+        return Passes("gradient", math.ceil(images / self.batch_train), min(images, self.batch_train))
 
 
 class ClassBatch(NamedTuple):

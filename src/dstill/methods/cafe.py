@@ -8,18 +8,61 @@ The network is trained on the synthetic set in between, for as long as a batch o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import Annotated, Literal, Self, final
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.methods.base import Metrics, Problem, State
-from dstill.methods.batches import ClassBatches, initial_state, mean_distance, train_on_synthetic, update_images
-from dstill.methods.settings import CafeConfig
+from dstill.config.settings import Count, Passes, Positive
+from dstill.methods.base import Method, Metrics, Problem, State
+from dstill.methods.batches import ClassBatches, InnerConfig, initial_state, mean_distance, train_on_synthetic, update_images
 from dstill.nets import networks as nets
 from dstill.training.fit import accuracy
+
+
+class CafeConfig(InnerConfig):
+    """Feature alignment (CAFE)."""
+
+    iterations: Count = 2000
+    """Networks, each with a loop of updates."""
+    initialisation: Literal["random", "noise"] = "noise"
+    """Real images drawn at random, or standard normal noise in preprocessed units."""
+    augment: bool = False
+    """Whether real and synthetic images are augmented by one and the same draw (the row CAFE + DSA)."""
+    deep_weight: Positive = 1.0
+    """Weight of the features before the classifier and of the last block's maps."""
+    shallow_weight: Positive = 0.1
+    """Weight of the maps of the blocks before the last."""
+    discrimination: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the discrimination loss."""
+    batch_query: Count = 128
+    """Real images of a class that the accuracy of the loops is measured on."""
+    window: Annotated[int, Field(ge=2)] = 10
+    """Accuracies that the loops look back on."""
+    settled: Positive = 0.04
+    """λ1: the outer loop ends once the window's accuracies lie within this."""
+    moved: Positive = 0.03
+    """λ2: the training of the network pauses once the window's accuracies spread by more than this."""
+    max_outer: Count = 30
+    """Most updates of the images a network."""
+    max_inner: Count = 50
+    """Most passes of training between two updates."""
+    halve_at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.6, 0.8, 0.9)
+    """Shares of the iterations after which `lr_images` is halved."""
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        """With loops as long as they are on CIFAR-10 at IPC 1, of which the shortest is a window."""
+        outer, inner = min(1.6 * self.window, self.max_outer), min(2.0 * self.window, self.max_inner)
+        matching = [Passes("library-forward", outer * classes, self.batch_real), Passes("library", outer * classes, ipc)]
+        training = self.training(ipc * classes)
+        query = Passes("forward", outer * (inner + 1), self.batch_query * classes)
+        return [*matching, training._replace(times=training.times * outer * inner), query]
+
+    def smoke(self) -> Self:
+        return super().smoke().model_copy(update={"batch_query": 8, "window": 2, "max_outer": 3, "max_inner": 3})
 
 
 def discrimination(real: Tensor, real_labels: Tensor, centres: Tensor) -> Tensor:
@@ -33,8 +76,10 @@ def spread_of(values: Sequence[float], window: int) -> float | None:
 
 
 @final
-class Cafe:
+class Cafe(Method):
     """State: `images` and `images.momentum` `[S, C, H, W]`. One step is one network: its loops, both bounded."""
+
+    Settings = CafeConfig
 
     def start(self, problem: Problem) -> None:
         self.problem, self.settings = problem, problem.settings(CafeConfig)
@@ -42,9 +87,6 @@ class Cafe:
 
     def initialise(self, generator: torch.Generator) -> State:
         return initial_state(self.problem, self.settings, generator)
-
-    def iterations(self) -> int:
-        return self.settings.iterations
 
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
         settings, net = self.settings, self.problem.fresh_network(generator)

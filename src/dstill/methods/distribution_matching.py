@@ -7,16 +7,30 @@ from typing import final
 import torch
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.methods.base import Metrics, Problem, State
-from dstill.methods.batches import ClassBatches, initial_state, mean_distance, update_images
-from dstill.methods.settings import DistributionMatchingConfig
+from dstill.config.settings import Count, Passes, Positive
+from dstill.methods.base import Method, Metrics, Problem, State
+from dstill.methods.batches import ClassBatches, ImageConfig, initial_state, mean_distance, update_images
 from dstill.nets import networks as nets
 from dstill.training.fit import described
 
 
+class DistributionMatchingConfig(ImageConfig):
+    """Distribution matching (DM)."""
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        return [Passes("forward", classes, self.batch_real), Passes("library", classes, ipc)]
+
+    iterations: Count = 20000
+    """Updates, each with a network of its own."""
+    lr_images: Positive = 1.0
+    """Step size of the images, in preprocessed units squared per unit of the objective."""
+
+
 @final
-class DistributionMatching:
+class DistributionMatching(Method):
     """State: `images` and `images.momentum` `[S, C, H, W]`. A step draws one network, which is never trained."""
+
+    Settings = DistributionMatchingConfig
 
     def start(self, problem: Problem) -> None:
         self.problem, self.settings = problem, problem.settings(DistributionMatchingConfig)
@@ -24,9 +38,6 @@ class DistributionMatching:
 
     def initialise(self, generator: torch.Generator) -> State:
         return initial_state(self.problem, self.settings, generator)
-
-    def iterations(self) -> int:
-        return self.settings.iterations
 
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
         settings, net = self.settings, self.problem.fresh_network(generator).eval().requires_grad_(False)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+from typing import final
 
 import torch
 from torch import Tensor
 
-from dstill.methods.base import Problem
-from dstill.methods.selection import Selection
+from dstill.methods.selection import Selection, SelectionConfig
 
 
 def most_forgotten(forgotten: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -18,11 +17,14 @@ def most_forgotten(forgotten: Tensor, count: int, generator: torch.Generator) ->
     return shuffled[order[:count]]
 
 
-def _rows(problem: Problem, generator: torch.Generator) -> Tensor:
-    assert problem.trained is not None
-    forgotten, ipc = problem.trained.forgotten, problem.recipe.ipc
-    by_class = problem.real.train.by_class(problem.real.classes)
-    return torch.cat([rows[most_forgotten(forgotten[rows], ipc, generator)] for rows in by_class])
+@final
+class Forgetting(Selection):
+    """Takes the images of each class that a training forgot most often."""
 
+    Settings = SelectionConfig
 
-Forgetting = functools.partial(Selection, _rows)
+    def choose(self, generator: torch.Generator) -> Tensor:
+        assert self.problem.trained is not None
+        forgotten, ipc = self.problem.trained.forgotten, self.problem.recipe.ipc
+        by_class = self.problem.real.train.by_class(self.problem.real.classes)
+        return torch.cat([rows[most_forgotten(forgotten[rows], ipc, generator)] for rows in by_class])

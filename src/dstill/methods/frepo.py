@@ -8,22 +8,65 @@ different ages, each trained one step further whenever it was used.
 from __future__ import annotations
 
 import math
-from typing import final
+from typing import Literal, Self, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
+from dstill.config.settings import Case, Count, DistillConfig, NetConfig, Passes, Positive
 from dstill.errors import DstillError
-from dstill.methods.base import Metrics, Problem, State
+from dstill.methods.base import Method, Metrics, Problem, State
 from dstill.methods.initialisation import initial_images
 from dstill.methods.lamb import cosine, lamb_step
-from dstill.methods.settings import FrepoConfig
 from dstill.nets import networks as nets
 from dstill.training.fit import described
 
 _SMALLEST_PROBABILITY = 1e-4
+
+
+class FrepoConfig(DistillConfig):
+    """Neural feature regression with a pool (FRePo)."""
+
+    iterations: Count = 500_000
+    """Updates of images and labels, one network of the pool each."""
+    batch_real: Count = 1024
+    """Real images a step, of all classes."""
+    lr: Positive = 3e-4
+    """Step size of LAMB on images and labels; falls to a tenth along a cosine."""
+    initialisation: Literal["random", "noise"] = "random"
+    """Real images drawn at random, or standard normal noise in preprocessed units."""
+    learn_labels: bool = True
+    """Whether the labels are learned, too."""
+    flip: bool = False
+    """Whether the mirror images take part as further synthetic images (published for IPC 1)."""
+    net: NetConfig = NetConfig(name="convnet-widening", norm="batch")
+    """Network of the pool; the recipe's own `net` is that of the evaluation."""
+    pool: Count = 10
+    """Networks in the pool."""
+    max_age: Count = 100
+    """Training steps after which a network is replaced by a fresh one; the first ones start with staggered ages."""
+    lr_net: Positive = 3e-4
+    """Learning rate of the networks' Adam."""
+    batch_train: Count = 500
+    """Synthetic images a step of the networks' training."""
+    ridge: Positive = 1e-6
+    """λ of the regression, a share of the kernel's mean diagonal."""
+
+    def adapted(self, case: Case) -> Self:
+        net = self.net.model_copy(update={"depth": case.net.depth})
+        return self.model_copy(update={"net": net, "flip": self.flip and case.mirror and case.ipc == 1})
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        images = ipc * classes * (2 if self.flip else 1)
+        learning = Passes("library", 1, images, self.net)
+        training = Passes("library", 1, min(ipc * classes, self.batch_train), self.net)
+        return [Passes("library-forward", 1, self.batch_real, self.net), learning, training]
+
+    def smoke(self) -> Self:
+        small = {"iterations": 10, "batch_real": 64, "pool": 2, "max_age": 5, "net": self.net.model_copy(update={"width": 8})}
+        return self.model_copy(update=small)
 
 
 def centred(labels: Tensor, classes: int) -> Tensor:
@@ -65,8 +108,10 @@ def label_logits(labels: Tensor) -> Tensor:
 
 
 @final
-class Frepo:
+class Frepo(Method):
     """State: `images`, `labels` (Y_s), LAMB's moments of both, and of the pool weights, buffers, Adam's moments and ages."""
+
+    Settings = FrepoConfig
 
     def start(self, problem: Problem) -> None:
         self.problem, self.settings = problem, problem.settings(FrepoConfig)
@@ -90,9 +135,6 @@ class Frepo:
             for _ in range(i * settings.max_age // settings.pool):
                 self._train(state, i, generator)
         return state
-
-    def iterations(self) -> int:
-        return self.settings.iterations
 
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
         settings = self.settings

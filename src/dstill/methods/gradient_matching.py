@@ -8,18 +8,50 @@ the gradient by the images is ∂<g, v>/∂x: one tangent pass, the same that un
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import Annotated, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.methods.base import Metrics, Problem, State
-from dstill.methods.batches import ClassBatches, initial_state, train_on_synthetic, update_images
-from dstill.methods.settings import GradientMatchingConfig
+from dstill.config.settings import Count, Passes, Recipe
+from dstill.methods.base import Method, Metrics, Problem, State
+from dstill.methods.batches import ClassBatches, InnerConfig, initial_state, train_on_synthetic, update_images
 from dstill.unrolling.student import Student
 
 _EPSILON = 1e-6
+
+
+class GradientMatchingConfig(InnerConfig):
+    """Gradient matching. Defaults are DSA's."""
+
+    outer_steps: Count | None = None
+    """K_o, updates of the images along one network's training; left out: the published table by IPC, see `loops`."""
+    inner_epochs: Annotated[int, Field(ge=0)] | None = None
+    """K_i, passes over the synthetic set between updates; left out: the table."""
+
+    def smoke(self) -> Self:
+        return super().smoke().model_copy(update={"outer_steps": 2, "inner_epochs": 2})
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        outer, inner = self.loops(ipc)
+        real = Passes("gradient", outer * classes, self.batch_real)
+        synthetic = [Passes(kind, outer * classes, ipc) for kind in ("gradient", "tangent")]
+        training = self.training(ipc * classes)
+        return [real, *synthetic, training._replace(times=training.times * outer * inner)]
+
+    def loops(self, ipc: int) -> tuple[int, int]:
+        """(K_o, K_i). Published: (1, 1), (10, 50), (20, 25), (30, 20), (40, 15), (50, 10) for IPC 1, 10 ... 50.
+
+        Our extension between and beyond: K_o = IPC up to 50, and K_i by linear interpolation.
+        """
+        known = ((1, 1), (10, 50), (20, 25), (30, 20), (40, 15), (50, 10))
+        low = max(pair for pair in known if pair[0] <= ipc)
+        high = min((pair for pair in known if pair[0] >= ipc), default=known[-1])
+        share = (ipc - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 0.0
+        inner = round(low[1] + share * (high[1] - low[1]))
+        return self.outer_steps or min(ipc, 50), inner if self.inner_epochs is None else self.inner_epochs
 
 
 def gradient_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
@@ -56,9 +88,14 @@ def matching_gradient(student: Student, theta: Tensor, real: Tensor, synthetic: 
     return distance.detach(), student.tangents(theta, v, synthetic, labels).images
 
 
-@final
-class GradientMatching:
+class GradientMatching(Method):
     """State: `images` and `images.momentum` `[S, C, H, W]`. One step is one network: its outer and inner loops."""
+
+    Settings = GradientMatchingConfig
+
+    @classmethod
+    def check(cls, recipe: Recipe, network: nn.Module) -> None:
+        Student(network)
 
     def start(self, problem: Problem) -> None:
         self.problem, self.settings = problem, problem.settings(GradientMatchingConfig)
@@ -67,9 +104,6 @@ class GradientMatching:
 
     def initialise(self, generator: torch.Generator) -> State:
         return initial_state(self.problem, self.settings, generator)
-
-    def iterations(self) -> int:
-        return self.settings.iterations
 
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
         settings, net = self.settings, self.problem.fresh_network(generator)

@@ -5,13 +5,12 @@ Features are what enters the last layer of the recipe's network, trained on all 
 
 from __future__ import annotations
 
-import functools
+from typing import final
 
 import torch
 from torch import Tensor
 
-from dstill.methods.base import Problem
-from dstill.methods.selection import Selection
+from dstill.methods.selection import Selection, SelectionConfig
 from dstill.training.fit import described
 
 
@@ -37,12 +36,15 @@ def herd(features: Tensor, count: int) -> Tensor:
     return torch.tensor(chosen)  # on the CPU, where real images are
 
 
-def _rows(problem: Problem, generator: torch.Generator) -> Tensor:
-    net, chosen = problem.trained_network(), []
-    for rows in problem.real.train.by_class(problem.real.classes):
-        features = described(net, problem.prepared(rows))
-        chosen.append(rows[herd(features, problem.recipe.ipc)])
-    return torch.cat(chosen)
+@final
+class Herding(Selection):
+    """Herds the images of each class by the features of a trained network."""
 
+    Settings = SelectionConfig
 
-Herding = functools.partial(Selection, _rows)
+    def choose(self, generator: torch.Generator) -> Tensor:
+        net, chosen = self.problem.trained_network(), []
+        for rows in self.problem.real.train.by_class(self.problem.real.classes):
+            features = described(net, self.problem.prepared(rows))
+            chosen.append(rows[herd(features, self.problem.recipe.ipc)])
+        return torch.cat(chosen)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
+from typing import final
 
 import torch
 from torch import Tensor
 
-from dstill.methods.base import Problem
 from dstill.methods.initialisation import random_rows
 from dstill.methods.selection import Selection
 
 
-def _rows(problem: Problem, generator: torch.Generator) -> Tensor:
-    return random_rows(problem.real.train, problem.real.classes, problem.recipe.ipc, generator)
+@final
+class Random(Selection):
+    """Draws `ipc` images of each class."""
 
-
-Random = functools.partial(Selection, _rows)
+    def choose(self, generator: torch.Generator) -> Tensor:
+        return random_rows(self.problem.real.train, self.problem.real.classes, self.problem.recipe.ipc, generator)

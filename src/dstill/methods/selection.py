@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import final
+import abc
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.methods.base import Metrics, Problem, State
+from dstill.config.settings import DistillConfig, TrainingConfig
+from dstill.methods.base import Method, Metrics, State
 
 
-@final
-class Selection:
-    """A method without steps.
+class SelectionConfig(DistillConfig):
+    """Selection by a trained network (Herding, Forgetting)."""
 
-    Args:
-        choose: `ipc` distinct rows of each class, class by class.
-    """
+    training: TrainingConfig = TrainingConfig()
+    """How the recipe's network is trained before it is asked."""
 
-    def __init__(self, choose: Callable[[Problem, torch.Generator], Tensor]) -> None:
-        self.choose = choose
+    @property
+    def network_training(self) -> TrainingConfig:
+        return self.training
 
-    def start(self, problem: Problem) -> None:
-        self.problem = problem
+    def smoke(self) -> Self:
+        return self.model_copy(update={"training": self.training.model_copy(update={"epochs": 2})})
+
+
+class Selection(Method):
+    """A method without steps."""
+
+    starts_from_a_set = False
+
+    @abc.abstractmethod
+    def choose(self, generator: torch.Generator) -> Tensor:
+        """`ipc` distinct rows of each class, class by class."""
 
     def initialise(self, generator: torch.Generator) -> State:
-        return {"images": self.problem.prepared(self.choose(self.problem, generator))}
+        return {"images": self.problem.prepared(self.choose(generator))}
 
     def iterations(self) -> int:
         return 0

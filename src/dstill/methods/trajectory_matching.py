@@ -4,53 +4,195 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import final
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
+from dstill.config.settings import Case, Count, DistillConfig, Form, Momentum, Passes, Positive, Precision, Recipe
 from dstill.data import siamese
-from dstill.errors import CollapseError, DstillError
+from dstill.data.catalog import Shape
+from dstill.derivatives import build as native
+from dstill.derivatives.engine import supports
+from dstill.errors import DstillError
 from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
-from dstill.methods.base import Metrics, Problem, State
+from dstill.methods.base import Method, Metrics, Problem, State, library_bytes
+from dstill.methods.expert_labels import expert_labels, gradient_through_labels
+from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
-from dstill.methods.settings import MatchingConfig
-from dstill.support.devices import full_precision, sent
+from dstill.nets import networks as nets
+from dstill.support.devices import available_memory, sent
 from dstill.training.fit import student_batches
 from dstill.unrolling.student import Student, sgd_step
-from dstill.unrolling.types import Step, Unrolled
-from dstill.unrolling.unroll import unroll
+from dstill.unrolling.types import Step, Targets, Unrolled
+from dstill.unrolling.unroll import KEPT_SHARE, unroll
 
-_MIN_SKIPS = 10
-_BLOCK = 256  # images whose labels are worked out at once: no more memory than a step needs
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    a, b = a.cpu().double(), b.cpu().double()
-    return float((a * b).sum() / (a.norm() * b.norm()))
+Initialisation = Literal["random", "representative", "representative-released", "noise"]
+SoftLabels = Literal["off", "expert", "expert-differentiated"]
+Mode = Literal["adjoint", "graph", "tesla"]
 
 
-@final
-class TrajectoryMatching:
+class MatchingConfig(DistillConfig):
+    """How a synthetic set is made to reproduce expert segments (paper IV-C, IV-D, Algorithm 2). Defaults are MTT's."""
+
+    search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "lr_images": (0.1, 0.3, 1.0, 3.0, 10.0),
+        "max_start_epoch": (0.5, 1.0, 2.0),
+        "alpha_init": (0.3, 1.0, 3.0, 10.0),
+    }
+
+    iterations: Count = 5000
+    """Segments matched, one update of the images each."""
+    student_steps: Count = 30
+    """N, steps of the student in a segment."""
+    expert_epochs: Count = 2
+    """M, expert epochs that a segment spans."""
+    max_start_epoch: Count = 20
+    """T+, exclusive upper end of the start epochs."""
+    min_start_epoch: Annotated[int, Field(ge=0)] = 0
+    """Lowest start epoch (0 in the paper; others for Fig. 11)."""
+    batch_syn: Count | None = None
+    """Synthetic images a student step; left out: the whole set."""
+    lr_images: Positive = 100.0
+    """Step size of the images, in preprocessed units squared per unit of matching loss."""
+    lr_alpha: Annotated[float, Field(ge=0)] = 1e-5
+    """Step size of the student learning rate α."""
+    alpha_init: Positive = 0.01
+    """α at the start."""
+    image_momentum: Momentum = 0.5
+    """Momentum of the SGD on images and α."""
+    student_momentum: Momentum = 0.0
+    """Momentum of the student's inner SGD: 0 in the paper, 0.9 in the released code."""
+    initialisation: Initialisation = "random"
+    """Real images drawn at random; nearest to K-Means centroids of expert features (paper) or logits (released); or noise."""
+    feature_epochs: Count | None = None
+    """Epochs of the expert whose features are clustered (50 in the paper, trained for this where the experts are shorter);
+    left out: the last recorded epoch of the first expert."""
+    balanced_loss: Form = "off"
+    """ν of Eq. 20: natural logarithm (paper), base 5 (released), or 1 (off)."""
+    intermediate_matching: Form = "off"
+    """Eq. 22: points after floor(kN/M) steps (paper), k floor(N/M) (released), or the final match alone."""
+    intermediate_scale: Literal["equal", "ramp"] = "equal"
+    """β of the intermediate terms: 1, or k/M for the k-th."""
+    perturbation: Form = "off"
+    """Eq. 23: one normalised draw a filter, scaled by rho (paper); one a 4-d layer, times the weight (released); or off."""
+    rho: Positive = 0.1
+    """Relative size of the paper's perturbation."""
+    denominator: Literal["perturbed", "unperturbed"] = "perturbed"
+    """Which start the denominators of Eq. 22 are measured from."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the student's starting weights set to zero after the perturbation (Fig. 11)."""
+    soft_labels: SoftLabels = "off"
+    """Class ids; logits of the target expert on the current images, renewed every iteration and held constant in the gradient
+    (TESLA); or the same with the gradient going through the expert to the images (ours)."""
+    image_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of the moving average of the images that is the result (FTD); left out: the images themselves."""
+    gradient: Mode = "adjoint"
+    """Exact in the memory of one step; exact by plain autograd; or TESLA's approximation."""
+    memory: Literal["auto", "keep", "recompute"] = "auto"
+    """What the adjoint keeps of the forward sweep: as much as half of the free memory holds, everything, or nothing. The
+    numbers are the same; keeping is faster."""
+    precision: Precision = "float32"
+    """Exact; bfloat16 convolutions in the backward sweep; or everywhere. The last two are approximations."""
+    compile: bool = False
+    """torch.compile the student's step where native kernels do not run: about a minute, then faster."""
+    guard: Literal["on", "off"] = "on"
+    """Skip a step whose loss or gradient is not finite or that would make α non-positive, and drop the momentum that led to it.
+    Off only to study collapse."""
+    max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The run stops with advice once more than this share of the steps, and at least 10, has been skipped."""
+
+    @classmethod
+    def expert_defaults(cls) -> dict[str, Any]:
+        """Plain SGD."""
+        off = dict.fromkeys(("clipped_loss", "gradient_penalty", "lr_step"), "off")
+        return {"lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, **off}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MatchingConfig:
+        if self.min_start_epoch >= self.max_start_epoch:
+            raise ValueError(f"min_start_epoch {self.min_start_epoch} must be below max_start_epoch {self.max_start_epoch}")
+        if self.student_steps < self.expert_epochs:
+            raise ValueError(f"student_steps {self.student_steps} must be at least expert_epochs {self.expert_epochs}")
+        if self.gradient == "graph" and self.precision != "float32":
+            raise ValueError(f"gradient graph is plain autograd in float32, precision {self.precision} is for the adjoint")
+        return self
+
+    @property
+    def epochs_needed(self) -> int:
+        """Expert epochs that matching reads: T+ + M - 1."""
+        return self.max_start_epoch + self.expert_epochs - 1
+
+    @property
+    def describing_epochs(self) -> int | None:
+        return self.feature_epochs if self.starts_from_representatives else None
+
+    @property
+    def starts_from_representatives(self) -> bool:
+        return self.initialisation.startswith("representative")
+
+    def fitted(self, case: Case) -> tuple[Self, str]:
+        """Cuts N so that the kept vectors fit the memory, and drops a `batch_syn` that holds the whole set."""
+        steps = min(self.student_steps, max(self.expert_epochs, self._steps_in_memory(case)))
+        whole = case.ipc * case.shape.classes
+        batch = self.batch_syn if self.batch_syn is not None and self.batch_syn < whole else None
+        cut = f"; N cut from {self.student_steps} to {steps} to fit the memory" if steps < self.student_steps else ""
+        return self.model_copy(update={"student_steps": steps, "batch_syn": batch}), cut
+
+    def _steps_in_memory(self, case: Case) -> int:
+        """N of which the kept parameter vectors (two a step with momentum) take a quarter of the memory."""
+        (channels, size, classes), width, depth = case.shape[:3], case.net.width or 128, case.net.depth or 1
+        last = math.prod(max(1, side >> depth) for side in size)
+        parameters = 9 * width * (channels + width * (depth - 1)) + 3 * width * depth + (width * last + 1) * classes
+        vectors = 2 if self.student_momentum else 1
+        return int(min(self.student_steps, 0.25 * case.memory / (4 * parameters * vectors)))
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        batch = min(self.batch_syn or ipc * classes, ipc * classes)
+        return [Passes(kind, self.student_steps, batch, precision=self.precision) for kind in ("gradient", "tangent")]
+
+    def scaled(self, factors: Mapping[str, float], longest: int | None) -> Self:
+        """T+ is a whole number above its lower end, within what experts of `longest` epochs serve."""
+        last = math.inf if longest is None else longest - self.expert_epochs + 1
+        span = math.ceil(self.max_start_epoch * factors["max_start_epoch"])
+        start = min(last, max(self.min_start_epoch + 1, span))
+        others = {name: getattr(self, name) * factor for name, factor in factors.items()}
+        return self.model_copy(update={**others, "max_start_epoch": int(start)})
+
+    def smoke(self) -> Self:
+        small = {"iterations": 5, "student_steps": 6, "max_start_epoch": 2, "min_start_epoch": 0, "expert_epochs": 2}
+        return self.model_copy(update={**small, "feature_epochs": None})
+
+
+class TrajectoryMatching(Method):
     """The images and α are optimised so that a student trained on them follows segments of expert trajectories.
 
     State: `images` and `images.momentum` `[S, C, H, W]`, `alpha` and `alpha.momentum`, `skipped`; `labels` where they are
     soft, `images.average` where a moving average is kept.
     """
 
+    Settings = MatchingConfig
+
+    @classmethod
+    def check(cls, recipe: Recipe, network: nn.Module) -> None:
+        settings = recipe.distill
+        assert isinstance(settings, MatchingConfig)
+        Student(network, precision=settings.precision)
+        Student(network, precision=recipe.expert_config.precision)
+
     def start(self, problem: Problem) -> None:
+        super().start(problem)
         if problem.trajectories is None:
             raise DstillError(f"method {problem.recipe.method!r} needs expert trajectories")
-        self.problem = problem
         self.settings = problem.settings(MatchingConfig)
         self.trajectories: Trajectories = problem.trajectories
         self.student = Student(problem.network(), precision=self.settings.precision, compiled=self.settings.compile)
         self.trajectories.check_fits(self.student.numel, self.settings.epochs_needed)
-
-    def iterations(self) -> int:
-        return self.settings.iterations
+        self.guard = Guard(self.settings.guard == "on", self.settings.max_skip_share)
 
     def initialise(self, generator: torch.Generator) -> State:
         images = initial_images(self.problem, self.settings.initialisation, generator)
@@ -67,55 +209,40 @@ class TrajectoryMatching:
         return state
 
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+        """Matches one segment, and updates the images and α once (paper Algorithm 2, lines 4–18)."""
         settings = self.settings
         segment = self._draw_segment(generator)
-        start = self._perturbed_start(segment, generator)
-        origin = start if settings.denominator == "perturbed" else segment.start
-        targets = intermediate_matching(
-            segment, origin, settings.student_steps, settings.intermediate_matching, settings.intermediate_scale
-        )
-        differentiate = functools.partial(
+        start = self._perturbed(segment.start, generator)
+        follow = functools.partial(
             unroll,
             theta0=start,
             images=state["images"],
             labels=self._labels(state, segment),
             steps=self._draw_steps(generator),
             alpha=state["alpha"],
-            targets=targets,
+            targets=self._targets(segment, start),
             loss_scale=balanced_loss(segment.epoch, settings.max_start_epoch, settings.balanced_loss),
             momentum=settings.student_momentum,
             gradient=settings.gradient,
             memory=settings.memory,
         )
-        unrolled = differentiate(self.student)
-        extra: Metrics = {}
+        unrolled = follow(self.student)
+        by_images = self._by_images(state, segment, unrolled)
+        taken = self._update(state, by_images, unrolled, iteration)
+        metrics: Metrics = {"loss": float(unrolled.loss), "alpha": float(state["alpha"])}
+        metrics |= segment_metrics(segment, start, unrolled, by_images)
+        metrics |= {"skipped": int(state["skipped"]), "taken": int(taken)}
         if iteration == 0 and settings.precision != "float32":
-            exact = differentiate(Student(self.problem.network()))
-            extra["gradient_cosine"] = _cosine(unrolled.grads.images, exact.grads.images)
-        by_images = unrolled.grads.images
-        if settings.soft_labels == "expert-differentiated":
-            by_images = by_images + self._through_labels(state["images"], segment, unrolled)
-        taken = self._update(state, unrolled, by_images, iteration)
-        span = (segment.start - segment.targets[-1]).norm()
-        return {
-            "loss": float(unrolled.loss),
-            "alpha": float(state["alpha"]),
-            "start_epoch": segment.epoch,
-            "expert": segment.expert,
-            "inner_loss_first": float(unrolled.trace.inner_losses[0]),
-            "inner_loss_last": float(unrolled.trace.inner_losses[-1]),
-            "perturbation_ratio": float((start - segment.start).norm() / span),
-            "image_gradient_norm": float(by_images.norm()),
-            "skipped": int(state["skipped"]),
-            "taken": int(taken),
-            **extra,
-        }
+            exact = follow(Student(self.problem.network()))
+            metrics["gradient_cosine"] = cosine(unrolled.grads.images, exact.grads.images)
+        return metrics
 
     def result(self, state: State) -> DistilledSet:
         images = state.get("images.average", state["images"])
         return self.problem.result(images, state.get("labels", self.problem.labels()), float(state["alpha"]))
 
     def _draw_segment(self, generator: torch.Generator) -> Segment:
+        """An expert and a start epoch, both uniform, and the weights from there to M epochs later."""
         settings = self.settings
         expert = int(torch.randint(len(self.trajectories), (), generator=generator))
         epoch = int(torch.randint(settings.min_start_epoch, settings.max_start_epoch, (), generator=generator))
@@ -123,14 +250,23 @@ class TrajectoryMatching:
         device = self.problem.device
         return Segment(expert, epoch, segment.start.to(device), segment.targets.to(device))
 
-    def _perturbed_start(self, segment: Segment, generator: torch.Generator) -> Tensor:
+    def _perturbed(self, theta: Tensor, generator: torch.Generator) -> Tensor:
+        """The student's start: the expert's weights perturbed (Eq. 23), and dropped out where that is asked for (Fig. 11)."""
         settings = self.settings
-        weights = perturb_weights(self.student.split(segment.start), settings.perturbation, settings.rho, generator)
+        weights = perturb_weights(self.student.split(theta), settings.perturbation, settings.rho, generator)
         start = torch.cat([weight.reshape(-1) for weight in weights])
         if settings.dropout:
             kept = torch.rand(len(start), generator=generator).to(start) >= settings.dropout
             start = start * kept / (1 - settings.dropout)
         return start
+
+    def _targets(self, segment: Segment, start: Tensor) -> Targets:
+        """What the student must reach, and after how many steps (Eq. 22)."""
+        settings = self.settings
+        origin = start if settings.denominator == "perturbed" else segment.start
+        return intermediate_matching(
+            segment, origin, settings.student_steps, settings.intermediate_matching, settings.intermediate_scale
+        )
 
     def _draw_steps(self, generator: torch.Generator) -> list[Step]:
         """N mini-batches, each with its draw of the augmentation."""
@@ -141,47 +277,31 @@ class TrajectoryMatching:
             for rows in student_batches(count, settings.batch_syn, settings.student_steps, generator)
         ]
 
-    @torch.no_grad()
-    @full_precision()
     def _labels(self, state: State, segment: Segment) -> Tensor:
+        """Class ids, or the target expert's logits on the current images."""
         if self.settings.soft_labels == "off":
             return self.problem.labels()
-        target = segment.targets[-1]
-        state["labels"] = torch.cat([self.student.logits(target, block) for block in state["images"].split(_BLOCK)])
+        state["labels"] = expert_labels(self.student, segment.targets[-1], state["images"])
         return state["labels"]
 
-    @full_precision()
-    def _through_labels(self, images: Tensor, segment: Segment, unrolled: Unrolled) -> Tensor:
-        """What the labels' dependence on the images adds to the gradient: labels are the target expert's logits."""
+    def _by_images(self, state: State, segment: Segment, unrolled: Unrolled) -> Tensor:
+        """The gradient by the images, with the part that goes through the labels where that is asked for."""
+        if self.settings.soft_labels != "expert-differentiated":
+            return unrolled.grads.images
         assert unrolled.grads.labels is not None
-        parts = list[Tensor]()
-        for block, by_labels in zip(images.split(_BLOCK), unrolled.grads.labels.split(_BLOCK), strict=True):
-            block = block.detach().requires_grad_()
-            with torch.enable_grad():
-                labels = self.student.logits(segment.targets[-1], block)
-            parts.append(torch.autograd.grad(labels, block, by_labels)[0])
-        return torch.cat(parts)
+        through = gradient_through_labels(self.student, segment.targets[-1], state["images"], unrolled.grads.labels)
+        return unrolled.grads.images + through
 
-    def _update(self, state: State, unrolled: Unrolled, by_images: Tensor, iteration: int) -> bool:
-        """One SGD step on images and α; returns whether it was taken."""
-        settings, grads = self.settings, unrolled.grads
+    def _update(self, state: State, by_images: Tensor, unrolled: Unrolled, iteration: int) -> bool:
+        """One SGD step on images and α, unless the guard skips it; whether it was taken."""
+        settings = self.settings
         images, images_momentum = sgd_step(
             state["images"], state["images.momentum"], by_images, settings.lr_images, settings.image_momentum
         )
         alpha, alpha_momentum = sgd_step(
-            state["alpha"], state["alpha.momentum"], grads.alpha, settings.lr_alpha, settings.image_momentum
+            state["alpha"], state["alpha.momentum"], unrolled.grads.alpha, settings.lr_alpha, settings.image_momentum
         )
-        finite = math.isfinite(float(unrolled.loss)) and bool(torch.isfinite(images).all()) and math.isfinite(float(alpha))
-        if settings.guard == "off" and not finite:
-            raise CollapseError(
-                f"the run collapsed at iteration {iteration} (loss {float(unrolled.loss):.3g}, α {float(state['alpha']):.3g}); "
-                "the guard is off, and the curves up to here are in metrics.jsonl"
-            )
-        if settings.guard == "on" and not (finite and float(alpha) > 0):
-            state["skipped"] = state["skipped"] + 1
-            for name in ("images.momentum", "alpha.momentum"):  # what led here would lead here again
-                state[name] = torch.zeros_like(state[name])
-            self._stop_if_hopeless(int(state["skipped"]), iteration)
+        if not self.guard.allows(state, iteration, float(unrolled.loss), images, alpha):
             return False
         state["images"], state["images.momentum"] = images, images_momentum
         state["alpha"], state["alpha.momentum"] = alpha, alpha_momentum
@@ -189,10 +309,49 @@ class TrajectoryMatching:
             state["images.average"] = settings.image_ema * state["images.average"] + (1 - settings.image_ema) * images
         return True
 
-    def _stop_if_hopeless(self, skipped: int, iteration: int) -> None:
-        if skipped >= _MIN_SKIPS and skipped > self.settings.max_skip_share * (iteration + 1):
-            raise CollapseError(
-                f"the run collapsed: {skipped} of {iteration + 1} steps were not finite or would have made α non-positive, "
-                f"more than the {self.settings.max_skip_share:.0%} allowed: lower distill.lr_images or lr_alpha, or use "
-                "smoother experts"
-            )
+    @classmethod
+    def peak_bytes(cls, recipe: Recipe, shape: Shape, device: torch.device) -> float:
+        """The vectors θ_0 … θ_N and their buffers, and what the unroll keeps of the student's steps."""
+        settings = recipe.distill
+        assert isinstance(settings, MatchingConfig)
+        student = Student(nets.build(recipe.net, shape.channels, shape.classes, shape.size, torch.Generator()))
+        batch = min(settings.batch_syn or recipe.ipc * shape.classes, recipe.ipc * shape.classes)
+        vectors = (settings.student_steps + settings.expert_epochs + 8) * (2 if settings.student_momentum else 1)
+        weights = 4 * student.numel * vectors
+        kept = student.kept_bytes(torch.zeros(1), batch)
+        if kept is None:
+            return weights + library_bytes(recipe.net, batch, shape)
+        whole = kept * settings.student_steps
+        some = min(whole, max(kept, KEPT_SHARE * available_memory(device)))
+        return weights + {"keep": whole, "auto": some, "recompute": kept}[settings.memory]
+
+    @classmethod
+    def engine(cls, problem: Problem) -> str:
+        settings = problem.settings(MatchingConfig)
+        if settings.gradient == "graph":
+            engine = "library autograd"
+        elif not supports(problem.network()):
+            engine = "library double backward"
+        else:
+            engine = native.describe(problem.device, compiled=settings.compile)
+        exact = settings.gradient != "tesla" and settings.precision == "float32"
+        return f"{engine}, {settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
+
+
+def segment_metrics(segment: Segment, start: Tensor, unrolled: Unrolled, by_images: Tensor) -> Metrics:
+    """What is logged of a segment beside the loss and α: diagnostics that change nothing."""
+    span = (segment.start - segment.targets[-1]).norm()
+    return {
+        "start_epoch": segment.epoch,
+        "expert": segment.expert,
+        "inner_loss_first": float(unrolled.trace.inner_losses[0]),
+        "inner_loss_last": float(unrolled.trace.inner_losses[-1]),
+        "perturbation_ratio": float((start - segment.start).norm() / span),
+        "image_gradient_norm": float(by_images.norm()),
+    }
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """The cosine of the angle between two gradients, worked out in float64."""
+    a, b = a.cpu().double(), b.cpu().double()
+    return float((a * b).sum() / (a.norm() * b.norm()))

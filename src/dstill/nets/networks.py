@@ -9,7 +9,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from dstill.errors import DstillError, suggest
-from dstill.support.plugins import load_class
+from dstill.support.plugins import load_class, name_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,20 @@ def network_class(name: str) -> type[nn.Module]:
         raise DstillError(f"unknown network {name!r}; {suggest(name, NETWORKS)} (or your own package.module:Class)")
     cls: type[nn.Module] = load_class(path, "network")
     return cls
+
+
+def network_name(net: Any) -> str:
+    """The name of a network given as a name, as a class, or as a function that makes one.
+
+    Raises:
+        DstillError: it cannot be imported again by its name.
+
+    Example:
+        >>> from dstill.nets.convnet import ConvNet
+        >>> network_name(ConvNet), network_name("vgg11")
+        ('convnet', 'vgg11')
+    """
+    return name_of(net, NETWORKS, "network")
 
 
 def build(config: NetConfig, channels: int, classes: int, size: tuple[int, int], generator: torch.Generator) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dstill.config.settings import ExpertConfig, NetConfig, Passes
+from dstill.config.settings import ExpertConfig, NetConfig, Passes, Precision
 from dstill.data.catalog import Shape
 from dstill.derivatives.cuda_graphs import CALLS_BEFORE
 from dstill.derivatives.engine import derivatives_of
@@ -36,8 +36,9 @@ class Clock:
         self.shape, self.device = shape, device
         self._measured: dict[tuple[Any, ...], float] = {}
 
-    def passes(self, net: NetConfig, passes: Passes, precision: Any = "float32") -> float:
-        """Seconds of all of them, on all threads."""
+    def passes(self, own: NetConfig, passes: Passes) -> float:
+        """Seconds of all of them, on all threads; `own` is the recipe's network."""
+        net, precision = passes.net or own, passes.precision
 
         def seconds(images: int) -> float:
             key = (passes.kind, images, net.model_dump_json(), precision)
@@ -48,7 +49,7 @@ class Clock:
             found = max(0.0, found - self.passes(net, Passes("gradient", 1, passes.images)))
         return found * passes.times
 
-    def _work(self, net: NetConfig, kind: str, count: int, precision: Any) -> Callable[[], Any]:
+    def _work(self, net: NetConfig, kind: str, count: int, precision: Precision) -> Callable[[], Any]:
         network = self._network(net)
         images, labels = self._batch(count)
         batch = Batch(images, images, labels, torch.arange(count), 0)

@@ -8,7 +8,7 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.data import siamese
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
-from dstill.methods.settings import MatchingConfig
+from dstill.methods.trajectory_matching import MatchingConfig
 from dstill.nets import networks as nets
 from dstill.support import seeding
 from dstill.training.fit import student_batches

@@ -1,4 +1,4 @@
-"""The public function that works out a table or figure of the paper, at a scale that the user chooses."""
+"""The function that works out a table or figure of the paper, `reproduce`, at a scale that the user chooses."""
 
 from __future__ import annotations
 
@@ -6,60 +6,72 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstill.api.apart import request, run_apart
-from dstill.api.job import at_least_one, cache_folder, resolve_for, resolve_recipe, shape_of
+from dstill.api.job import Job, Workplace
+from dstill.api.options import Choice, Evaluation, Machine, Recording, Seeds, at_least_one
+from dstill.api.run import Task
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import write_text
 from dstill.artifacts.record import RunRecord
 from dstill.artifacts.run_folder import IDENTITY_NAME
-from dstill.config import yamls
+from dstill.config import recipes, yamls
 from dstill.config.settings import Recipe, canonical, digest
 from dstill.data.catalog import DATASETS, Shape
-from dstill.data.real import RealSet, load_real
+from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import DstillError, reason_of, suggest
 from dstill.experts.trajectory import Trajectories
 from dstill.planning.clock import Clock
-from dstill.planning.plan import Given, Plan, plan_run, processes, together
+from dstill.planning.plan import Plan, plan_job, together
+from dstill.reporting import figures
 from dstill.reproductions.following import accumulated_error
 from dstill.reproductions.page import Entries, Entry, Sets, page
 from dstill.reproductions.spec import Case, Reproduction, Row, Scale, ScaleName, load_reproduction
-from dstill.support.console import Reporter, Silent, duration
-from dstill.support.devices import processor, resolve_device
-from dstill.support.workers import Workers, cores, refuse_import
+from dstill.support.console import Progress, Silent, duration
+from dstill.support.devices import processor
+from dstill.support.workers import cores, refuse_import
 from dstill.version import __version__
 
-# What decides how a set is judged, but not how it is distilled; of a protocol its content, the recipe has its name.
+# What decides how a set is judged, but not how it is distilled. The recipe names the protocol, whose content may change.
 _JUDGING = ("networks", "nets", "random", "whole", "protocol")
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Case:
     """A row of a case, resolved.
 
     Attributes:
         row: the row.
         case: the case.
-        recipe: its settings.
-        options: arguments of `run` for the first set.
-        sets: how many sets are asked for, each in a run and a file of its own: what one machine has done, another goes on from.
+        job: what is run for the first set.
+        options: what the request says beside the job's recipe and data.
+        sets: how many sets are asked for. Each is a run and a file of its own: what one machine has done, another goes on from.
     """
 
     row: Row
     case: Case
-    recipe: Recipe
+    job: Job
     options: dict[str, Any]
     sets: int
 
-    def options_of(self, index: int) -> dict[str, Any]:
-        """Arguments of `run` for one set: its own seed, and the experts that all sets share."""
-        seed = self.options["seed"]
-        return self.options if index == 0 else {**self.options, "seed": seed + index, "expert_seed": seed}
+    def seeded(self, index: int) -> Job:
+        """The job of one set: its own seed, and the experts that all sets share."""
+        return replace(self.job, seeds=Seeds(self.job.seeds.images + index, self.job.seeds.experts))
+
+    def request(self, index: int) -> dict[str, Any]:
+        """What decides the numbers of one set."""
+        seeds = self.seeded(index).seeds
+        apart = {"expert_seed": seeds.experts} if index else {}
+        return request(self.job, {**self.options, "seed": seeds.images, **apart})
+
+    def name(self, index: int) -> str:
+        """File name of one set, without its ending."""
+        return _name(self.row, self.case, index)
 
 
 @dataclass(frozen=True)
@@ -70,19 +82,16 @@ class _Call:
         reproduction: what is made.
         folder: where results go.
         runs: where run folders go.
-        elsewhere: arguments of `run` that do not decide its numbers.
-        reporter: receives progress.
+        checkpoint_every: iterations between two checkpoints.
     """
 
     reproduction: Reproduction
     folder: Path
     runs: Path
-    elsewhere: dict[str, Any]
-    reporter: Reporter
+    checkpoint_every: int
 
 
 def _name(row: Row, case: Case, index: int) -> str:
-    """File name of a set of a row, without its ending."""
     return f"{row.name}-{case.name}" + (f"-set{index}" if index else "")
 
 
@@ -90,26 +99,24 @@ def reproduce(
     what: str,
     *,
     scale: ScaleName = "smoke",
-    sources: Mapping[str, Any] | None = None,
+    sources: Mapping[str, Source] | None = None,
     only: Sequence[str] = (),
     sets: int | None = None,
     out: str | Path = "results",
     runs: str | Path = "runs/reproduce",
     seed: int = 0,
-    device: str = "auto",
-    cache: str | Path | None = None,
-    workers: Workers = 1,
     checkpoint_every: int = 25,
-    reporter: Reporter | None = None,
+    machine: Machine = Machine(),
+    progress: Progress = None,
 ) -> Path:
     """Runs what a table or figure of the paper needs, and writes ours beside the published figures.
 
     Every row is an ordinary `run` in a process of its own. Rows that any reproduction has finished with the same settings
-    are read, experts are shared, and an interrupted call continues where it stopped.
+    are read, experts are shared, and an interrupted call resumes where it stopped.
 
     Args:
         what: `table1` … `table8`, `fig3` … `fig11`.
-        scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `gpu`, minutes a row on a large card, of
+        scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `gpu`, minutes a row on a large card, for
             `table3` and `fig6` alone; `paper`, as published.
         sources: by data set name, what `load_real` takes instead of the name.
         only: names of rows to run; the others are shown if they are there, else as pending.
@@ -118,40 +125,36 @@ def reproduce(
         out: results go to `<out>/<what>/<scale>`: settings, a JSON file for each set of a row, figures, and `page.md`.
         runs: folder of run folders, shared by all reproductions.
         seed: decides everything random.
-        device: auto, cpu, cuda or mps.
-        cache: folder that keeps experts for every run.
-        workers: processes that train experts and networks at once.
         checkpoint_every: store the state every so many iterations; 0 for never.
-        reporter: receives progress.
+        machine: where the work is done.
+        progress: whether progress is shown.
 
     Returns:
         The results folder. A row that fails keeps its reason there; the others go on.
 
     Raises:
         DstillError: an unknown name of a reproduction, a row or a data set, or a scale that it lacks.
+
+    Example:
+        >>> import dstill
+        >>> folder = dstill.reproduce("table8", only=["base"])  # doctest: +SKIP
     """
     refuse_import("reproduce")
-    reporter, where = reporter or Silent(), resolve_device(device)
+    place = Workplace.of(machine, progress)
     reproduction, settings, rows = _chosen(what, scale, only, sets)
     reals = {case.data: load_real((sources or {}).get(case.data, case.data)) for case in settings.cases}
-    jobs = [
-        _Job(row, case, recipe, _options(settings, recipe, seed), settings.sets)
-        for case in settings.cases
-        for row in rows
-        for recipe in [_recipe(settings, row, case, reals[case.data], where)]
-    ]
+    silent = replace(place, reporter=Silent())
+    cases = [_resolved(settings, row, case, reals[case.data], seed, silent) for case in settings.cases for row in rows]
     folder = Path(out) / what / scale
     write_text(folder / "reproduction.yaml", yamls.dump(canonical(reproduction)))
-    given = {case.data: _given(reals[case.data], where, cache_folder(cache), workers) for case in settings.cases}
-    planned = _planned(jobs, given, folder, what)
-    missing = [(job, index) for job in jobs for index in _missing(folder, job, reals[job.case.data])]
-    total = sum(job.sets for job in jobs)
-    reporter.note(f"{what}, {scale}: about {duration(planned.seconds)} for {len(missing)} of {total} run(s)")
-    elsewhere = {"device": device, "cache": cache, "workers": workers, "checkpoint_every": checkpoint_every}
-    call = _Call(reproduction, folder, Path(runs), elsewhere, reporter)
-    for job, index in missing:
-        reporter.note(f"{what}: {job.row.title}, {job.case}" + (f", set {index}" if index else ""))
-        _work(call, job, index, reals[job.case.data])
+    missing = [(one, index) for one in cases for index in _missing(folder, one)]
+    planned = _together([(one, len(_missing(folder, one))) for one in cases], what)
+    total = sum(one.sets for one in cases)
+    place.reporter.note(f"{what}, {scale}: about {duration(planned.seconds)} for {len(missing)} of {total} run(s)")
+    call = _Call(reproduction, folder, Path(runs), checkpoint_every)
+    for one, index in missing:
+        place.reporter.note(f"{what}: {one.row.title}, {one.case}" + (f", set {index}" if index else ""))
+        _work(call, replace(one, job=replace(one.job, place=place)), index)
         _write_page(what, reproduction, scale, folder)
     _write_page(what, reproduction, scale, folder)
     return folder
@@ -163,9 +166,7 @@ def plan_reproduction(
     scale: ScaleName = "smoke",
     only: Sequence[str] = (),
     sets: int | None = None,
-    device: str = "auto",
-    cache: str | Path | None = None,
-    workers: Workers = 1,
+    machine: Machine = Machine(),
 ) -> Plan:
     """What a reproduction takes on this machine if nothing of it is there yet, from a calibration of some seconds.
 
@@ -174,24 +175,28 @@ def plan_reproduction(
     Raises:
         DstillError: an unknown name of a reproduction or a row, or a scale that it lacks.
     """
-    where = resolve_device(device)
+    place = Workplace.of(machine, False)
     _, settings, rows = _chosen(what, scale, only, sets)
+    cases = [_resolved(settings, row, case, None, 0, place) for case in settings.cases for row in rows]
+    return _together([(one, one.sets) for one in cases], f"{what} at scale {scale}")
+
+
+def _together(cases: Sequence[tuple[_Case, int]], title: str) -> Plan:
+    """The plan of so many sets of each row, what they share counted once."""
     plans, clocks = list[Plan](), dict[Shape, Clock]()
-    for case in settings.cases:
-        shape = DATASETS[case.data].shape
-        assert shape is not None
-        given = Given(shape, None, where, cache_folder(cache), processes(workers, where))
-        clock = clocks.setdefault(shape, Clock(shape, where))
-        for row in rows:
-            named = _named(settings, row, case)
-            resolved = resolve_for(
-                case.data, shape, named, method=row.method, ipc=case.ipc, net=None, changes=[], device=where, reporter=Silent()
-            )
-            recipe = _changed(resolved, settings, row)
-            plans.append(
-                _plan_job(_Job(row, case, recipe, _options(settings, recipe, 0), settings.sets), settings.sets, given, clock)
-            )
-    return together(plans, f"{what} at scale {scale}")
+    for one, sets in cases:
+        if sets:
+            clock = clocks.setdefault(one.job.shape, Clock(one.job.shape, one.job.place.device))
+            made = plan_job(one.job, replace(_task(one), sets=sets), clock)
+            plans.append(made.model_copy(update={"title": f"{one.row.title}, {one.case}"}))
+    return together(plans, title)
+
+
+def _task(one: _Case, checkpoint_every: int = 25) -> Task:
+    """What a run of a row does."""
+    judging = {key: one.options[key] for key in ("nets", "networks", "random", "whole")}
+    recording = Recording(validate_every=one.options["validate_every"], checkpoint_every=checkpoint_every)
+    return Task(one.options["sets"], Evaluation(**judging), recording)
 
 
 def _chosen(what: str, scale: ScaleName, only: Sequence[str], sets: int | None) -> tuple[Reproduction, Scale, list[Row]]:
@@ -208,15 +213,17 @@ def _chosen(what: str, scale: ScaleName, only: Sequence[str], sets: int | None) 
     return reproduction, settings, [row for row in rows if not only or row.name in only]
 
 
-def _recipe(settings: Scale, row: Row, case: Case, real: RealSet, device: torch.device) -> Recipe:
-    resolved = resolve_recipe(real, _named(settings, row, case), row.method, case.ipc, None, [], device, Silent())
-    return _changed(resolved, settings, row)
+def _resolved(settings: Scale, row: Row, case: Case, real: RealSet | None, seed: int, place: Workplace) -> _Case:
+    """A row of a case, for data that are loaded or only known by their published shape."""
+    choice = Choice(row.method, case.ipc, _named(settings, row, case))
+    shape = DATASETS[case.data].shape if real is None else None
+    job = Job.resolve(case.data if real is None else real, choice, seed, place, shape=shape)
+    job = replace(job, recipe=_changed(job.recipe, settings, row))
+    return _Case(row, case, job, _options(settings, job.recipe, seed), settings.sets)
 
 
 def _named(settings: Scale, row: Row, case: Case) -> str | None:
     """The recipe to start from: one tuned here only where the row says so."""
-    from dstill.config import recipes
-
     if settings.recipe is None and row.recipe:
         return f"{case.data}/{row.recipe}-ipc{case.ipc}"
     return settings.recipe or recipes.published(case.data, row.method, case.ipc)
@@ -224,8 +231,6 @@ def _named(settings: Scale, row: Row, case: Case) -> str | None:
 
 def _changed(recipe: Recipe, settings: Scale, row: Row) -> Recipe:
     """The scale's changes, as far as the method knows what they change, then the row's own, then those of the row here."""
-    from dstill.config import recipes
-
     shared = [change for change in settings.changes if applies(change, recipe)]
     return recipes.changed(recipe, [*shared, *row.changes, *settings.row_changes.get(row.name, [])], f"row {row.name}")
 
@@ -241,68 +246,48 @@ def applies(change: str, recipe: Recipe) -> bool:
 
 
 def _options(settings: Scale, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """What a request says beside recipe and data."""
     every = max(1, recipe.distill.iterations // settings.looks) if settings.looks and recipe.distill.iterations else 0
     judging = {"networks": settings.networks, "nets": settings.nets, "random": False, "whole": False}
     return {"sets": 1, **judging, "seed": seed, "validate_every": every}
 
 
-def _given(real: RealSet, device: torch.device, cache: Path, workers: Workers) -> Given:
-    return Given(shape_of(real), real, device, cache, processes(workers, device))
-
-
-def _planned(jobs: Sequence[_Job], given: Mapping[str, Given], folder: Path, what: str) -> Plan:
-    plans, clocks = list[Plan](), dict[Shape, Clock]()
-    for job in jobs:
-        one = given[job.case.data]
-        assert one.real is not None
-        sets = len(_missing(folder, job, one.real))
-        if sets:
-            plans.append(_plan_job(job, sets, one, clocks.setdefault(one.shape, Clock(one.shape, one.device))))
-    return together(plans, what)
-
-
-def _plan_job(job: _Job, sets: int, given: Given, clock: Clock) -> Plan:
-    made = plan_run(job.recipe, given, clock, **{**job.options, "sets": sets})
-    return made.model_copy(update={"title": f"{job.row.title}, {job.case}"})
-
-
-def _work(call: _Call, job: _Job, index: int, real: RealSet) -> None:
+def _work(call: _Call, one: _Case, index: int) -> None:
     """Makes one set of a row, and writes its file."""
-    options, name = job.options_of(index), _name(job.row, job.case, index)
-    asked = request(real, job.recipe, options)
+    job, name, asked = one.seeded(index), one.name(index), one.request(index)
     # Sets are not distilled twice to be judged in another way.
     distilled = {key: value for key, value in asked.items() if key not in _JUDGING}
-    run = call.runs / f"{job.case.name}-{job.recipe.method}-{digest(distilled)}"
-    first, following, failure = run / "set-0", list[float](), None
+    folder = call.runs / f"{one.case.name}-{job.recipe.method}-{digest(distilled)}"
+    first, following, failure = folder / "set-0", list[float](), None
     try:
-        run_apart(real, job.recipe, run, options, call.elsewhere, call.reporter)
+        run_apart(job, folder, _task(one, call.checkpoint_every), asked)
         if "accumulated_error" in call.reproduction.measures:
-            following = _followed(first, job.recipe, call.elsewhere)
-    except Exception as error:  # whatever it is, it concerns this row alone
+            following = _followed(first, job)
+    except Exception as error:  # whatever went wrong, the other rows go on
         failure = error
-        call.reporter.note(f"{name} failed: {reason_of(error)}")
+        job.place.reporter.note(f"{name} failed: {reason_of(error)}")
     picture = f"{name}.png" if index == 0 and (first / "distilled.png").exists() else ""
     entry = Entry(
-        row=job.row.name,
-        case=job.case.name,
+        row=one.row.name,
+        case=one.case.name,
         set=index,
         request=asked,
-        record=RunRecord.read(run, 1, failure),
+        record=RunRecord.read(folder, 1, failure),
         following=tuple(following),
         picture=picture,
-        environment=_environment(resolve_device(call.elsewhere["device"])),
+        environment=_environment(job.place.device),
     )
     write_text(call.folder / f"{name}.json", entry.model_dump_json(indent=1) + "\n")
     if picture:
         shutil.copyfile(first / "distilled.png", call.folder / picture)
 
 
-def _followed(distilled: Path, recipe: Recipe, elsewhere: dict[str, Any]) -> list[float]:
+def _followed(distilled: Path, job: Job) -> list[float]:
     """The accumulated error along the first of the experts that the set was distilled from."""
     named = json.loads((distilled / IDENTITY_NAME).read_text(encoding="utf-8"))["experts"]
-    config = recipe.expert_config
-    trajectories = Trajectories(cache_folder(elsewhere["cache"]) / "experts" / named, config.count, config.epochs)
-    return accumulated_error(DistilledSet.load(distilled), trajectories, 0, resolve_device(elsewhere["device"]))
+    config = job.recipe.expert_config
+    trajectories = Trajectories(job.place.cache / "experts" / named, config.count, config.epochs)
+    return accumulated_error(DistilledSet.load(distilled), trajectories, 0, job.place.device)
 
 
 def _environment(device: torch.device) -> dict[str, str]:
@@ -316,18 +301,18 @@ def _environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def _missing(folder: Path, job: _Job, real: RealSet) -> list[int]:
+def _missing(folder: Path, one: _Case) -> list[int]:
     """Numbers of the sets that are yet to be made."""
-    return [index for index in range(job.sets) if not _finished(folder, job, index, real)]
+    return [index for index in range(one.sets) if not _finished(folder, one, index)]
 
 
-def _finished(folder: Path, job: _Job, index: int, real: RealSet) -> bool:
+def _finished(folder: Path, one: _Case, index: int) -> bool:
     """Whether the set's file was made by the same request. A run that failed is tried again unless it collapsed."""
-    path = folder / f"{_name(job.row, job.case, index)}.json"
+    path = folder / f"{one.name(index)}.json"
     if not path.exists():
         return False
     entry = Entry.load(path)
-    same = entry.request == json.loads(json.dumps(request(real, job.recipe, job.options_of(index))))
+    same = entry.request == json.loads(json.dumps(one.request(index)))
     return same and (entry.record.result is not None or entry.record.collapsed)
 
 
@@ -357,8 +342,6 @@ def _shared(entry: Entry) -> dict[str, Any]:
 
 def _draw(reproduction: Reproduction, case: Case, rows: Sequence[Row], entries: Entries, folder: Path) -> list[str]:
     """Draws the figure of one case; the names of the files."""
-    from dstill.reporting import figures
-
     there = [(row.title, entries[row.name, case.name]) for row in rows if (row.name, case.name) in entries]
     records = {title: sets.record for title, sets in there}
     stem = f"figure-{case.name}"

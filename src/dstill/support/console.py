@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 
@@ -30,6 +31,64 @@ class Silent:
 
     def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
         pass
+
+
+Progress = bool | Reporter | None
+"""Whether progress is shown, or what receives it; None: it is shown where somebody can see it."""
+
+
+def reporter_of(progress: Progress = None) -> Reporter:
+    """What receives the progress of a public function.
+
+    Args:
+        progress: True to show it, False for silence, or a `Reporter` of your own. None shows it on a terminal and in a
+            notebook, and nowhere else.
+
+    Example:
+        >>> type(reporter_of(False)).__name__
+        'Silent'
+    """
+    if progress is None:
+        progress = in_notebook() or sys.stderr.isatty()
+    if not isinstance(progress, bool):
+        return progress
+    if not progress:
+        return Silent()
+    return NotebookReporter() if in_notebook() else ConsoleReporter(sys.stderr)
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this process."""
+    shell = sys.modules.get("IPython")
+    return shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
+class NotebookReporter:
+    """A bar for each stage, by tqdm, which draws it in the notebook; notes are printed between the bars."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage = ""
+
+    def note(self, text: str) -> None:
+        self._close()
+        print(printable(text))
+
+    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        from tqdm.auto import tqdm
+
+        if self._bar is None or stage != self._stage or done < self._bar.n:
+            self._close()
+            self._bar, self._stage = tqdm(total=total, desc=stage), stage
+        self._bar.set_postfix_str(printable(detail), refresh=False)
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 class ConsoleReporter:

@@ -1,0 +1,95 @@
+"""What is refused at once, so that nobody waits for experts or a distillation first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dstill.api.job import Job
+from dstill.artifacts.distilled import DistilledSet
+from dstill.config.settings import NetConfig, Recipe, evaluation_nets
+from dstill.data import siamese
+from dstill.data.real import VALIDATION_FRACTION, RealSet, check_ipc, stratified
+from dstill.distillation.sinks import check_sinks
+from dstill.errors import DstillError
+from dstill.evaluation.protocols import load_protocol
+from dstill.experts.trajectory import Trajectories
+from dstill.methods.base import method_class
+from dstill.methods.initialisation import check_initial
+from dstill.nets import networks as nets
+
+
+def check_early(
+    job: Job,
+    evaluated_on: Sequence[str] = (),
+    logs: Sequence[str] = (),
+    *,
+    own_experts: bool = True,
+    validates: bool = False,
+    initial: DistilledSet | None = None,
+) -> None:
+    """Refuses what would otherwise be refused after the experts are trained or the set is distilled.
+
+    Args:
+        job: the resolved command.
+        evaluated_on: names of evaluation networks.
+        logs: names of sinks.
+        own_experts: whether the recipe's experts are used; others may be longer.
+        validates: whether a part of the training images is held out on the way.
+        initial: a set whose images the synthetic set starts from.
+
+    Raises:
+        DstillError: the data have too few images, or a name is unknown, or the network or a setting cannot be used.
+    """
+    real, recipe = job.real, job.recipe
+    method = method_class(recipe.method)
+    check_ipc(real, recipe.ipc)
+    if validates and real.judged_on == "test":
+        stratified(real.train.labels, real.class_names, VALIDATION_FRACTION, torch.Generator())
+    if initial is not None:
+        if not method.starts_from_a_set:
+            raise DstillError(f"method {recipe.method!r} chooses real images: it does not start from a set, leave init out")
+        check_initial(initial, real, recipe.ipc)
+    load_protocol(recipe.protocol)
+    check_sinks(logs)
+    siamese.parse(recipe.augmentation)
+    own, *_ = [_network(config, real) for config in (recipe.net, *evaluation_nets(recipe.net, evaluated_on))]
+    method.check(recipe, own)
+    if own_experts:
+        _check_epochs(recipe)
+
+
+def _network(config: NetConfig, real: RealSet) -> torch.nn.Module:
+    return nets.build(config, real.channels, real.classes, real.size, torch.Generator())
+
+
+def _check_epochs(recipe: Recipe) -> None:
+    epochs, needed = recipe.expert_config.epochs, recipe.distill.epochs_needed
+    if epochs is not None and needed is not None and epochs < needed:
+        raise DstillError(
+            f"experts.epochs {epochs} is too short, matching needs {needed} (T+ + M - 1): raise it, or lower "
+            "distill.max_start_epoch"
+        )
+
+
+def check_experts(experts: Trajectories, job: Job) -> None:
+    """Refuses experts that do not fit the job, or that were trained on other inputs, as far as their files tell.
+
+    Experts of a whole training set, for one, have seen the part of it that a hold-out sets aside.
+
+    Raises:
+        DstillError: they are of another network, or too short, or their data or preprocessing are others.
+    """
+    real, recipe = job.real, job.recipe
+    if recipe.distill.epochs_needed is not None:
+        numel = sum(parameter.numel() for parameter in _network(recipe.net, real).parameters())
+        experts.check_fits(numel, recipe.distill.epochs_needed)
+    for key, ours, remedy in (
+        ("data", real.fingerprint, "train experts on these"),
+        ("preprocess", recipe.preprocess, f"pass --set preprocess={experts.headers[0].get('preprocess')}, or train others"),
+    ):
+        others = {header[key] for header in experts.headers if key in header} - {ours}
+        if others:
+            theirs = ", ".join(sorted(others))
+            raise DstillError(f"the experts of {experts.folder} were trained with other {key} ({theirs}, not {ours}): {remedy}")
