@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from dstill.api.apart import request, run_apart
 from dstill.api.job import Job, Workplace
 from dstill.api.options import Choice, Evaluation, Machine, Recording, Seeds, at_least_one
 from dstill.api.run import Task
 from dstill.artifacts.distilled import DistilledSet
-from dstill.artifacts.files import write_text
+from dstill.artifacts.files import atomic, write_text
 from dstill.artifacts.record import RunRecord
 from dstill.artifacts.run_folder import IDENTITY_NAME
 from dstill.config import recipes, yamls
@@ -266,7 +266,7 @@ def _work(call: _Call, one: _Case, index: int) -> None:
     except Exception as error:  # whatever went wrong, the other rows go on
         failure = error
         job.place.reporter.note(f"{name} failed: {reason_of(error)}")
-    picture = f"{name}.png" if index == 0 and (first / "distilled.png").exists() else ""
+    picture = f"{name}.webp" if index == 0 and (first / "distilled.png").exists() else ""
     entry = Entry(
         row=one.row.name,
         case=one.case.name,
@@ -279,7 +279,13 @@ def _work(call: _Call, one: _Case, index: int) -> None:
     )
     write_text(call.folder / f"{name}.json", entry.model_dump_json(indent=1) + "\n")
     if picture:
-        shutil.copyfile(first / "distilled.png", call.folder / picture)
+        small_picture(first / "distilled.png", call.folder / picture)
+
+
+def small_picture(source: Path, target: Path) -> None:
+    """Writes a picture as WebP of at most 400 pixels in width, as a results folder keeps one for every row."""
+    with Image.open(source) as image, atomic(target) as temporary:
+        image.convert("RGB").reduce(-(-image.width // 400)).save(temporary, format="WEBP", quality=75, method=6)
 
 
 def _followed(distilled: Path, job: Job) -> list[float]:
