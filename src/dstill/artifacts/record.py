@@ -28,8 +28,30 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def avg_var(step_lengths: Sequence[float]) -> float:
+    """Avg_Var = E_t[|θ_t - θ_{t+1}|²], the mean squared step of an expert: small for a smooth trajectory (Tables I and VII).
+
+    Args:
+        step_lengths: |θ_t - θ_{t+1}|² of each epoch, see `dstill.experts.smooth.step_lengths`.
+
+    Returns:
+        Their mean.
+
+    Example:
+        >>> avg_var([4.0, 1.0, 1.0])
+        2.0
+    """
+    return sum(step_lengths) / len(step_lengths)
+
+
 class ExpertCurves(_Record):
-    """By epoch, the mean over experts: accuracy, a diagnostic, and |θ_t - θ_{t+1}|²."""
+    """Means over the experts of a run, by epoch.
+
+    Attributes:
+        count: number of experts.
+        accuracy: accuracy on the test images, in [0, 1]; a diagnostic that nothing chooses by.
+        step_lengths: |θ_t - θ_{t+1}|².
+    """
 
     count: int
     accuracy: tuple[float, ...]
@@ -37,8 +59,8 @@ class ExpertCurves(_Record):
 
     @property
     def avg_var(self) -> float:
-        """E_t[|θ_t - θ_{t+1}|²] (Tables I and VII)."""
-        return sum(self.step_lengths) / len(self.step_lengths)
+        """Avg_Var, the mean of `step_lengths`."""
+        return avg_var(self.step_lengths)
 
     @classmethod
     def of(cls, curves: dict[str, list[list[float]]]) -> ExpertCurves:

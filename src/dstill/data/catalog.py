@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """Colour channels, height and breadth in pixels, classes, training images, test images."""
+    """Colour channels, height and width in pixels, classes, training images, test images."""
 
     channels: int
     size: tuple[int, int]

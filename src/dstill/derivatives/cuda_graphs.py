@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dstill.derivatives.unit import TensorUnit
 
-# Recording takes as long as a few dozen calls: it is for those who call often. What is beyond the most shapes runs as ever.
+# Recording takes as long as a few dozen calls, so only functions that are called often are recorded.
 CALLS_BEFORE, MOST_SHAPES = 20, 16
 
 _Result = TypeVar("_Result")
@@ -30,24 +30,37 @@ class _Recording(NamedTuple):
     outputs: Any
 
 
-class Recorder:
-    """Calls functions of tensors: on an NVIDIA card the first times as they are, then what was recorded of them.
+class Caller(Protocol):
+    """Calls a function of tensors: a `Recorder`, or `directly`."""
 
-    A function's arguments are tensors of one device, units, and lists and tuples of these; everything else among them must be
-    hashable. It returns floating tensors in such structures. It must neither wait for the card nor use random numbers, and it
-    reads nothing else that changes: torch's switches for precision and determinism are those of the recording. One recorder is
-    for functions of different names. `on=False` never records.
+    def __call__(self, function: Callable[..., _Result], /, *args: Any) -> _Result: ...
+
+
+def directly(function: Callable[..., _Result], /, *args: Any) -> _Result:
+    """`function(*args)`: the caller that records nothing."""
+    return function(*args)
+
+
+class Recorder:
+    """Calls functions of tensors and, on an NVIDIA card, records the kernels of those that are called often.
+
+    The first `CALLS_BEFORE` calls of a function with arguments of one shape run as usual. The next call records its kernels,
+    and from then on the recording is replayed. Shapes beyond the first `MOST_SHAPES` are not recorded.
+
+    The arguments of a function are tensors on one device, units, and lists and tuples of these; all other arguments must be
+    hashable. The function returns floating-point tensors in such structures. It must neither wait for the card nor draw random
+    numbers, and it must not depend on anything else that changes: a recording keeps the settings for precision and determinism
+    that torch had when it was made. Functions called through one recorder must differ in name.
     """
 
-    def __init__(self, on: bool = True) -> None:
-        self.on = on
+    def __init__(self) -> None:
         self.recordings: dict[Any, _Recording | None] = {}
         self._calls: Counter[Any] = Counter()
         self._pool: Any = None
 
     @torch.no_grad()
-    def __call__(self, function: Callable[..., _Result], *args: Any) -> _Result:
-        """`function(*args)`, in tensors of its own."""
+    def __call__(self, function: Callable[..., _Result], /, *args: Any) -> _Result:
+        """`function(*args)`, in tensors that the next call does not overwrite."""
         if not self._on_a_card(args):
             return function(*args)
         key = (function.__name__, _shape(args))
@@ -68,7 +81,7 @@ class Recorder:
         return with_tensors(recording.outputs, iter(fresh))
 
     def _on_a_card(self, args: tuple[Any, ...]) -> bool:
-        return self.on and next(tensors(args)).device.type == "cuda"
+        return next(tensors(args)).device.type == "cuda"
 
     def _recorded(self, function: Callable[..., Any], args: tuple[Any, ...]) -> _Recording | None:
         """None where the card has no memory for it: a recording keeps that of one step to itself."""

@@ -15,8 +15,8 @@ from dstill.derivatives.build import Kernels, fused_unit, kernels
 from dstill.derivatives.convolution import Convolution, Direct
 from dstill.derivatives.cpu_convolutions import Patches, Winograd
 from dstill.derivatives.cpu_unit import NativeUnit
-from dstill.derivatives.cuda_graphs import Recorder
-from dstill.derivatives.tangent import Engine, Sum, UnitMaker
+from dstill.derivatives.cuda_graphs import Caller, Recorder, directly
+from dstill.derivatives.tangent import Operations, Sum, UnitMaker
 from dstill.derivatives.unit import TensorUnit, Unit
 from dstill.nets.convnet import ConvNet
 from dstill.support.devices import full_precision
@@ -75,8 +75,8 @@ class Derivatives:
         threads: pieces at a time on a CPU; torch's own number if left out.
         compiled: `torch.compile` the tensor operations, where native kernels do not run: faster after up to a minute.
         native: False for tensor operations also where native kernels could run.
-        replayed: on an NVIDIA card, record the kernels of each function once and launch them together, see
-            `dstill.derivatives.cuda_graphs`.
+        call: calls `gradient`, `tangents` and `penalty`. A `Recorder` records their kernels on an NVIDIA card and replays them,
+            see `dstill.derivatives.cuda_graphs`.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Derivatives:
         threads: int | None = None,
         compiled: bool = False,
         native: bool = True,
-        replayed: bool = True,
+        call: Caller = directly,
     ) -> None:
         if not supports(net):
             raise TypeError("only a ConvNet with instance norm has hand-written derivatives")
         assert isinstance(net, ConvNet)
-        self.geometry, self.width, self.dtype = net.geometry, net.width, dtype
+        self.geometry, self.channels, self.dtype = net.geometry, net.width, dtype
         suitable = native and device.type == "cpu" and dtype in (torch.float32, torch.float64)
         compiled_kernels = kernels() if suitable else None
         self.native = compiled_kernels is not None
@@ -106,30 +106,30 @@ class Derivatives:
         else:
             fused = fused_unit() if native and device.type == "cuda" else None
             unit = fused or (_compiled_unit() if compiled else TensorUnit)
-        self.engine = Engine(unit, first, exact if precision == "float32" else rounded)
+        self.operations = Operations(unit, first, exact if precision == "float32" else rounded)
         self.threads = 1 if device.type != "cpu" else threads or torch.get_num_threads()
         budget = _PIECE_BYTES if precision == "float32" else _ROUNDED_PIECE_BYTES
         self.piece = _piece(self.geometry, net.width, dtype, budget) if device.type == "cpu" else None
         self._pool: ThreadPoolExecutor | None = None
-        self._recorder = Recorder(replayed)
+        self._call = call
 
     def kept_bytes(self, images: int) -> int:
         """About what `gradient(keep=True)` holds on to for so many images."""
         numbers = 0
-        for i, (_, (height, breadth)) in enumerate(self.geometry):
-            numbers += self.width * ((height * breadth if i else 0) + (height // 2) * (breadth // 2) + 4)
+        for i, (_, (height, width)) in enumerate(self.geometry):
+            numbers += self.channels * ((height * width if i else 0) + (height // 2) * (width // 2) + 4)
         return images * numbers * self.dtype.itemsize
 
     @torch.no_grad()
     def gradient(self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, *, keep: bool = False) -> Gradient:
         """Mean cross-entropy with target probabilities `[B, K]`, and its gradients; `keep` for the sake of `tangents`."""
-        return self._recorder(self._gradient, parameters, images, targets, keep)
+        return self._call(self._gradient, parameters, images, targets, keep)
 
     def _gradient(self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, keep: bool) -> Gradient:
-        point = self.engine.weights(parameters, second=False)
+        point = self.operations.weights(parameters, second=False)
 
         def work(piece: tuple[Tensor, Tensor]) -> tangent.FirstOrder:
-            result = tangent.cross_entropy_gradient(self.engine, point, *piece, len(images))
+            result = tangent.cross_entropy_gradient(self.operations, point, *piece, len(images))
             if keep:
                 result.units[0].z = None  # few input channels: cheaper to convolve again than to keep
             return result if keep else result._replace(units=[])
@@ -137,7 +137,7 @@ class Derivatives:
         parts = self._each(work, zip(self._cut(images), self._cut(targets), strict=True))
         loss, total = _added([part.loss for part in parts]), _summed([part.gradient for part in parts])
         kept = [part.units for part in parts] if keep else None
-        return Gradient(loss, total.parameters(self.engine.first), kept, torch.cat([part.logits for part in parts]))
+        return Gradient(loss, total.parameters(self.operations.first), kept, torch.cat([part.logits for part in parts]))
 
     @torch.no_grad()
     def tangents(
@@ -152,23 +152,23 @@ class Derivatives:
 
         `kept` is of `gradient` at the same point and images, and is used up; recomputed where it is None: the same numbers.
         """
-        return self._recorder(self._tangents, parameters, direction, images, targets, kept)
+        return self._call(self._tangents, parameters, direction, images, targets, kept)
 
     def _tangents(
         self, parameters: Sequence[Tensor], direction: Sequence[Tensor], images: Tensor, targets: Tensor, kept: Kept | None
     ) -> Tangents:
-        point, along = self.engine.weights(parameters), self.engine.weights(direction, first=False)
+        point, along = self.operations.weights(parameters), self.operations.weights(direction, first=False)
 
         def work(piece: tuple[Tensor, Tensor, list[Unit] | None]) -> tangent.SecondOrder:
             some, labels, units = piece
-            return tangent.cross_entropy_tangents(self.engine, point, along, some, labels, len(images), units)
+            return tangent.cross_entropy_tangents(self.operations, point, along, some, labels, len(images), units)
 
         cut = self._cut(images)
         units: Sequence[list[Unit] | None] = kept or [None] * len(cut)
         parts = self._each(work, zip(cut, self._cut(targets), units, strict=True))
         return Tangents(
             _added([part.loss for part in parts]),
-            _summed([part.gradient for part in parts]).parameters(self.engine.second),
+            _summed([part.gradient for part in parts]).parameters(self.operations.second),
             torch.cat([part.images for part in parts]),
             torch.cat([part.labels for part in parts]),
         )
@@ -178,31 +178,31 @@ class Derivatives:
         self, parameters: Sequence[Tensor], images: Tensor, *, pixelwise: bool, target: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
         """The expert's gradient penalty, E[(|grad_x W(x)| - target)^2], and its exact gradients (paper Eq. 19)."""
-        return self._recorder(self._penalty, parameters, images, pixelwise, target)
+        return self._call(self._penalty, parameters, images, pixelwise, target)
 
     def _penalty(
         self, parameters: Sequence[Tensor], images: Tensor, pixelwise: bool, target: float
     ) -> tuple[Tensor, list[Tensor]]:
-        point = self.engine.weights(parameters)
+        point = self.operations.weights(parameters)
 
         def work(some: Tensor) -> tuple[Tensor, Sum]:
-            return tangent.penalty_tangents(self.engine, point, some, pixelwise, target, len(images))
+            return tangent.penalty_tangents(self.operations, point, some, pixelwise, target, len(images))
 
         parts = self._each(work, self._cut(images))
         total = _summed([gradient for _, gradient in parts])
-        return _added([value for value, _ in parts]), total.parameters(self.engine.second)
+        return _added([value for value, _ in parts]), total.parameters(self.operations.second)
 
     @torch.no_grad()
     def logits(self, parameters: Sequence[Tensor], images: Tensor) -> Tensor:
         """`[B, K]` of preprocessed images."""
-        point = self.engine.weights(parameters, second=False)
-        return torch.cat(self._each(lambda some: tangent.logits(self.engine, point, some), self._cut(images)))
+        point = self.operations.weights(parameters, second=False)
+        return torch.cat(self._each(lambda some: tangent.logits(self.operations, point, some), self._cut(images)))
 
     @torch.no_grad()
     def features(self, parameters: Sequence[Tensor], images: Tensor) -> Tensor:
         """What enters the classifier, `[B, F]`, of preprocessed images."""
-        point = self.engine.weights(parameters, second=False)
-        return torch.cat(self._each(lambda some: tangent.features(self.engine, point, some), self._cut(images)))
+        point = self.operations.weights(parameters, second=False)
+        return torch.cat(self._each(lambda some: tangent.features(self.operations, point, some), self._cut(images)))
 
     def _cut(self, batch: Tensor) -> list[Tensor]:
         return [batch] if self.piece is None else list(batch.tensor_split(-(-len(batch) // self.piece)))
@@ -226,11 +226,11 @@ def _compiled_unit() -> type[TensorUnit]:
 
 
 def derivatives_of(net: nn.Module, *, precision: Precision = "float32", compiled: bool = False) -> Derivatives | None:
-    """The hand-written derivatives of a network where it stands; None where it has none."""
+    """The hand-written derivatives of a network on its device, recorded on an NVIDIA card; None where it has none."""
     if not supports(net):
         return None
     weight = next(net.parameters())
-    return Derivatives(net, weight.device, weight.dtype, precision, compiled=compiled)
+    return Derivatives(net, weight.device, weight.dtype, precision, compiled=compiled, call=Recorder())
 
 
 def _exact(kernels: Kernels | None, channels: int, size: tuple[int, int], dtype: torch.dtype) -> Convolution:
@@ -239,10 +239,10 @@ def _exact(kernels: Kernels | None, channels: int, size: tuple[int, int], dtype:
     return Patches(kernels, channels, size) if channels < _FEW_CHANNELS else Winograd(kernels, size)
 
 
-def _piece(geometry: Sequence[tuple[int, tuple[int, int]]], width: int, dtype: torch.dtype, budget: int) -> int:
+def _piece(geometry: Sequence[tuple[int, tuple[int, int]]], channels: int, dtype: torch.dtype, budget: int) -> int:
     """Images whose largest operand, 36 numbers for every 16 pixels of the second block's input, fits the budget."""
-    height, breadth = geometry[min(1, len(geometry) - 1)][1]
-    return max(1, int(budget / (36 / 16 * height * breadth * width * dtype.itemsize)))
+    height, width = geometry[min(1, len(geometry) - 1)][1]
+    return max(1, int(budget / (36 / 16 * height * width * channels * dtype.itemsize)))
 
 
 def _added(values: list[Tensor]) -> Tensor:

@@ -43,13 +43,13 @@ class UnitMaker(Protocol):
 
 
 @dataclass(frozen=True)
-class Engine:
-    """How the blocks of one network geometry are computed.
+class Operations:
+    """The operations that compute the blocks of one network geometry.
 
     Attributes:
         unit: makes the `Unit` of a block.
-        first: the convolution of each block in the first order. ReLU masks come from these.
-        second: the convolutions of the tangents; the same objects, or cheaper ones in another precision.
+        first: the convolution of each block in the first-order pass. The ReLU masks follow from its results.
+        second: the convolution of each block in the second-order pass: the same objects, or cheaper ones in another precision.
     """
 
     unit: UnitMaker
@@ -70,7 +70,7 @@ class Engine:
 
 
 class Weights(NamedTuple):
-    """See `Engine.weights`; `parameters` as they are in memory."""
+    """See `Operations.weights`; `parameters` as they are in memory."""
 
     parameters: Sequence[Tensor]
     first: Sequence[Operand]
@@ -126,43 +126,43 @@ class SecondOrder(NamedTuple):
     labels: Tensor
 
 
-def _forward(engine: Engine, point: Weights, images: Tensor) -> tuple[list[Unit], list[Operand], Tensor]:
+def _forward(operations: Operations, point: Weights, images: Tensor) -> tuple[list[Unit], list[Operand], Tensor]:
     """Units and convolution inputs of every block, and the features."""
     units: list[Unit] = []
     inputs: list[Operand] = []
     y = images
-    for i, (conv, weight) in enumerate(zip(engine.first, point.first, strict=True)):
+    for i, (conv, weight) in enumerate(zip(operations.first, point.first, strict=True)):
         inputs.append(conv.input(y))
-        units.append(engine.unit(*point.affine(i)))
+        units.append(operations.unit(*point.affine(i)))
         y = units[-1].forward(conv.forward((inputs[-1], weight)))
     return units, inputs, y
 
 
-def features(engine: Engine, point: Weights, images: Tensor) -> Tensor:
+def features(operations: Operations, point: Weights, images: Tensor) -> Tensor:
     """What enters the classifier, of `[B, C, H, W]`: `[B, F]`."""
-    return _forward(engine, point, images)[2].flatten(1)
+    return _forward(operations, point, images)[2].flatten(1)
 
 
-def logits(engine: Engine, point: Weights, images: Tensor) -> Tensor:
+def logits(operations: Operations, point: Weights, images: Tensor) -> Tensor:
     """Of `[B, C, H, W]`: `[B, K]`."""
-    return F.linear(features(engine, point, images), *point.classifier)
+    return F.linear(features(operations, point, images), *point.classifier)
 
 
 def cross_entropy_gradient(
-    engine: Engine, point: Weights, images: Tensor, targets: Tensor, count: int, *, weights: bool = True
+    operations: Operations, point: Weights, images: Tensor, targets: Tensor, count: int, *, weights: bool = True
 ) -> FirstOrder:
     """Cross-entropy with target probabilities `[B, K]`, summed over the images and divided by `count`, and its gradient.
 
     `weights=False` leaves out the gradient, for the sake of the units alone.
     """
-    units, inputs, features = _forward(engine, point, images)
+    units, inputs, features = _forward(operations, point, images)
     flat = features.flatten(1)
     outputs = F.linear(flat, *point.classifier)
     log_probabilities = F.log_softmax(outputs, 1)
     loss = -(targets * log_probabilities).sum() / count
     gf = (log_probabilities.exp() - targets) / count
     gy = (gf @ point.classifier[0]).view_as(features)
-    filters, _ = _backward(engine, point, units, inputs if weights else None, gy)
+    filters, _ = _backward(operations, point, units, inputs if weights else None, gy)
     if not weights:
         return FirstOrder(loss, None, units, outputs)
     gradient = Sum(filters, [u.gradients() for u in units], (gf.t() @ flat, gf.sum(0)))
@@ -170,12 +170,18 @@ def cross_entropy_gradient(
 
 
 def _backward(
-    engine: Engine, point: Weights, units: list[Unit], inputs: list[Operand] | None, gy: Tensor, *, by_images: bool = False
+    operations: Operations,
+    point: Weights,
+    units: list[Unit],
+    inputs: list[Operand] | None,
+    gy: Tensor,
+    *,
+    by_images: bool = False,
 ) -> tuple[list[Operand], Tensor | None]:
     """Runs `backward` from the top down; the gradients by the filters where `inputs` are given, and by the images if asked."""
     filters: list[Operand] = []
     for i in reversed(range(len(units))):
-        conv, gz = engine.first[i], units[i].backward(gy)
+        conv, gz = operations.first[i], units[i].backward(gy)
         if inputs is None and i == 0 and not by_images:
             break
         operand = conv.output(gz)
@@ -187,7 +193,7 @@ def _backward(
 
 
 def _tangent(
-    engine: Engine,
+    operations: Operations,
     point: Weights,
     direction: Weights | None,
     units: list[Unit],
@@ -200,12 +206,12 @@ def _tangent(
     `known` are the inputs of the first order, where they are still there.
     """
     inputs: list[Operand] = []
-    reused = known if engine.second is engine.first else None
+    reused = known if operations.second is operations.first else None
     dinputs: list[Operand | None] = []
     y, dy = images, dimages
-    for i, (unit, conv) in enumerate(zip(units, engine.second, strict=True)):
+    for i, (unit, conv) in enumerate(zip(units, operations.second, strict=True)):
         if unit.z is None:
-            unit.z = engine.first[i].forward((engine.first[i].input(y), point.first[i]))
+            unit.z = operations.first[i].forward((operations.first[i].input(y), point.first[i]))
         inputs.append(conv.input(y) if reused is None else reused[i])
         dinputs.append(None if dy is None else conv.input(dy))
         pairs = [] if dinputs[i] is None else [(dinputs[i], point.second[i])]
@@ -217,7 +223,7 @@ def _tangent(
 
 
 def _tangent_backward(
-    engine: Engine,
+    operations: Operations,
     point: Weights,
     direction: Weights | None,
     units: list[Unit],
@@ -230,7 +236,7 @@ def _tangent_backward(
     """Runs `tangent_backward` from the top down: tangents of the gradients by the filters and, if asked, by the images."""
     filters: list[Operand] = []
     for i in reversed(range(len(units))):
-        conv = engine.second[i]
+        conv = operations.second[i]
         gz, dgz = (conv.output(g) for g in units[i].tangent_backward(dgy))
         dx = dinputs[i]
         filters.insert(0, conv.by_weight((dgz, inputs[i]), *([] if dx is None else [(gz, dx)])))
@@ -241,7 +247,7 @@ def _tangent_backward(
 
 
 def cross_entropy_tangents(
-    engine: Engine,
+    operations: Operations,
     point: Weights,
     direction: Weights,
     images: Tensor,
@@ -252,7 +258,7 @@ def cross_entropy_tangents(
     """Derivatives of `cross_entropy_gradient` along a direction in the parameters.
 
     Args:
-        engine: how.
+        operations: the operations to compute with.
         point: the parameters.
         direction: the direction v.
         images: `[B, C, H, W]`.
@@ -264,8 +270,8 @@ def cross_entropy_tangents(
         <grad, v>; H v; d<grad, v>/d images; d<grad, v>/d label logits where q = softmax(label logits).
     """
     if units is None:
-        units = cross_entropy_gradient(engine, point, images, targets, count, weights=False).units
-    inputs, dinputs, y, dy = _tangent(engine, point, direction, units, images, None)
+        units = cross_entropy_gradient(operations, point, images, targets, count, weights=False).units
+    inputs, dinputs, y, dy = _tangent(operations, point, direction, units, images, None)
     flat, dflat = y.flatten(1), dy.flatten(1)
     (weight, _), (dweight, dbias) = point.classifier, direction.classifier
     probabilities = F.softmax(F.linear(flat, *point.classifier), 1)
@@ -275,13 +281,13 @@ def cross_entropy_tangents(
     dgf = probabilities * (df - (probabilities * df).sum(1, keepdim=True)) / count
     dlabels = -targets * (df - (targets * df).sum(1, keepdim=True)) / count
     dgy = (dgf @ weight + gf @ dweight).view_as(y)
-    filters, dimages = _tangent_backward(engine, point, direction, units, inputs, dinputs, dgy, by_images=True)
+    filters, dimages = _tangent_backward(operations, point, direction, units, inputs, dinputs, dgy, by_images=True)
     classifier = (dgf.t() @ flat + gf.t() @ dflat, dgf.sum(0))
     return SecondOrder(dloss, Sum(filters, [u.tangent_gradients() for u in units], classifier), dimages, dlabels)
 
 
 def penalty_tangents(
-    engine: Engine, point: Weights, images: Tensor, pixelwise: bool, target: float, count: int
+    operations: Operations, point: Weights, images: Tensor, pixelwise: bool, target: float, count: int
 ) -> tuple[Tensor, Sum]:
     """Two-sided gradient penalty (|grad_x W(x)| - target)^2, W the sum of the logits, and its exact gradient (Eq. 19).
 
@@ -289,7 +295,7 @@ def penalty_tangents(
     gradient of the penalty is the gradient by theta of the derivative of W along u in the input: one tangent pass.
 
     Args:
-        engine: how.
+        operations: the operations to compute with.
         point: the parameters.
         images: `[B, C, H, W]`, un-augmented.
         pixelwise: the norm over colour channels at each pixel (released code; the mean over pixels is taken) instead of
@@ -297,19 +303,19 @@ def penalty_tangents(
         target: K of the paper.
         count: what the sum over images is divided by.
     """
-    units, known, features = _forward(engine, point, images)
+    units, known, features = _forward(operations, point, images)
     weight = point.classifier[0]
     gy = weight.sum(0).expand(len(images), -1).contiguous().view_as(features)
-    _, jacobian = _backward(engine, point, units, None, gy, by_images=True)
+    _, jacobian = _backward(operations, point, units, None, gy, by_images=True)
     assert jacobian is not None
     axes, share = ((1,), images[0, 0].numel()) if pixelwise else ((1, 2, 3), 1)
     norm = jacobian.square().sum(axes, keepdim=True).sqrt()
     penalty = (norm - target).square().sum() / (count * share)
     direction = 2 * (norm - target) / norm.clamp_min(1e-12) * jacobian / (count * share)
 
-    inputs, dinputs, _, dy = _tangent(engine, point, None, units, images, direction, known)
+    inputs, dinputs, _, dy = _tangent(operations, point, None, units, images, direction, known)
     # The cotangent does not depend on x, so the tangent of every gradient above the top block is zero.
-    filters, _ = _tangent_backward(engine, point, None, units, inputs, dinputs, torch.zeros_like(dy), by_images=False)
+    filters, _ = _tangent_backward(operations, point, None, units, inputs, dinputs, torch.zeros_like(dy), by_images=False)
     by_weight = dy.flatten(1).sum(0).expand_as(weight).clone()
     classifier = (by_weight, torch.zeros_like(point.classifier[1]))
     return penalty, Sum(filters, [u.tangent_gradients() for u in units], classifier)

@@ -98,8 +98,3 @@ def smooth_objective(
 def step_lengths(trajectory: Tensor) -> Tensor:
     """|θ_t - θ_{t+1}|^2 for each epoch of a trajectory `[E+1, P]`: the curve of Fig. 9, `[E]` in float64."""
     return torch.stack([(b.double() - a.double()).square().sum() for a, b in itertools.pairwise(trajectory)])
-
-
-def avg_var(trajectory: Tensor) -> float:
-    """Avg_Var = E_t[|θ_t - θ_{t+1}|^2]: small for a smooth trajectory (Tables I and VII)."""
-    return float(step_lengths(trajectory).mean())

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dstill.artifacts import files
+from dstill.artifacts.record import avg_var
 from dstill.config.settings import digest
 from dstill.errors import DamagedFileError, DstillError
 
@@ -144,9 +145,8 @@ class Trajectories:
         lines = [f"{self.folder}: {len(self)} expert(s), {self.epochs} epochs, {self.numel:,} parameters"]
         for path, header in zip(self.paths, self.headers, strict=True):
             accuracies, lengths = header["record"]["accuracy"], header["record"]["step_lengths"]
-            average = sum(lengths) / len(lengths)
             accuracy = f"accuracy {accuracies[-1]:.1%}, " if accuracies else ""
-            numbers = f"{accuracy}last step {lengths[-1]:.3g}, Avg_Var {average:.3g}"
+            numbers = f"{accuracy}last step {lengths[-1]:.3g}, Avg_Var {avg_var(lengths):.3g}"
             lines.append(f"  {path.stem}: {header['shape'][0] - 1} epochs, {numbers}")
         return "\n".join(lines)
 

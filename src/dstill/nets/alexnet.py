@@ -26,9 +26,9 @@ class AlexNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, size: tuple[int, int]) -> None:
         super().__init__()
-        height, breadth = size
+        height, width = size
         if min(size) < _SMALLEST:
-            raise ValueError(f"AlexNet needs images of at least {_SMALLEST} pixels a side, got {height}x{breadth}")
+            raise ValueError(f"AlexNet needs images of at least {_SMALLEST} pixels a side, got {height}x{width}")
         self.body = nn.Sequential(
             nn.Conv2d(channels, 128, 5, padding=2),
             nn.ReLU(),
@@ -44,7 +44,7 @@ class AlexNet(nn.Module):
             nn.ReLU(),
             nn.MaxPool2d(2),
         )
-        self.classifier = nn.Linear(192 * (height // 8) * (breadth // 8), classes)
+        self.classifier = nn.Linear(192 * (height // 8) * (width // 8), classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, classes]` of preprocessed images `[B, channels, H, W]`."""

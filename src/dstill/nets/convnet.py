@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -45,19 +47,18 @@ class ConvNet(nn.Module):
         norm: Norm = "instance",
     ) -> None:
         super().__init__()
-        height, breadth = size
         check_depth(depth, size)
         self.norm, self.width = norm, width
         # Input channels and side lengths of every convolution.
         self.geometry: list[tuple[int, tuple[int, int]]] = []
         blocks: list[nn.Module] = []
         for _ in range(depth):
-            self.geometry.append((channels, (height, breadth)))
-            blocks += [nn.Conv2d(channels, width, 3, padding=1), norm_layer(norm, width, (height, breadth))]
+            self.geometry.append((channels, size))
+            blocks += [nn.Conv2d(channels, width, 3, padding=1), norm_layer(norm, width, size)]
             blocks += [nn.ReLU(), nn.AvgPool2d(2)]
-            channels, height, breadth = width, height // 2, breadth // 2
+            channels, size = width, (size[0] // 2, size[1] // 2)
         self.body = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(width * height * breadth, classes)
+        self.classifier = nn.Linear(width * math.prod(size), classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, classes]` of preprocessed images `[B, channels, H, W]`."""

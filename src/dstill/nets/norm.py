@@ -40,5 +40,5 @@ def halved(size: tuple[int, int]) -> tuple[int, int] | None:
         >>> halved((8, 9)), halved((3, 16))
         ((4, 4), None)
     """
-    height, breadth = size[0] // 2, size[1] // 2
-    return (height, breadth) if min(height, breadth) >= 2 else None
+    height, width = size[0] // 2, size[1] // 2
+    return (height, width) if min(height, width) >= 2 else None

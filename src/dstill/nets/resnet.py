@@ -127,8 +127,8 @@ class ResNet18AvgPool(nn.Module):
 
     def __init__(self, channels: int, classes: int, size: tuple[int, int], *, norm: Norm = "instance") -> None:
         super().__init__()
-        self.body, (height, breadth) = _body("ResNet18AvgPool", channels, size, "pool", norm)
-        self.classifier = nn.Linear(_WIDTHS[-1] * height * breadth, classes)
+        self.body, (height, width) = _body("ResNet18AvgPool", channels, size, "pool", norm)
+        self.classifier = nn.Linear(_WIDTHS[-1] * height * width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, classes]` of preprocessed images `[B, channels, H, W]`."""

@@ -39,17 +39,16 @@ class WideningConvNet(nn.Module):
         norm: Norm = "none",
     ) -> None:
         super().__init__()
-        height, breadth = size
         depth = depth or min(3, int(math.log2(min(size))))
         check_depth(depth, size)
         blocks: list[nn.Module] = []
         for block in range(depth):
             if block:
-                blocks.append(norm_layer(norm, channels, (height, breadth)))
+                blocks.append(norm_layer(norm, channels, size))
             blocks += [nn.Conv2d(channels, width << block, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
-            channels, height, breadth = width << block, height // 2, breadth // 2
+            channels, size = width << block, (size[0] // 2, size[1] // 2)
         self.body = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(channels * height * breadth, classes)
+        self.classifier = nn.Linear(channels * math.prod(size), classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 assert module.bias is not None

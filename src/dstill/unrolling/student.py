@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dstill.derivatives import engine
-from dstill.derivatives.cuda_graphs import Recorder
+from dstill.derivatives.cuda_graphs import Caller, Recorder, directly
 from dstill.derivatives.engine import Precision
 from dstill.errors import DstillError
 from dstill.support.devices import full_precision
@@ -72,16 +72,16 @@ class Student:
         self.numel = sum(self.sizes)
         self.precision: Precision = precision
         self.compiled, self.native = compiled, native
-        self._recorder = Recorder(replayed)
+        self._call: Caller = Recorder() if replayed else directly
         self._derivatives: dict[tuple[torch.device, torch.dtype], engine.Derivatives] = {}
 
     def derivatives(self, like: Tensor) -> engine.Derivatives | None:
         """The hand-written derivatives for tensors like this one; None where the network has none."""
         key = (like.device, like.dtype)
         if self.written and key not in self._derivatives:
-            # What is recorded here is the whole step, splitting and joining θ included.
+            # They record nothing: `_call` records the whole step, with the splitting and joining of θ.
             self._derivatives[key] = engine.Derivatives(
-                self.net, *key, self.precision, compiled=self.compiled, native=self.native, replayed=False
+                self.net, *key, self.precision, compiled=self.compiled, native=self.native
             )
         return self._derivatives.get(key)
 
@@ -109,7 +109,7 @@ class Student:
         written = self.derivatives(theta)
         if written is None:
             return *self._autograd_gradient(theta.detach(), images.detach(), labels), None
-        return self._recorder(self._written_gradient, theta, images, labels, keep)
+        return self._call(self._written_gradient, theta, images, labels, keep)
 
     def tangents(
         self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor, kept: engine.Kept | None = None
@@ -122,7 +122,7 @@ class Student:
         written = self.derivatives(theta)
         if written is None:
             return self._autograd_tangents(theta.detach(), v.detach(), images.detach(), labels.detach())
-        return self._recorder(self._written_tangents, theta, v, images, labels, kept)
+        return self._call(self._written_tangents, theta, v, images, labels, kept)
 
     @torch.no_grad()
     def _written_gradient(
