@@ -1,7 +1,7 @@
-"""CUDA graphs: the kernels of a function, recorded once for each shape of its arguments and from then on launched together.
+"""CUDA graphs: the kernels of a function are recorded once for each shape of its arguments, then launched together.
 
-A small network's derivatives are hundreds of kernels of microseconds each, and launching them one by one takes longer than
-running them.
+The derivatives of a small network take hundreds of kernels of a few microseconds each. Launching them one by one takes longer
+than running them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Result = TypeVar("_Result")
 
 
 class _Recording(NamedTuple):
-    """A graph, the tensors it reads, by type, and the structure of tensors it writes."""
+    """A graph, the tensors that it reads, grouped by type, and the structure of tensors that it writes."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[list[Tensor]]
@@ -76,7 +76,7 @@ class Recorder:
         for here, given in zip(recording.inputs, _by_type(tensors(args)), strict=True):
             torch._foreach_copy_(here, given)
         recording.graph.replay()
-        # The next replay overwrites what this one wrote. A product is one launch for all, where clones are one each.
+        # The next replay overwrites these tensors. Multiplying by 1 copies them all in one launch; clones need one each.
         fresh = torch._foreach_mul(list(tensors(recording.outputs)), 1)
         return with_tensors(recording.outputs, iter(fresh))
 
@@ -84,7 +84,7 @@ class Recorder:
         return next(tensors(args)).device.type == "cuda"
 
     def _recorded(self, function: Callable[..., Any], args: tuple[Any, ...]) -> _Recording | None:
-        """None where the card has no memory for it: a recording keeps that of one step to itself."""
+        """The recording; None if the card lacks the memory of one step that a recording keeps to itself."""
         try:
             return self._record(function, args)
         except torch.OutOfMemoryError:
@@ -99,11 +99,11 @@ class Recorder:
         with torch.cuda.device(inputs[0].device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # libraries choose their algorithms and workspaces before, not while, recording
+            with torch.cuda.stream(aside):  # libraries must choose algorithms and workspaces before recording
                 for _ in range(2):
                     run()
             torch.cuda.current_stream().wait_stream(aside)
-            # One pool for all: recordings never run side by side, and what they write is copied at once.
+            # All recordings share one pool: they never run at the same time, and their results are copied at once.
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
@@ -123,7 +123,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def with_tensors(value: Any, others: Iterator[Tensor]) -> Any:
-    """The same structure with other tensors, in the order of `tensors`; of a unit, what is kept."""
+    """The same structure with other tensors, in the order of `tensors`. A copied unit has the attributes in `KEPT` alone."""
     if isinstance(value, Tensor):
         return next(others)
     if isinstance(value, (list, tuple)):
@@ -139,7 +139,7 @@ def with_tensors(value: Any, others: Iterator[Tensor]) -> Any:
 
 
 def _by_type(values: Iterable[Tensor]) -> list[list[Tensor]]:
-    """One list for each type, in the order of their first tensors: torch copies lists of one type in one launch."""
+    """The tensors in one list for each type, since torch copies tensors of one type in one launch."""
     lists: dict[torch.dtype, list[Tensor]] = {}
     for value in values:
         lists.setdefault(value.dtype, []).append(value)
@@ -147,7 +147,7 @@ def _by_type(values: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _shape(value: Any) -> Any:
-    """What a recording is bound to: all but the numbers in the tensors."""
+    """What a recording is valid for: everything about the arguments except the numbers in the tensors."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, (list, tuple)):

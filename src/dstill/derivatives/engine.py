@@ -1,4 +1,4 @@
-"""What runs the hand-written derivatives: native kernels or tensor operations, in which precision and in which pieces."""
+"""Runs the hand-written derivatives: chooses kernels and precision, and cuts batches into pieces."""
 
 from __future__ import annotations
 
@@ -26,20 +26,26 @@ Precision = Literal["float32", "bfloat16-backward", "bfloat16"]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-# Fewer input channels than this: patches. Sides below this: the direct form, of which a 4x4 tile would be mostly padding.
+# Patches for fewer input channels than the first number. The direct form for sides below the second number, where most of
+# Winograd's 4x4 tile would be padding.
 _FEW_CHANNELS, _SMALL_SIDE = 8, 3
-# Images are taken a few at a time, so that one convolution's operands stay in the processor's caches. Matrix units for
-# bfloat16 want more of them: 18 % faster in an expert's step at width 128 with five times the budget.
+# Images are processed a few at a time, so that the operands of one convolution stay in the processor's caches. The matrix
+# units for bfloat16 need more images: an expert's step at width 128 is 18 % faster with five times the budget.
 _PIECE_BYTES, _ROUNDED_PIECE_BYTES = 1_500_000, 8_000_000
 
 
 def supports(net: nn.Module) -> bool:
-    """Whether `net` has hand-written derivatives: exactly a ConvNet with instance norm."""
+    """Whether `net` has hand-written derivatives: it must be a `ConvNet` (no subclass) with instance norm.
+
+    Example:
+        >>> supports(ConvNet(3, 10, (8, 8), width=4, depth=1)), supports(nn.Linear(2, 2))
+        (True, False)
+    """
     return type(net) is ConvNet and net.norm == "instance"
 
 
 class Tangents(NamedTuple):
-    """Derivatives along a direction: of the loss, and of its gradients by parameters, images, and label logits."""
+    """Derivatives along a direction: of the loss, and of its gradients with respect to parameters, images and label logits."""
 
     loss: Tensor
     parameters: list[Tensor]
@@ -47,11 +53,12 @@ class Tangents(NamedTuple):
     labels: Tensor
 
 
+# What the first-order pass leaves for the second: for each piece of the batch, the unit of each block.
 Kept = list[list[Unit]]
 
 
 class Gradient(NamedTuple):
-    """Loss, its gradients by the parameters, what `Derivatives.tangents` may start from, and the logits `[B, K]`."""
+    """The loss, its gradients with respect to the parameters, what `Derivatives.tangents` reuses, and logits `[B, K]`."""
 
     loss: Tensor
     parameters: list[Tensor]
@@ -60,23 +67,27 @@ class Gradient(NamedTuple):
 
 
 class Derivatives:
-    """Derivatives of the mean cross-entropy of one ConvNet, a few images at a time, the pieces side by side on threads.
+    """Derivatives of the mean cross-entropy of one ConvNet. On a CPU a batch is cut into pieces, which threads work on.
 
-    An instance norm looks at one image at a time, so cutting a batch into pieces is exact. Pieces are added up in order:
-    the numbers do not depend on the number of threads.
+    Instance norm treats each image by itself, so cutting a batch into pieces is exact. The results of the pieces are added in
+    order, so the numbers do not depend on the number of threads.
 
     Args:
-        net: supported by `supports`; its geometry alone is read.
-        device: where the tensors will be.
-        dtype: their type.
-        precision: `float32`: every product in the tensors' own type, also on NVIDIA cards, where torch would round to TF32.
-            `bfloat16-backward`: convolutions of the second order in bfloat16; `bfloat16`: all of them, but for native kernels
-            on few channels. The latter two are approximations.
-        threads: pieces at a time on a CPU; torch's own number if left out.
-        compiled: `torch.compile` the tensor operations, where native kernels do not run: faster after up to a minute.
-        native: False for tensor operations also where native kernels could run.
+        net: a network for which `supports` is true. Only its geometry is read, not its weights.
+        device: device of the tensors.
+        dtype: type of the tensors.
+        precision: `float32`: every product in the type of the tensors, also on NVIDIA cards, where torch would round to TF32.
+            `bfloat16-backward`: convolutions of the second-order pass in bfloat16. `bfloat16`: all convolutions in bfloat16,
+            except native kernels on few channels. The last two are approximations.
+        threads: number of threads on a CPU; torch's own number if left out.
+        compiled: compile the tensor operations with `torch.compile` where native kernels do not run. This is faster after a
+            compilation of up to a minute.
+        native: False to use tensor operations even where native kernels could run.
         call: calls `gradient`, `tangents` and `penalty`. A `Recorder` records their kernels on an NVIDIA card and replays them,
             see `dstill.derivatives.cuda_graphs`.
+
+    Raises:
+        TypeError: the network has no hand-written derivatives.
     """
 
     def __init__(
@@ -98,7 +109,7 @@ class Derivatives:
         compiled_kernels = kernels() if suitable else None
         self.native = compiled_kernels is not None
         exact: list[Convolution] = [_exact(compiled_kernels, channels, size, dtype) for channels, size in self.geometry]
-        # With few channels there is little to multiply, and a copy in another type costs more than it saves.
+        # With few channels there is little to multiply, so a copy in another type would cost more than it saves.
         rounded: list[Convolution] = [e if isinstance(e, Patches) else Direct(dtype, torch.bfloat16) for e in exact]
         first = rounded if precision == "bfloat16" else exact
         if compiled_kernels is not None:
@@ -114,7 +125,7 @@ class Derivatives:
         self._call = call
 
     def kept_bytes(self, images: int) -> int:
-        """About what `gradient(keep=True)` holds on to for so many images."""
+        """Approximate bytes that `gradient(keep=True)` keeps for a batch of `images` images."""
         numbers = 0
         for i, (_, (height, width)) in enumerate(self.geometry):
             numbers += self.channels * ((height * width if i else 0) + (height // 2) * (width // 2) + 4)
@@ -122,7 +133,14 @@ class Derivatives:
 
     @torch.no_grad()
     def gradient(self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, *, keep: bool = False) -> Gradient:
-        """Mean cross-entropy with target probabilities `[B, K]`, and its gradients; `keep` for the sake of `tangents`."""
+        """Mean cross-entropy with target probabilities, and its gradients.
+
+        Args:
+            parameters: in the order of `net.parameters()`.
+            images: `[B, C, H, W]`, preprocessed.
+            targets: target probabilities `[B, K]`.
+            keep: also return what `tangents` would otherwise recompute.
+        """
         return self._call(self._gradient, parameters, images, targets, keep)
 
     def _gradient(self, parameters: Sequence[Tensor], images: Tensor, targets: Tensor, keep: bool) -> Gradient:
@@ -131,7 +149,7 @@ class Derivatives:
         def work(piece: tuple[Tensor, Tensor]) -> tangent.FirstOrder:
             result = tangent.cross_entropy_gradient(self.operations, point, *piece, len(images))
             if keep:
-                result.units[0].z = None  # few input channels: cheaper to convolve again than to keep
+                result.units[0].z = None  # it has few input channels: convolving again is cheaper than keeping
             return result if keep else result._replace(units=[])
 
         parts = self._each(work, zip(self._cut(images), self._cut(targets), strict=True))
@@ -148,9 +166,15 @@ class Derivatives:
         targets: Tensor,
         kept: Kept | None = None,
     ) -> Tangents:
-        """Derivatives of the mean cross-entropy's gradient along a direction in the parameters.
+        """Derivatives of the gradient of the mean cross-entropy along a direction in the parameters.
 
-        `kept` is of `gradient` at the same point and images, and is used up; recomputed where it is None: the same numbers.
+        Args:
+            parameters: in the order of `net.parameters()`.
+            direction: a tensor for each parameter, of its shape.
+            images: `[B, C, H, W]`, preprocessed.
+            targets: target probabilities `[B, K]`.
+            kept: what `gradient` kept for the same parameters, images and targets. It can be used only once. It is recomputed
+                if left out; the numbers are the same.
         """
         return self._call(self._tangents, parameters, direction, images, targets, kept)
 
@@ -177,7 +201,14 @@ class Derivatives:
     def penalty(
         self, parameters: Sequence[Tensor], images: Tensor, *, pixelwise: bool, target: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
-        """The expert's gradient penalty, E[(|grad_x W(x)| - target)^2], and its exact gradients (paper Eq. 19)."""
+        """The expert's gradient penalty E[(|grad_x W(x)| - target)^2] and its exact gradients (paper Eq. 19).
+
+        Args:
+            parameters: in the order of `net.parameters()`.
+            images: `[B, C, H, W]`, preprocessed, not augmented.
+            pixelwise: see `dstill.derivatives.tangent.penalty_tangents`.
+            target: the paper's K.
+        """
         return self._call(self._penalty, parameters, images, pixelwise, target)
 
     def _penalty(
@@ -194,13 +225,13 @@ class Derivatives:
 
     @torch.no_grad()
     def logits(self, parameters: Sequence[Tensor], images: Tensor) -> Tensor:
-        """`[B, K]` of preprocessed images."""
+        """Logits `[B, K]` of preprocessed images `[B, C, H, W]`."""
         point = self.operations.weights(parameters, second=False)
         return torch.cat(self._each(lambda some: tangent.logits(self.operations, point, some), self._cut(images)))
 
     @torch.no_grad()
     def features(self, parameters: Sequence[Tensor], images: Tensor) -> Tensor:
-        """What enters the classifier, `[B, F]`, of preprocessed images."""
+        """The inputs of the classifier, `[B, F]`, for preprocessed images `[B, C, H, W]`."""
         point = self.operations.weights(parameters, second=False)
         return torch.cat(self._each(lambda some: tangent.features(self.operations, point, some), self._cut(images)))
 
@@ -218,8 +249,8 @@ class Derivatives:
 
 @functools.cache
 def _compiled_unit() -> type[TensorUnit]:
-    """`TensorUnit` with each form compiled by itself: compiling a whole sweep takes ten times as long."""
-    # One for each block and batch size, of experts and students; beyond torch's limit of eight it would compile no more.
+    """`TensorUnit` with each form compiled by itself, since compiling a whole pass takes ten times as long."""
+    # Every block and every batch size, of experts and of students, is compiled by itself. Torch would stop at eight.
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     forms = ("forward", "backward", "tangent", "tangent_backward")
     return type("CompiledUnit", (TensorUnit,), {f: torch.compile(getattr(TensorUnit, f), dynamic=False) for f in forms})
@@ -240,7 +271,10 @@ def _exact(kernels: Kernels | None, channels: int, size: tuple[int, int], dtype:
 
 
 def _piece(geometry: Sequence[tuple[int, tuple[int, int]]], channels: int, dtype: torch.dtype, budget: int) -> int:
-    """Images whose largest operand, 36 numbers for every 16 pixels of the second block's input, fits the budget."""
+    """How many images fit the budget of bytes with their largest operand.
+
+    That is the second block's input in Winograd's domain: 36 numbers for every 16 pixels.
+    """
     height, width = geometry[min(1, len(geometry) - 1)][1]
     return max(1, int(budget / (36 / 16 * height * width * channels * dtype.itemsize)))
 

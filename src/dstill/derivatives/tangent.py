@@ -1,25 +1,25 @@
-"""Derivatives of the instance-norm ConvNet written by hand: each block in four forms.
+"""Derivatives of the instance-norm ConvNet, written by hand: each block in four forms.
 
-With the scalar l(theta, x), a direction (theta', x') and a prime for d/d(epsilon) along it, one pass gives
+Let l(theta, x) be a scalar, (theta', x') a direction, and let a prime denote the derivative along it. One pass computes
 
     l' = <grad l, (theta', x')>      grad_theta l'  (a Hessian-vector product)      grad_x l'
 
-which is everything that one step of the unrolled gradient needs (`dstill.unrolling.adjoint`: H v, the image term and the
-step-size term), and, with a direction in the *input*, the exact gradient of the expert's gradient penalty.
+This is everything that one step of the unrolled gradient needs (`dstill.unrolling.adjoint`: H v, the image term and the
+step-size term). With a direction in the *input*, it gives the exact gradient of the expert's gradient penalty.
 
-Why by hand: library double backward also forms the gradient by the primal weights, keeps a graph, and treats the
-convolution bias, whose effect an instance norm removes exactly. A block is a `Convolution` followed by a `Unit`; both have
-a form in plain tensor operations, for any device and type. Both have native forms for a CPU, and the unit has one for NVIDIA
-cards (`dstill.derivatives.build`).
+Why by hand: torch's double backward also forms the gradient with respect to the primal weights, keeps a graph, and computes
+with the convolution bias, whose effect the instance norm removes exactly. A block is a `Convolution` followed by a `Unit`.
+Both are implemented in plain tensor operations for any device and type, and in native kernels for CPUs; the unit also has
+kernels for NVIDIA cards (`dstill.derivatives.build`).
 
-A pass has two halves, so that the first may run long before the second. `cross_entropy_gradient` is the first order:
-forward and backward. It leaves one `Unit` a block, holding what is dear to recompute: the convolution's output z and the
-gradient by the block's output. `cross_entropy_tangents` and `penalty_tangents` are the second order: the tangents of
-both, starting from these units.
+The computation has two passes, and the first may run long before the second. `cross_entropy_gradient` is the first-order
+pass: forward and backward. It leaves one `Unit` for each block, which holds what is expensive to recompute: the output z of
+the convolution and the gradient with respect to the block's output. `cross_entropy_tangents` and `penalty_tangents` are the
+second-order pass: the tangents of forward and backward, computed from these units.
 
-Shapes: images `[B, C, H, W]`; `parameters` is the list of `ConvNet.parameters()`, which is, for each block,
-convolution weight `[O, I, 3, 3]`, convolution bias `[O]`, norm scale `[O]`, norm shift `[O]`, and at the end the
-classifier's weight and bias.
+Shapes: images are `[B, C, H, W]`. `parameters` is the list of `ConvNet.parameters()`: for each block the convolution weight
+`[O, I, 3, 3]`, the convolution bias `[O]`, the norm's scale `[O]` and shift `[O]`, and at the end the weight and the bias of
+the classifier.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dstill.derivatives.unit import Unit
 
 
 class UnitMaker(Protocol):
-    """Makes a `Unit` from scale and shift."""
+    """Makes a `Unit` from the norm's scale and shift."""
 
     def __call__(self, scale: Tensor, shift: Tensor, /) -> Unit: ...
 
@@ -57,7 +57,13 @@ class Operations:
     second: Sequence[Convolution]
 
     def weights(self, parameters: Sequence[Tensor], *, first: bool = True, second: bool = True) -> Weights:
-        """Parameters, or a direction in them, with the filters in the domains of the orders that are asked for."""
+        """Prepares parameters, or a direction in parameter space, for the passes.
+
+        Args:
+            parameters: a tensor for each parameter of the network.
+            first: transform the filters for the first-order pass.
+            second: transform the filters for the second-order pass.
+        """
         filters = parameters[:-2:4]
         if self.second is self.first:
             both = [conv.weight(w) for conv, w in zip(self.first, filters, strict=True)]
@@ -70,7 +76,7 @@ class Operations:
 
 
 class Weights(NamedTuple):
-    """See `Operations.weights`; `parameters` as they are in memory."""
+    """Parameters as they are in memory, and their filters in the domains of both passes: see `Operations.weights`."""
 
     parameters: Sequence[Tensor]
     first: Sequence[Operand]
@@ -86,7 +92,10 @@ class Weights(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """A gradient by the parameters of some images, its filters still in the convolutions' domain: sums come cheap there."""
+    """The gradient of some images with respect to the parameters, with its filters still in the convolutions' domain.
+
+    Gradients of several pieces are added there and transformed back once.
+    """
 
     filters: list[Operand]
     affine: list[tuple[Tensor, Tensor]]
@@ -109,7 +118,7 @@ class Sum(NamedTuple):
 
 
 class FirstOrder(NamedTuple):
-    """Loss of some images, its gradient, the units that the second order starts from, and the logits."""
+    """The loss of some images, its gradient, the units that the second-order pass starts from, and the logits."""
 
     loss: Tensor
     gradient: Sum | None
@@ -118,7 +127,7 @@ class FirstOrder(NamedTuple):
 
 
 class SecondOrder(NamedTuple):
-    """Derivatives along one direction: of the loss, and of its gradients by parameters, images and label logits."""
+    """Derivatives along a direction: of the loss, and of its gradients with respect to parameters, images and label logits."""
 
     loss: Tensor
     gradient: Sum
@@ -127,7 +136,7 @@ class SecondOrder(NamedTuple):
 
 
 def _forward(operations: Operations, point: Weights, images: Tensor) -> tuple[list[Unit], list[Operand], Tensor]:
-    """Units and convolution inputs of every block, and the features."""
+    """The unit and the transformed input of each block, and the features `[B, O, H, W]`."""
     units: list[Unit] = []
     inputs: list[Operand] = []
     y = images
@@ -139,21 +148,27 @@ def _forward(operations: Operations, point: Weights, images: Tensor) -> tuple[li
 
 
 def features(operations: Operations, point: Weights, images: Tensor) -> Tensor:
-    """What enters the classifier, of `[B, C, H, W]`: `[B, F]`."""
+    """The inputs of the classifier, `[B, F]`, for images `[B, C, H, W]`."""
     return _forward(operations, point, images)[2].flatten(1)
 
 
 def logits(operations: Operations, point: Weights, images: Tensor) -> Tensor:
-    """Of `[B, C, H, W]`: `[B, K]`."""
+    """Logits `[B, K]` of images `[B, C, H, W]`."""
     return F.linear(features(operations, point, images), *point.classifier)
 
 
 def cross_entropy_gradient(
     operations: Operations, point: Weights, images: Tensor, targets: Tensor, count: int, *, weights: bool = True
 ) -> FirstOrder:
-    """Cross-entropy with target probabilities `[B, K]`, summed over the images and divided by `count`, and its gradient.
+    """Cross-entropy of some images, and its gradient.
 
-    `weights=False` leaves out the gradient, for the sake of the units alone.
+    Args:
+        operations: the operations to compute with.
+        point: the parameters.
+        images: `[B, C, H, W]`.
+        targets: target probabilities `[B, K]`.
+        count: the sum over the images is divided by this number.
+        weights: False to leave out the gradient and compute the units alone.
     """
     units, inputs, features = _forward(operations, point, images)
     flat = features.flatten(1)
@@ -178,7 +193,11 @@ def _backward(
     *,
     by_images: bool = False,
 ) -> tuple[list[Operand], Tensor | None]:
-    """Runs `backward` from the top down; the gradients by the filters where `inputs` are given, and by the images if asked."""
+    """Runs `Unit.backward` from the last block to the first.
+
+    Returns:
+        Gradients with respect to the filters, if `inputs` are given; the gradient with respect to the images, if `by_images`.
+    """
     filters: list[Operand] = []
     for i in reversed(range(len(units))):
         conv, gz = operations.first[i], units[i].backward(gy)
@@ -201,9 +220,12 @@ def _tangent(
     dimages: Tensor | None,
     known: list[Operand] | None = None,
 ) -> tuple[list[Operand], list[Operand | None], Tensor, Tensor]:
-    """Runs `tangent` from the bottom up: inputs of every convolution, their tangents, the features and their tangent.
+    """Runs `Unit.tangent` from the first block to the last.
 
-    `known` are the inputs of the first order, where they are still there.
+    `known` are the transformed inputs of the first-order pass, where they have been kept.
+
+    Returns:
+        The transformed inputs of the convolutions, the tangents of these, the features, and the tangent of the features.
     """
     inputs: list[Operand] = []
     reused = known if operations.second is operations.first else None
@@ -233,7 +255,11 @@ def _tangent_backward(
     *,
     by_images: bool,
 ) -> tuple[list[Operand], Tensor]:
-    """Runs `tangent_backward` from the top down: tangents of the gradients by the filters and, if asked, by the images."""
+    """Runs `Unit.tangent_backward` from the last block to the first.
+
+    Returns:
+        Tangents of the gradients with respect to the filters and, if `by_images`, with respect to the images.
+    """
     filters: list[Operand] = []
     for i in reversed(range(len(units))):
         conv = operations.second[i]
@@ -262,12 +288,13 @@ def cross_entropy_tangents(
         point: the parameters.
         direction: the direction v.
         images: `[B, C, H, W]`.
-        targets: target probabilities q `[B, K]`, rows summing to one.
-        count: what the sum over images is divided by.
-        units: those of the first order at this point and these images; recomputed if left out. They are used up.
+        targets: target probabilities q `[B, K]`; each row sums to one.
+        count: the sum over the images is divided by this number.
+        units: the units of the first-order pass at this point and these images; recomputed if left out. They can be used only
+            once.
 
     Returns:
-        <grad, v>; H v; d<grad, v>/d images; d<grad, v>/d label logits where q = softmax(label logits).
+        <grad, v>; H v; d<grad, v>/d images; d<grad, v>/d label logits, where q = softmax(label logits).
     """
     if units is None:
         units = cross_entropy_gradient(operations, point, images, targets, count, weights=False).units
@@ -289,19 +316,22 @@ def cross_entropy_tangents(
 def penalty_tangents(
     operations: Operations, point: Weights, images: Tensor, pixelwise: bool, target: float, count: int
 ) -> tuple[Tensor, Sum]:
-    """Two-sided gradient penalty (|grad_x W(x)| - target)^2, W the sum of the logits, and its exact gradient (Eq. 19).
+    """The two-sided gradient penalty (|grad_x W(x)| - target)^2 and its exact gradient (Eq. 19); W is the sum of the logits.
 
-    Summed over the images and divided by `count`. With J = grad_x W and u = 2 (|J| - target) / |J| J held constant, the
-    gradient of the penalty is the gradient by theta of the derivative of W along u in the input: one tangent pass.
+    Let J = grad_x W, and hold u = 2 (|J| - target) / |J| J constant. The gradient of the penalty is then the gradient, with
+    respect to theta, of the derivative of W along u in the input: one tangent pass.
 
     Args:
         operations: the operations to compute with.
         point: the parameters.
-        images: `[B, C, H, W]`, un-augmented.
-        pixelwise: the norm over colour channels at each pixel (released code; the mean over pixels is taken) instead of
-            over the whole image (paper).
-        target: K of the paper.
-        count: what the sum over images is divided by.
+        images: `[B, C, H, W]`, not augmented.
+        pixelwise: take the norm over the colour channels at each pixel, and the mean over pixels (released code), instead of
+            the norm over the whole image (paper).
+        target: the paper's K.
+        count: the sum over the images is divided by this number.
+
+    Returns:
+        The penalty and its gradient with respect to the parameters.
     """
     units, known, features = _forward(operations, point, images)
     weight = point.classifier[0]
