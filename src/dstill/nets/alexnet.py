@@ -9,9 +9,9 @@ _SMALLEST = 8  # three halvings
 
 
 class AlexNet(nn.Module):
-    """5x5 128, pool, 5x5 192, pool, 3x3 256-192-192, pool; then one linear layer. No norm, no dropout.
+    """Convolutions 5x5 128, pool, 5x5 192, pool, 3x3 256, 192, 192, pool; then one linear layer. No norm, no dropout.
 
-    The small-image variant of DC (Zhao and Bilen 2021), with ReLU after each convolution and 2x2 max-pooling. At
+    This is DC's variant for small images (Zhao and Bilen 2021), with ReLU after each convolution and 2x2 max-pooling. At
     32x32x3 and 10 classes the last map is `[B, 192, 4, 4]` and there are 1,872,202 parameters; at 8x8 the last map is
     `[B, 192, 1, 1]`.
 
