@@ -78,8 +78,8 @@ class DistilledSet:
         DistilledSet('dm' of 'pets', 4 images of 1x8x8, 2 classes)
         >>> distilled.pixels().unique()
         tensor([0.5000])
-        >>> distilled.train_kwargs()["lr"]
-        0.02
+        >>> distilled.train_kwargs()["lr"], len(distilled.as_dataset())
+        (0.02, 4)
     """
 
     images: Tensor

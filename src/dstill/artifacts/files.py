@@ -70,7 +70,7 @@ def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
 
 
 def _system_error(error: Exception, path: Path) -> Exception:
-    """The system's error, which safetensors only mentions in the text of its own."""
+    """The system's error behind a safetensors error, which mentions it only in its text."""
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found.group(1)), os.strerror(int(found.group(1))), str(path)) if found else error
 

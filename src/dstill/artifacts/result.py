@@ -82,7 +82,15 @@ class ProtocolId(BaseModel):
 
 
 class Cost(BaseModel):
-    """What it took to distil one set, without what is trained before and shared, such as experts."""
+    """What it took to distil one set, without what is trained before and shared, such as experts.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Cost(seconds=12.5, peak_bytes=None).save(Path(folder))
+        ...     Cost.load(Path(folder)).seconds
+        12.5
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

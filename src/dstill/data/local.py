@@ -77,7 +77,7 @@ def _by_split(root: Path, files: list[Path]) -> dict[str, list[Path]]:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a name tells; also one that is never read, such as `extra` in extra-00000-of-00001."""
+    """The split in the name of a file or folder, even one that is never read, such as `extra` in extra-00000-of-00001."""
     words = re.split(r"[-_.]", name.lower())
     known = next((_SPLITS[word] for word in words if word in _SPLITS), None)
     shard = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}.*", name.lower())

@@ -1,4 +1,4 @@
-"""Reads images from where they are: by `datasets` from disk or from the Hugging Face hub, or from tensors in memory."""
+"""Reads images: from disk or from the Hugging Face hub by `datasets`, or from tensors in memory."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ class _Decoder:
             if len(self.class_names) not in (0, _IMAGENET_CLASSES):
                 raise DstillError(
                     f"{name} is drawn from the {_IMAGENET_CLASSES} classes of ImageNet, but the data has "
-                    f"{len(self.class_names)}: pass a complete copy of ILSVRC-1k, or load the data by its path alone"
+                    f"{len(self.class_names)}: pass a complete copy of ILSVRC-1k, or only the path, without the subset's name"
                 )
             wanted = set(entry.imagenet_ids)
             split = split.select([i for i, c in enumerate(split[self.label]) if c in wanted])

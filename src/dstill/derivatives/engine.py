@@ -257,7 +257,7 @@ def _compiled_unit() -> type[TensorUnit]:
 
 
 def derivatives_of(net: nn.Module, *, precision: Precision = "float32", compiled: bool = False) -> Derivatives | None:
-    """The hand-written derivatives of a network on its device, recorded on an NVIDIA card; None where it has none."""
+    """The hand-written derivatives of a network on its device, recorded on an NVIDIA card; None if it has none."""
     if not supports(net):
         return None
     weight = next(net.parameters())
