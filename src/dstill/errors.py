@@ -1,4 +1,4 @@
-"""The one exception that a user can cause."""
+"""The exceptions that a user can cause, and the words of their messages."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ from collections.abc import Iterable
 
 
 class DstillError(ValueError):
-    """Something the user asked for cannot be done; the message says what, which value, and what to do instead.
+    """Something that the user asked for cannot be done. The message says what, for which value, and what to do instead.
 
-    The command line prints the message alone and exits with code 2; `--debug` shows the traceback.
+    The command line prints the message alone and exits with code 2; with `--debug` it shows the traceback.
+
+    Example:
+        >>> from dstill.data.siamese import parse
+        >>> try:
+        ...     parse("flip_crp")
+        ... except DstillError as error:
+        ...     print(error)
+        unknown augmentation 'crp' in 'flip_crp'; did you mean crop?
     """
 
 
 def suggest(value: str, known: Iterable[str]) -> str:
-    """The tail of a "not known" message: the closest known names, or all of them.
+    """The end of a message about an unknown name: the known names closest to it, or all of them if none is close.
+
+    Args:
+        value: the unknown name.
+        known: the known names.
 
     Example:
         >>> suggest("cifra10", ["cifar10", "cifar100", "digits"])
@@ -26,13 +38,18 @@ def suggest(value: str, known: Iterable[str]) -> str:
 
 
 class CollapseError(DstillError):
-    """A distillation left what can be computed with: its steps are too large for what it matches."""
+    """A distillation collapsed: its numbers are no longer usable, because its steps are too large for what it matches."""
 
 
 class DamagedFileError(DstillError):
-    """A file is not what was written: cut off, changed, or empty."""
+    """A file is not as it was written: it is cut off, changed or empty."""
 
 
 def reason_of(error: Exception) -> str:
-    """Why a run failed, as a row of a table keeps it."""
+    """Why a run failed, in the words that a table shows.
+
+    Example:
+        >>> reason_of(DstillError("no images")), reason_of(KeyError("x"))
+        ('no images', "KeyError: 'x'")
+    """
     return str(error) if isinstance(error, DstillError) else f"{type(error).__name__}: {error}"

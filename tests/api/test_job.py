@@ -63,8 +63,8 @@ def test_the_expert_that_describes_images_is_trained_once_and_to_its_full_length
         ({"net": "resnet19"}, "unknown network"),
         (changed("augmentation=crop_flpi"), "flpi"),
         (changed("experts.epochs=1"), "experts.epochs 1 is too short, matching needs"),
-        (changed("net.norm=group", "distill.precision=bfloat16"), "knows float32 alone"),
-        (changed("net.norm=group", "experts.precision=bfloat16"), "knows float32 alone"),
+        (changed("net.norm=group", "distill.precision=bfloat16"), "use float32 for ConvNet"),
+        (changed("net.norm=group", "experts.precision=bfloat16"), "use float32 for ConvNet"),
         (changed("distill.gradient=graph", "distill.precision=bfloat16"), "gradient graph is plain autograd"),
     ],
 )

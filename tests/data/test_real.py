@@ -172,7 +172,7 @@ def test_the_images_of_a_class_may_lie_deeper(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("extra/x.png", "extra has images that are of no split"),
+        ("extra/x.png", "extra has images that belong to no split and no class"),
         ("test/x.png", "x.png lies beside the class folders"),
         ("train/cat/test/x.png", "train/cat/test looks like a split"),
     ],
@@ -700,7 +700,7 @@ def test_an_empty_training_split_is_refused():
 
 @pytest.mark.parametrize("labels", [[0, 1, 0], [[0], [1]], [0.0, 1.0]], ids=["too many", "a column", "floats"])
 def test_labels_that_are_not_one_whole_number_an_image_are_refused(labels: list):
-    with pytest.raises(DstillError, match="labels must be one whole number an image"):
+    with pytest.raises(DstillError, match="labels must be one whole number for each image"):
         load_real({"train": (arrays([0, 1])[0], labels), "test": arrays([0, 1])})
 
 

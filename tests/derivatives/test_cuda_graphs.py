@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from dstill.data import siamese
-from dstill.derivatives.cuda_graphs import CALLS_BEFORE, MOST_SHAPES, Recorder, _by_type, _Recording, tensors, with_tensors
+from dstill.derivatives.cuda_graphs import (
+    CALLS_BEFORE,
+    MOST_SHAPES,
+    Caller,
+    Recorder,
+    _by_type,
+    _Recording,
+    directly,
+    tensors,
+    with_tensors,
+)
 from dstill.derivatives.engine import Derivatives, Gradient
 from dstill.derivatives.unit import TensorUnit
 from dstill.nets.convnet import ConvNet
@@ -63,7 +73,7 @@ class _OnTheProcessor(Recorder):
     """Records on the processor, where there is no card."""
 
     def _on_a_card(self, args: Any) -> bool:
-        return self.on
+        return True
 
     def _record(self, function: Any, args: Any) -> Any:
         inputs = [tensor.clone() for tensor in tensors(args)]
@@ -86,9 +96,10 @@ def test_a_student_that_is_replayed_takes_the_same_way(precision: Any, soft: boo
     targets = {len(steps): (theta + 0.02, 1.0)}
     found: list[list[Tensor]] = []
     recorder = _OnTheProcessor()
-    for how in (Recorder(on=False), recorder):
+    ways: tuple[Caller, ...] = (directly, recorder)
+    for call in ways:
         student = Student(net, precision=precision, native=False)
-        student._recorder = how
+        student._call = call
         written = student.derivatives(theta)
         assert written is not None
         written.piece = None  # a card takes a batch in one piece
@@ -160,7 +171,8 @@ def test_replayed_derivatives_are_those_launched_one_by_one(precision: Any, comp
     parameters = [parameter.detach() for parameter in net.parameters()]
     direction = [torch.randn_like(parameter) for parameter in parameters]
     made: dict[str, Any] = {"precision": precision, "compiled": compiled, "native": not compiled}
-    ways = [Derivatives(net, device, replayed=replayed, **made) for replayed in (False, True)]
+    recorder = Recorder()
+    ways = [Derivatives(net, device, **made), Derivatives(net, device, call=recorder, **made)]
     results: list[list[Tensor]] = [[], []]
     for images, targets in _batches(device, CALLS_BEFORE + 5):
         for found, way in zip(results, ways, strict=True):
@@ -168,7 +180,7 @@ def test_replayed_derivatives_are_those_launched_one_by_one(precision: Any, comp
             found += [gradient.loss, *gradient.parameters, gradient.logits]
             found += tensors(way.tangents(parameters, direction, images, targets, gradient.kept))
             found += tensors(way.penalty(parameters, images, pixelwise=False))
-    assert [len(way._recorder.recordings) for way in ways] == [0, 3]
+    assert len(recorder.recordings) == 3
     for plain, replayed in zip(*results, strict=True):
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
 

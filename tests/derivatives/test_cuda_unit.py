@@ -66,5 +66,5 @@ def test_derivatives_take_the_kernels_on_a_card() -> None:
     from dstill.derivatives.cuda_unit import FusedUnit
 
     net, device = ConvNet(3, 10, (8, 8), width=4, depth=2), torch.device("cuda")
-    assert Derivatives(net, device).engine.unit is FusedUnit
-    assert Derivatives(net, device, native=False).engine.unit is TensorUnit
+    assert Derivatives(net, device).operations.unit is FusedUnit
+    assert Derivatives(net, device, native=False).operations.unit is TensorUnit

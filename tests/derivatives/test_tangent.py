@@ -225,7 +225,7 @@ def test_compiled_operations_give_the_same_derivatives():
         Derivatives(net, torch.device("cpu"), torch.float64, native=False, compiled=flag) for flag in (False, True)
     )
     found = [engine.tangents(parameters, direction, images, targets) for engine in (plain, compiled)]
-    assert type(compiled.engine.unit(*parameters[2:4])).__name__ == "CompiledUnit"
+    assert type(compiled.operations.unit(*parameters[2:4])).__name__ == "CompiledUnit"
     assert_equal([found[1].loss, *found[1].parameters, found[1].images], [found[0].loss, *found[0].parameters, found[0].images])
 
 

@@ -108,7 +108,7 @@ def test_a_list_of_recipes_says_what_each_is_for(call: Call) -> None:
         (["run", "digits", "--nets", "convnet,vgg12"], "unknown network 'vgg12'; did you mean vgg11?"),
         (["run", "digits", *FAST, "--sets", "0"], "sets must be at least 1, got 0"),
         (["run", "digits", *FAST, "--networks", "-2"], "networks must be at least 1, got -2"),
-        (["run", "digits", *FAST, "-o", "tiny.yaml"], "tiny.yaml is no folder, and none can be made there"),
+        (["run", "digits", *FAST, "-o", "tiny.yaml"], "tiny.yaml is not a folder, and none can be made there"),
         (["run", "digits", "--train-fraction", "2"], "train_fraction must be above 0 and at most 1, got 2.0"),
         (["train-experts", "digits", *FAST, "--only", "0,x"], "--only takes numbers joined by commas, got '0,x'"),
         (["train-experts", "digits", *FAST, "--only", "-1"], "experts are numbered from 0, got -1"),

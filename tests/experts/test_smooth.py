@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dstill.artifacts.record import avg_var
 from dstill.derivatives.engine import supports
-from dstill.experts.smooth import Form, avg_var, clip_factor, gradient_penalty, penalty_weight, smooth_objective, step_lengths
+from dstill.experts.smooth import Form, clip_factor, gradient_penalty, penalty_weight, smooth_objective, step_lengths
 from dstill.nets.convnet import ConvNet
 from dstill.training.fit import Batch
 
@@ -127,7 +128,7 @@ def test_avg_var_is_the_mean_of_the_squared_steps_of_a_loop() -> None:
     trajectory = normal(2, 6, 11)
     lengths = [sum((float(b) - float(a)) ** 2 for a, b in zip(p, q, strict=True)) for p, q in itertools.pairwise(trajectory)]
     assert step_lengths(trajectory).tolist() == pytest.approx(lengths, rel=1e-12)
-    assert avg_var(trajectory) == pytest.approx(sum(lengths) / 5, rel=1e-12)
+    assert avg_var(step_lengths(trajectory).tolist()) == pytest.approx(sum(lengths) / 5, rel=1e-12)
 
 
 def test_squared_steps_are_summed_in_float64() -> None:

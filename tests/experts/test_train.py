@@ -20,7 +20,7 @@ from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
-from dstill.experts.smooth import avg_var
+from dstill.experts.smooth import step_lengths
 from dstill.experts.train import ExpertTask, lr_schedule, optimiser, train_expert, train_missing
 from dstill.experts.trajectory import KIND, Trajectories, expert_path, save_expert
 from dstill.methods.trajectory_matching import MatchingConfig
@@ -181,7 +181,7 @@ def test_the_record_tells_loss_accuracy_and_step_length_of_every_epoch(make_task
     trajectory, record = train_expert(make_task(epochs=4), 0, CPU)
     assert [len(record[key]) for key in ("loss", "accuracy", "step_lengths")] == [4, 4, 4]
     assert record["loss"][-1] < record["loss"][0]
-    assert sum(record["step_lengths"]) / 4 == pytest.approx(avg_var(trajectory), rel=1e-12)
+    assert record["step_lengths"] == pytest.approx(step_lengths(trajectory).tolist(), rel=1e-12)
 
 
 def test_an_expert_depends_on_seed_and_index_alone(make_task: MakeTask, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that dstill writes and reads back: sets, results, run folders, pictures, exports.
+"""The files that dstill writes and reads back: sets, results, run folders, pictures and exports.
 
-Every file is written whole or not at all, and nothing in a file is ever executed. What a run computes is elsewhere.
+Every file is written completely or not at all, and nothing in a file is ever executed. The computations are elsewhere.
 """

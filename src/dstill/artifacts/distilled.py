@@ -1,4 +1,4 @@
-"""The distilled set: images, labels, a learning rate, and everything needed to train on them and to show them."""
+"""The distilled set: images, labels, a learning rate, and everything else needed to train on the images and to show them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PREPROCESS = "preprocess."
 
 
 class _Header(BaseModel):
-    """What a file must say of a set; what it says besides, such as the format, is another's business."""
+    """The parts of a file's header that describe the set. Other parts, such as the format, are checked elsewhere."""
 
     model_config = ConfigDict(strict=True)
 
@@ -46,26 +46,40 @@ class _Header(BaseModel):
 
 @dataclass(frozen=True)
 class DistilledSet:
-    """A synthetic image set and its claim.
+    """A synthetic image set, how it was made, and the accuracy that it claims.
 
     Attributes:
-        images: `[S, C, H, W]` float32, preprocessed: what a network is trained on.
-        labels: class ids `[S]` int64, or label logits `[S, K]` float32.
-        alpha: learned learning rate, or None where the method learns none.
-        preprocess: maps pixels to what networks see, and back; real test images must go through it.
+        images: the images that networks are trained on: float32 `[S, C, H, W]`, preprocessed.
+        labels: class ids `[S]` (int64), or label logits `[S, K]` (float32).
+        alpha: the learned learning rate; None if the method learns none.
+        preprocess: maps pixels to the inputs of networks, and back. Real test images must be preprocessed with it.
         method: name of the method.
         ipc: images per class.
         class_names: name of each class id.
         augmentation: DSA strategy to train with.
-        net: network it was distilled with.
+        net: the network that it was distilled with.
         data: name of the real set.
         data_fingerprint: fingerprint of the real set.
-        recipe: the resolved settings, or None for a foreign set.
+        recipe: the resolved settings; None for an imported set.
         seed: master seed.
-        accuracy: what the run that it comes from measured, once it has.
+        accuracy: the accuracy that its run measured; None before that.
 
     Raises:
-        DstillError: images and labels have not these types and shapes, or a class id is out of range.
+        DstillError: images or labels do not have these types and shapes, or a class id is out of range.
+
+    Example:
+        >>> distilled = DistilledSet(
+        ...     images=torch.zeros(4, 1, 8, 8), labels=torch.tensor([0, 0, 1, 1]), alpha=0.02,
+        ...     preprocess=preprocessing.Standardise(torch.tensor([0.5]), torch.tensor([0.25])), method="dm", ipc=2,
+        ...     class_names=("cat", "dog"), augmentation="flip", net=NetConfig(), data="pets", data_fingerprint="",
+        ...     recipe=None, seed=0,
+        ... )
+        >>> distilled
+        DistilledSet('dm' of 'pets', 4 images of 1x8x8, 2 classes)
+        >>> distilled.pixels().unique()
+        tensor([0.5000])
+        >>> distilled.train_kwargs()["lr"], len(distilled.as_dataset())
+        (0.02, 4)
     """
 
     images: Tensor
@@ -102,32 +116,33 @@ class DistilledSet:
 
     @property
     def classes(self) -> int:
+        """Number of classes K."""
         return len(self.class_names)
 
     @property
     def class_ids(self) -> Tensor:
-        """Class of each image `[S]`; of soft labels the most likely one."""
+        """The class of each image, int64 `[S]`; for soft labels the most likely class."""
         return self.labels.argmax(1) if self.labels.is_floating_point() else self.labels
 
     def pixels(self) -> Tensor:
-        """Images in natural colours, `[S, C, H, W]` in [0, 1]; values beyond the displayable range are clipped."""
+        """The images in natural colours, `[S, C, H, W]`; values outside the displayable range [0, 1] are clipped."""
         return self.preprocess.invert(self.images).clamp(0, 1)
 
     def as_dataset(self, *, augment: bool = True, seed: int = 0) -> SyntheticDataset:
-        """A torch `Dataset` of (preprocessed image, label) for any `DataLoader`.
+        """A torch `Dataset` of (preprocessed image, label) for a `DataLoader`.
 
         Args:
-            augment: draw the set's augmentation anew for each batch, as the evaluation does.
-            seed: of these draws.
+            augment: augment each batch with a new draw of the set's augmentation, as the evaluation does.
+            seed: seed of the draws.
         """
         return SyntheticDataset(self, augment, seed)
 
     def train_kwargs(self) -> dict[str, float]:
-        """What to give `torch.optim.SGD`: the learned rate (0.01 where there is none), momentum and decay of protocol `ast`."""
+        """Arguments for `torch.optim.SGD`: the learned rate, or 0.01 without one; momentum and decay of protocol `ast`."""
         return {"lr": self.alpha or 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
     def check_fits(self, real: RealSet) -> None:
-        """Raises `DstillError` where real data have other classes or another image size."""
+        """Raises `DstillError` if real data have other classes or another image size than this set."""
         if self.class_names != real.class_names:
             raise DstillError(
                 f"the distilled set has the classes {', '.join(self.class_names[:4])}…, {real.name} has "
@@ -138,20 +153,30 @@ class DistilledSet:
             raise DstillError(f"distilled images are {ours}, real ones {theirs} (channels, height, width): pass --image-size")
 
     def export(self, kind: str, folder: str | Path) -> Path:
-        """Writes the set for programs that do not know dstill; see `dstill.artifacts.exporting.export`."""
+        """Writes the set for other programs, see `dstill.export`.
+
+        Args:
+            kind: `hf`, `png`, `npz` or `pt`.
+            folder: the folder to write; made if missing.
+        """
         from dstill.artifacts.exporting import export
 
         return export(self, kind, folder)
 
     def with_accuracy(self, accuracy: Claim) -> DistilledSet:
+        """The same set with the accuracy that it claims."""
         return replace(self, accuracy=accuracy)
 
     def with_hard_labels(self) -> DistilledSet:
-        """The same images with the most likely class of each soft label as class id."""
+        """The same images, with the most likely class of each soft label as their class id."""
         return replace(self, labels=self.class_ids, accuracy=None)
 
     def with_augmentation(self, strategy: str) -> DistilledSet:
-        """The same set, to be trained with another augmentation."""
+        """The same set, to be trained with another DSA strategy.
+
+        Raises:
+            DstillError: an operation of the strategy is unknown.
+        """
         siamese.parse(strategy)
         return replace(self, augmentation=strategy, accuracy=None)
 
@@ -160,7 +185,13 @@ class DistilledSet:
         return replace(self, net=net, accuracy=None)
 
     def save(self, path: str | Path) -> Path:
-        """Writes `distilled.safetensors` into a folder, or a file whose name ends in .safetensors.
+        """Writes the set to a file.
+
+        Args:
+            path: a file whose name ends in .safetensors, or a folder for `distilled.safetensors`.
+
+        Returns:
+            The file.
 
         Raises:
             DstillError: images, labels or α are not finite.
@@ -178,14 +209,14 @@ class DistilledSet:
         return [name for name, tensor in self.tensors().items() if not bool(torch.isfinite(tensor).all())]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `header` leaves out, by the names that files have for it."""
+        """All tensors of the set, by their names in files."""
         tensors = {"images": self.images, "labels": self.labels}
         if self.alpha is not None:
             tensors["alpha"] = torch.tensor(self.alpha, dtype=torch.float64)
         return tensors | {_PREPROCESS + name: tensor for name, tensor in self.preprocess.tensors().items()}
 
     def header(self) -> dict[str, Any]:
-        """Everything but the tensors, as plain JSON values."""
+        """Everything except the tensors, as plain JSON values."""
         return {
             "method": self.method,
             "ipc": self.ipc,
@@ -202,10 +233,13 @@ class DistilledSet:
 
     @classmethod
     def load(cls, path: str | Path) -> DistilledSet:
-        """Reads a file, or `distilled.safetensors` in a folder.
+        """Reads a set.
+
+        Args:
+            path: a file, or a folder with `distilled.safetensors`.
 
         Raises:
-            DstillError: no such file, not a distilled set, damaged, or from a newer format.
+            DstillError: the file does not exist, is no distilled set, is damaged, or has a newer format.
         """
         source = Path(path)
         if source.is_dir():
@@ -217,12 +251,17 @@ class DistilledSet:
 
     @classmethod
     def from_parts(cls, header: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> DistilledSet:
-        """The inverse of `header` and `save`; `source` is named where something is wrong.
+        """A set from its header and its tensors.
+
+        Args:
+            header: as from `header`.
+            tensors: as from `tensors`.
+            source: where the parts come from, for errors.
 
         Raises:
             DstillError: a part is missing or malformed.
         """
-        if header.get("method") not in [*methods()]:  # of a package that is not installed here: its settings mean nothing
+        if header.get("method") not in [*methods()]:  # its package is not installed here, so its settings cannot be checked
             header = {**header, "recipe": None}
         stored = {name.removeprefix(_PREPROCESS): tensor for name, tensor in tensors.items() if name.startswith(_PREPROCESS)}
         try:
@@ -248,15 +287,20 @@ class DistilledSet:
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise DstillError(f"{source} is damaged or from another version of dstill: {error}") from error
         if not fits or one._not_finite():
-            raise DstillError(f"{source} is damaged: preprocessing does not fit the images, or a number is not finite")
+            raise DstillError(f"{source} is damaged: its preprocessing does not fit the images, or a number is not finite")
         return one
 
 
 class SyntheticDataset(Dataset[tuple[Tensor, Tensor]]):
-    """The images of a distilled set as a `DataLoader` wants them: whole batches at once, augmented together.
+    """The images of a distilled set as a `Dataset` that augments whole batches.
 
-    One operation is drawn for a batch, its parameters for each image. The draws go on from pass to pass; a loader with several
-    workers repeats them in each.
+    One operation is drawn for each batch, and its parameters for each image. The draws differ from pass to pass. A `DataLoader`
+    with several workers makes the same draws in each worker.
+
+    Args:
+        distilled: the set.
+        augment: augment the images.
+        seed: seed of the draws.
     """
 
     def __init__(self, distilled: DistilledSet, augment: bool, seed: int) -> None:
@@ -271,7 +315,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """A batch, which `DataLoader` asks for by this name."""
+        """A batch; `DataLoader` calls this method if there is one."""
         images = self.distilled.images[indices]
         images = siamese.apply(images, siamese.sample(self.strategy, len(indices), self.generator))
         return list(zip(images, self.distilled.labels[indices], strict=True))

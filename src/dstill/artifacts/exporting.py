@@ -1,4 +1,4 @@
-"""A distilled set for use elsewhere: a Hugging Face data set folder, PNG files, NumPy arrays, or the field's `.pt` files."""
+"""Exports a distilled set: a Hugging Face data set folder, PNG files, NumPy arrays, or the field's `.pt` files."""
 
 from __future__ import annotations
 
@@ -22,21 +22,37 @@ _SHARD = "data/train-00000-of-00001.parquet"
 
 
 def export(distilled: DistilledSet, kind: str, folder: str | Path) -> Path:
-    """Writes a set into a folder, for programs that do not know dstill.
+    """Writes a set to a folder, for other programs.
+
+    In `npz` and `pt` the images are preprocessed and exact. In `hf` and `png` they are 8-bit pixels, clipped to the displayable
+    range; the exact set is stored beside them as `distilled.safetensors`.
 
     Args:
         distilled: the set.
-        kind: `hf`: a Hugging Face data set folder (Parquet, card, Croissant metadata). `png`: a file an image, in a folder a
-            class. `npz`: all arrays in one file. `pt`: `images_best.pt`, `labels_best.pt`, `lr_best.pt`, as trajectory
-            matching code reads them.
-        folder: made if missing.
+        kind: `hf`: a Hugging Face data set folder (Parquet, card, Croissant metadata). `png`: one file for each image, in one
+            folder for each class. `npz`: all arrays in one file. `pt`: `images_best.pt`, `labels_best.pt` and `lr_best.pt`, as
+            code for trajectory matching reads them.
+        folder: the folder to write; made if missing.
 
     Returns:
-        The folder. In `npz` and `pt` images are preprocessed and exact. In `hf` and `png` they are pixels of 8 bits, clipped
-        to the displayable range, so the exact set lies beside them as `distilled.safetensors`.
+        The folder.
 
     Raises:
-        DstillError: unknown kind.
+        DstillError: the kind is unknown; or, for `png`, the folder holds other images.
+
+    Example:
+        >>> import tempfile
+        >>> from dstill.config.settings import NetConfig
+        >>> from dstill.data.preprocess import Standardise
+        >>> distilled = DistilledSet(
+        ...     images=torch.zeros(2, 1, 8, 8), labels=torch.tensor([0, 1]), alpha=0.02,
+        ...     preprocess=Standardise(torch.tensor([0.5]), torch.tensor([0.25])), method="dm", ipc=1,
+        ...     class_names=("cat", "dog"), augmentation="flip", net=NetConfig(), data="pets", data_fingerprint="",
+        ...     recipe=None, seed=0,
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(path.name for path in export(distilled, "pt", folder).iterdir())
+        ['images_best.pt', 'labels_best.pt', 'lr_best.pt']
     """
     if kind not in KINDS:
         raise DstillError(f"unknown export {kind!r}; {suggest(kind, KINDS)}")
@@ -57,14 +73,19 @@ def _export_png(distilled: DistilledSet, folder: Path) -> None:
         files[folder / f"{label:03d}-{safe_name(distilled.class_names[label])}" / f"{number:03d}.png"] = content
     others = sorted(set(folder.glob("*/*.png")) - files.keys())
     if others:
-        raise DstillError(f"{folder} holds other images ({others[0]}): pass another folder, or remove it")
+        raise DstillError(f"{folder} holds other images ({others[0]}): pass another folder, or remove this one")
     for path, content in files.items():
         write_bytes(path, content)
     distilled.save(folder)
 
 
 def safe_name(name: str) -> str:
-    """A class name as part of a file name, whatever it holds."""
+    """A class name with any characters, as part of a file name.
+
+    Example:
+        >>> safe_name("sports car/2"), safe_name("")
+        ('sports_car_2', 'class')
+    """
     return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:40] or "class"
 
 
@@ -112,7 +133,7 @@ def _described(distilled: DistilledSet) -> str:
 
 
 def _card(distilled: DistilledSet) -> str:
-    """The data set card: metadata for the hub, and what a reader must know to use the set."""
+    """The data set card: metadata for the hub, and what users of the set must know."""
     rate = "of your choice" if distilled.alpha is None else f"{distilled.alpha:.6g}, learned with the images"
     lines = [
         "---",
@@ -124,8 +145,8 @@ def _card(distilled: DistilledSet) -> str:
         "",
         f"# {distilled.data}, distilled to {distilled.ipc} image(s) per class",
         "",
-        f"{_described(distilled)} The Parquet file holds them as 8-bit pixels, clipped to what can be shown; `{FILE_NAME}` "
-        "holds them exactly, with preprocessing and labels.",
+        f"{_described(distilled)} The Parquet file holds them as 8-bit pixels, clipped to the displayable range; `{FILE_NAME}` "
+        "holds them exactly, with their preprocessing and labels.",
         "",
         f"- Preprocessing of synthetic and real images alike: {distilled.preprocess.kind}",
         f"- Augmentation: {distilled.augmentation}",
@@ -139,7 +160,7 @@ def _card(distilled: DistilledSet) -> str:
 
 
 def _size_category(count: int) -> str:
-    """The hub's words for a number of images."""
+    """The hub's category for a number of images."""
     return "n<1K" if count < 1000 else "1K<n<10K" if count < 10_000 else "10K<n<100K" if count < 100_000 else "100K<n<1M"
 
 

@@ -1,4 +1,4 @@
-"""Files of dstill: safetensors with a JSON header, written atomically. No pickle anywhere."""
+"""dstill's files: safetensors with a JSON header, written atomically, without pickle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PART = ".part"
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`."""
+    """Yields a temporary path beside `path`. On success, the file is flushed to disk and renamed to `path`, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
     os.close(handle)
@@ -47,43 +47,43 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder that results will be written into, before the work that leads to them.
+    """Makes the folder for results and checks that it is writable, before the work starts.
 
     Raises:
-        DstillError: it is a file, or below one.
-        OSError: the system does not let it be written: a read-only disk, for instance.
+        DstillError: the path is a file, or lies below one.
+        OSError: the folder cannot be written, for example on a read-only disk.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise DstillError(f"{folder} is no folder, and none can be made there: pass another one") from error
+        raise DstillError(f"{folder} is not a folder, and none can be made there: pass another one") from error
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
-    """Removes what writers left behind that were killed, if it is so many seconds old."""
+    """Removes the temporary files of writers that were killed, if they are at least `older_than` seconds old."""
     for path in folder.glob(f".*{_PART}"):
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
             if time.time() - path.stat().st_mtime >= older_than:
                 path.unlink()
 
 
 def _system_error(error: Exception, path: Path) -> Exception:
-    """What the system said, which safetensors hides in its text."""
+    """The system's error behind a safetensors error, which mentions it only in its text."""
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found.group(1)), os.strerror(int(found.group(1))), str(path)) if found else error
 
 
 def _umask() -> int:
-    """What the user's new files may not have."""
+    """The permissions that the user's new files do not get."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the renaming itself survive a power cut, where the system can."""
+    """Makes the renaming survive a power cut, on systems that allow it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -104,7 +104,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def save(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Writes tensors and a header, each with a checksum; the header gains the format, the kind and the package version."""
+    """Writes tensors and a header atomically, with a checksum for each of the two.
+
+    Args:
+        path: the file.
+        kind: what the file holds, such as `distilled set`.
+        tensors: the tensors by name.
+        header: JSON values. The format, the kind and the version of dstill are added.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     full = {"format": FORMAT, "kind": kind, "dstill": __version__, "sha256": checksum(contiguous), **header}
     text = json.dumps({**full, _CHECK: _sha256(full)}, sort_keys=True)
@@ -120,7 +127,7 @@ def _sha256(header: Mapping[str, Any]) -> str:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and bytes; safetensors itself does not notice a flipped bit."""
+    """SHA-256 of names and bytes; safetensors itself does not detect a flipped bit."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -130,10 +137,18 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 @contextlib.contextmanager
 def opened(path: Path, kind: str | None) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Yields `(header, safetensors handle)`; tensors are memory-mapped until read. Any kind will do where `kind` is None.
+    """Opens a file and checks its header. Tensors stay memory-mapped until they are read.
+
+    Args:
+        path: the file.
+        kind: the kind that it must have; None for any.
+
+    Yields:
+        The header and the safetensors handle.
 
     Raises:
-        DstillError: no such file, not a dstill file, another kind, or written by a newer format.
+        DstillError: the file does not exist, was not written by dstill, is of another kind, or has a newer format.
+        DamagedFileError: the file is damaged.
     """
     if not path.is_file():
         raise DstillError(f"{path} does not exist")
@@ -147,7 +162,7 @@ def opened(path: Path, kind: str | None) -> Iterator[tuple[dict[str, Any], Any]]
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DstillError(f"{path} has no dstill header: it was written by another program") from error
         if header.pop(_CHECK, None) not in (None, _sha256(header)):
-            raise DamagedFileError(f"{path} is damaged: its header is not the one that was written; restore it from a copy")
+            raise DamagedFileError(f"{path} is damaged: its header has changed since it was written; restore it from a copy")
         if kind is not None and header.get("kind") != kind:
             raise DstillError(f"{path} holds {_with_article(header.get('kind'))}, not {_with_article(kind)}")
         if header.get("format") not in range(1, FORMAT + 1):
@@ -160,27 +175,48 @@ def _with_article(noun: object) -> str:
 
 
 def load(path: Path, kind: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads the header and all tensors of a file of this kind; raises as `opened` does, and where tensors differ."""
+    """Reads the header and all tensors of a file.
+
+    Args:
+        path: the file.
+        kind: the kind that it must have; None for any.
+
+    Raises:
+        DstillError: the file does not exist, was not written by dstill, is of another kind, or has a newer format.
+        DamagedFileError: the file is damaged.
+    """
     with opened(path, kind) as (header, file):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     if header.get("sha256") not in (None, checksum(tensors)):
-        raise DamagedFileError(f"{path} is damaged: its tensors are not those that were written; restore it from a copy")
+        raise DamagedFileError(f"{path} is damaged: its tensors have changed since they were written; restore it from a copy")
     return header, tensors
 
 
 def set_aside_if_damaged(path: Path, kind: str, note: Callable[[str], None]) -> None:
-    """Renames a file that is not what was written, so that it is neither used nor lost, and can be made again."""
+    """Renames a damaged file, so that it is neither used nor lost and can be made again.
+
+    Args:
+        path: the file; it need not exist.
+        kind: the kind that it must have.
+        note: called with a message if the file is damaged.
+    """
     if not path.exists():
         return
     try:
         load(path, kind)
     except DamagedFileError as error:
         aside = _set_aside(path)
-        note(f"{error}; it is set aside as {aside.name}, and made again")
+        note(f"{error}; it is set aside as {aside.name} and made again")
 
 
 def load_or_make(path: Path, kind: str, make: Callable[[], None]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `load` gives; `make` writes the file first where it is missing or damaged. A damaged one is set aside."""
+    """Loads a file. If it is missing or damaged, `make` writes it first; a damaged file is set aside.
+
+    Args:
+        path: the file.
+        kind: the kind that it must have.
+        make: writes the file.
+    """
     if path.exists():
         try:
             return load(path, kind)

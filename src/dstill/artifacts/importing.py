@@ -1,4 +1,4 @@
-"""Distilled sets that the field's scripts publish. Nothing in their files is ever executed."""
+"""Imports the distilled sets that scripts of the field publish. Nothing in their files is executed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from dstill.errors import DstillError
 
 LARGEST_BYTES = 4 * 2**30
 
-# Channel means and deviations that the public code of the DC family and of trajectory matching normalises with. Some are not
-# the data's true ones: CIFAR-10's deviations are means of single images' deviations.
+# The channel means and deviations with which the public code of the DC family and of trajectory matching normalises. Some are
+# not those of the data: CIFAR-10's deviations are means over the deviations of single images.
 PUBLISHED_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -36,7 +36,7 @@ PUBLISHED_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class _Found:
-    """What a file says of a set."""
+    """The parts of a set that a file holds."""
 
     images: Tensor
     labels: Tensor
@@ -53,25 +53,37 @@ def import_set(
     augmentation: str = "colour_crop_cutout_flip_scale_rotate",
     alpha: float | None = None,
 ) -> DistilledSet:
-    """A distilled set from files of other programs, ready for `evaluate`.
+    """A distilled set from the files of another program, ready for `evaluate`.
 
     Args:
-        path: a folder or file of ours (`export`: hf, png, npz); a `.pt` file of images (`images_best.pt`), beside which
-            `labels_best.pt` and `lr_best.pt` are looked for; or a `.pt` file of DC, DSA or DM (`res_*.pt`), of which the last
-            repetition is taken.
-        real: the data that it was distilled from: for the names of the classes, and for evaluation.
-        preprocess: what the images of other programs went through: a kind of `published_preprocess`, or a fitted one. Our
-            own files bring theirs.
+        path: one of: a folder or file that `export` wrote (`hf`, `png` or `npz`); a `.pt` file of images such as
+            `images_best.pt`, with `labels_best.pt` and perhaps `lr_best.pt` beside it; a `.pt` file of DC, DSA or DM
+            (`res_*.pt`), from which the last repetition is taken.
+        real: the data that the set was distilled from. It gives the class names.
+        preprocess: the preprocessing of the images: a kind for `published_preprocess`, or a fitted preprocessing. A set that
+            dstill exported brings its own.
         method: name of the method, for tables.
-        net: network that it was distilled with.
+        net: the network that the set was distilled with.
         augmentation: DSA strategy to train with.
-        alpha: learning rate, where no file tells it.
+        alpha: the learning rate to train with; if left out, that in the file, if any.
 
     Returns:
-        The set. Labels in `[0, 1]` whose rows add up to one are taken as probabilities, other floats as logits.
+        The set. Floating-point labels are label logits, unless they lie in [0, 1] and each row adds up to one: then they are
+        probabilities.
 
     Raises:
-        DstillError: no such file, not such a file, too large, holding more than tensors, or not fitting `real`.
+        DstillError: the file does not exist, is damaged, is too large, holds more than tensors, or does not fit `real`.
+
+    Example:
+        >>> import tempfile
+        >>> from dstill.data.real import Split
+        >>> split = Split(torch.arange(128, dtype=torch.uint8).view(2, 1, 8, 8), torch.tensor([0, 1]))
+        >>> real = RealSet("pets", split, split, ("cat", "dog"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(torch.zeros(2, 1, 8, 8), f"{folder}/images_best.pt")
+        ...     torch.save(torch.tensor([0, 1]), f"{folder}/labels_best.pt")
+        ...     import_set(f"{folder}/images_best.pt", real, preprocess="standardise")
+        DistilledSet('imported' of 'pets', 2 images of 1x8x8, 2 classes)
     """
     source = Path(path)
     ours = _own(source)
@@ -86,7 +98,7 @@ def import_set(
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise DstillError(f"{source} holds images {tuple(images.shape)}, {real.name} has images {expected}: is it another set?")
     labels = _labels(found.labels, len(images), real.classes, source)
-    soft = labels.is_floating_point()  # then an image belongs to no class
+    soft = labels.is_floating_point()  # images with soft labels cannot be counted by class
     ipc = len(images) // real.classes if soft else int(torch.bincount(labels, minlength=real.classes).max())
     return DistilledSet(
         images=images,
@@ -106,23 +118,21 @@ def import_set(
 
 
 def published_preprocess(kind: str, real: RealSet) -> Preprocess:
-    """The preprocessing that a foreign set went through.
+    """The preprocessing of a set that another program distilled.
 
     Args:
-        kind: `published`: the constants of the field's scripts for data of this name; `standardise` or `zca`: fitted on
-            `real`, as `kornia`'s ZCA of trajectory matching is.
+        kind: `published`: with the constants that the field's scripts have for a data set of this name. `standardise` or
+            `zca`: fitted on `real`, as kornia's ZCA is in trajectory matching.
         real: the real data.
 
     Raises:
-        DstillError: the scripts have no constants for these data.
+        DstillError: the scripts have no constants for these data, or the kind is unknown.
     """
     if kind != "published":
         return preprocessing.fit(kind, real.train.images)
     if real.name not in PUBLISHED_STATISTICS:
         known = ", ".join(PUBLISHED_STATISTICS)
-        raise DstillError(
-            f"no published statistics are known for {real.name!r} (there are for {known}): pass standardise or zca"
-        )
+        raise DstillError(f"no published statistics are known for {real.name!r}, only for {known}: pass standardise or zca")
     return Standardise(*(torch.tensor(values) for values in PUBLISHED_STATISTICS[real.name]))
 
 
@@ -134,13 +144,13 @@ def _read(path: Path) -> _Found:
         raise DstillError(f"{path} holds {type(content).__name__}, neither images nor a result of DC, DSA or DM")
     beside = {kind: path.with_name(path.name.replace("images", kind)) for kind in ("labels", "lr")}
     if beside["labels"] == path or not beside["labels"].exists():
-        raise DstillError(f"there are no labels beside {path}: a file named {path.name.replace('images', 'labels')} is wanted")
+        raise DstillError(f"there are no labels beside {path}: put {path.name.replace('images', 'labels')} there")
     alpha = float(_tensor(trusted(beside["lr"]), "learning rate", beside["lr"])) if beside["lr"].exists() else None
     return _Found(content.detach(), _tensor(trusted(beside["labels"]), "labels", beside["labels"]), alpha)
 
 
 def _tensor(value: Any, what: str, path: Path) -> Tensor:
-    """A tensor, or numbers as one."""
+    """A tensor, from a tensor or from numbers."""
     try:
         found = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -159,7 +169,7 @@ def _from_dc(content: dict[str, Any], path: Path) -> _Found:
 
 
 def _labels(labels: Tensor, images: int, classes: int, path: Path) -> Tensor:
-    """Class ids, or logits."""
+    """Class ids `[S]` or label logits `[S, K]`, from class ids, probabilities or logits."""
     if labels.ndim not in (1, 2) or len(labels) != images or (labels.ndim == 2 and labels.shape[1] != classes):
         raise DstillError(f"{path}: {images} images have labels {tuple(labels.shape)} for {classes} classes")
     if labels.ndim == 1:
@@ -184,7 +194,7 @@ def _from_npz(path: Path) -> DistilledSet:
             header = dict(json.loads(str(arrays["header"])))
     except DstillError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy raise many unrelated types at damaged files
+    except Exception as error:  # zipfile, zlib and numpy raise many unrelated types for damaged files
         raise DstillError(f"{path} is damaged or not an export of dstill ({error})") from error
     return DistilledSet.from_parts(header, tensors, path)
 
@@ -195,25 +205,29 @@ def _check_size(path: Path, count: int) -> None:
 
 
 def trusted(path: Path) -> Any:
-    """The content of a `.pt` file: tensors and plain containers, nothing that runs."""
+    """The content of a `.pt` file: tensors and plain containers. No code in it is run.
+
+    Raises:
+        DstillError: the file does not exist, is too large, is damaged, or holds anything else.
+    """
     if not path.is_file():
         raise DstillError(f"{path} does not exist")
     _check_size(path, path.stat().st_size)
-    # Accuracies beside the images are NumPy numbers: harmless, and named one by one.
+    # Some files also hold accuracies as NumPy numbers. These types are harmless.
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
     harmless = [scalar, np.dtype, np.float64, type(np.dtype(np.float64))]
     try:
         with torch.serialization.safe_globals(harmless):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, by what is wrong with the file
+    except Exception as error:  # of many types, depending on what is wrong with the file
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise DstillError(
-            f"{path} cannot be read as tensors ({reason}): it is damaged, or holds code, which is refused"
+            f"{path} cannot be read as tensors ({reason}): it is damaged, or it holds code, which is refused"
         ) from error
 
 
 def _own(source: Path) -> DistilledSet | None:
-    """A set in a file or folder that dstill wrote; None where it did not."""
+    """The set in a file or folder that dstill wrote; None if dstill did not write it."""
     if source.is_dir():
         kept = [source / name for name in (FILE_NAME, "distilled.npz") if (source / name).exists()]
         source = kept[0] if kept else source

@@ -19,13 +19,17 @@ _STRIP = 8
 
 
 def grid(distilled: DistilledSet, columns: int | None = None) -> Image.Image:
-    """Images in natural colours, one row a class (up to `columns` images each), enlarged to at least 64 pixels a side.
+    """A picture of the images in natural colours, one row for each class, enlarged to at least 64 pixels a side.
 
-    Under an image with a soft label is a strip with a cell for each class: the darker, the more probable.
+    Below an image with a soft label is a strip with one cell for each class; the darker the cell, the more probable the class.
+
+    Args:
+        distilled: the set.
+        columns: most images in a row; 10 if left out.
     """
     per_class = min(distilled.ipc, columns or 10)
     shown = [rows[:per_class] for rows in _rows_by_class(distilled)]
-    # One image per class reads better as a strip of classes than as a column.
+    # With one image per class, rows of ten classes are easier to look at than a single column.
     flat = [int(index) for row in shown for index in row]
     rows = _chunks(flat, per_class if per_class > 1 else 10)
     pixels = (distilled.pixels() * 255).round().byte()
@@ -45,12 +49,12 @@ def grid(distilled: DistilledSet, columns: int | None = None) -> Image.Image:
 
 
 def _label_strip(logits: Tensor) -> Image.Image:
-    """One grey pixel a class: white for probability 0, black for 1."""
+    """One grey pixel for each class: white for probability 0, black for 1."""
     return Image.fromarray(((1 - logits.softmax(0)) * 255).round().byte()[None].numpy()).convert("RGB")
 
 
 def _rows_by_class(distilled: DistilledSet) -> list[Tensor]:
-    """Soft labels may all favour one class; such sets are stored class by class."""
+    """The row numbers of each class. Sets with soft labels are stored class by class, whatever class a label favours."""
     if distilled.labels.is_floating_point():
         return list(torch.arange(len(distilled.images)).split(distilled.ipc))
     return [(distilled.labels == c).nonzero().squeeze(1) for c in range(distilled.classes)]
@@ -61,7 +65,7 @@ def _chunks(values: list[int], size: int) -> list[list[int]]:
 
 
 def image_of(pixels: Tensor) -> Image.Image:
-    """An image of uint8 pixels `[C, H, W]`: grey for one or two channels, the first three of more as colours."""
+    """An image of uint8 pixels `[C, H, W]`: the first three channels as colours; the first as grey, if there are fewer."""
     array = pixels.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] < 3 else array[:, :, :3]).convert("RGB")
 
@@ -81,7 +85,13 @@ def save_grid(distilled: DistilledSet, path: Path) -> Path:
 
 
 def save_animation(frames: Sequence[Path], path: Path, milliseconds: int = 200) -> None:
-    """The pictures one after another as a looping WebP, the last one held longer; nothing for fewer than two."""
+    """Writes the pictures one after another as a looping WebP, atomically. The last one stays longer.
+
+    Args:
+        frames: the pictures. Nothing is written for fewer than two.
+        path: the file to write.
+        milliseconds: how long each picture is shown.
+    """
     if len(frames) < 2:
         return
     images = [Image.open(frame).convert("RGB") for frame in frames]

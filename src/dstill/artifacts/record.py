@@ -1,4 +1,4 @@
-"""What a finished run leaves in its folder, read back as one typed record: what reports and reproductions show."""
+"""The record of a finished run, read from its folder; reports and reproductions show it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,30 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def avg_var(step_lengths: Sequence[float]) -> float:
+    """Avg_Var = E_t[|θ_t - θ_{t+1}|²], the mean squared step of an expert: small for a smooth trajectory (Tables I and VII).
+
+    Args:
+        step_lengths: |θ_t - θ_{t+1}|² of each epoch, see `dstill.experts.smooth.step_lengths`.
+
+    Returns:
+        Their mean.
+
+    Example:
+        >>> avg_var([4.0, 1.0, 1.0])
+        2.0
+    """
+    return sum(step_lengths) / len(step_lengths)
+
+
 class ExpertCurves(_Record):
-    """By epoch, the mean over experts: accuracy, a diagnostic, and |θ_t - θ_{t+1}|²."""
+    """Means over the experts of a run, by epoch.
+
+    Attributes:
+        count: number of experts.
+        accuracy: accuracy on the test images, in [0, 1]; a diagnostic that nothing chooses by.
+        step_lengths: |θ_t - θ_{t+1}|².
+    """
 
     count: int
     accuracy: tuple[float, ...]
@@ -37,30 +59,36 @@ class ExpertCurves(_Record):
 
     @property
     def avg_var(self) -> float:
-        """E_t[|θ_t - θ_{t+1}|²] (Tables I and VII)."""
-        return sum(self.step_lengths) / len(self.step_lengths)
+        """Avg_Var, the mean of `step_lengths`."""
+        return avg_var(self.step_lengths)
 
     @classmethod
     def of(cls, curves: dict[str, list[list[float]]]) -> ExpertCurves:
-        """From what `Trajectories.curves` gave."""
+        """From the result of `Trajectories.curves`."""
         return cls(
             count=len(curves["accuracy"]), accuracy=_means(curves["accuracy"]), step_lengths=_means(curves["step_lengths"])
         )
 
 
 class Curve(_Record):
-    """Values over iterations; long ones are means of neighbours."""
+    """Values over iterations. A long curve is shortened to means over neighbouring iterations."""
 
     iterations: tuple[float, ...]
     values: tuple[float, ...]
 
     def at(self, iteration: float) -> float:
-        """The value there, by linear interpolation."""
+        """The value at an iteration, by linear interpolation."""
         return float(np.interp(iteration, self.iterations, self.values))
 
     @classmethod
     def of(cls, rows: Sequence[dict[str, Any]], key: str, most: int = _MOST_POINTS) -> Curve | None:
-        """One column of the metrics; None if no row has it."""
+        """The curve of one column of the metrics; None if no row has a finite value in it.
+
+        Args:
+            rows: rows of `metrics.jsonl`.
+            key: the column.
+            most: most points of the curve.
+        """
         points = [(row["iteration"] + 1, row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
         if not points:
             return None
@@ -71,14 +99,14 @@ class Curve(_Record):
 
 
 class SetRecord(_Record):
-    """How one distilled set came into being.
+    """How one set was distilled.
 
     Attributes:
-        curves: by name of the metric.
-        seconds: time after each iteration, from the start of distilling.
+        curves: curves by the name of the metric.
+        seconds: time since the start of the distillation, by iteration.
         inner_loss: mean of the student's loss at the start of a segment, by start epoch (Fig. 3).
-        iterations: how many were logged.
-        skipped: steps not taken.
+        iterations: number of logged iterations.
+        skipped: number of steps that the guard skipped.
     """
 
     curves: dict[str, Curve]
@@ -109,17 +137,17 @@ class SetRecord(_Record):
 
 
 class RunRecord(_Record):
-    """One run: its settings, what it measured, and how it went.
+    """The settings of a run, its result, and its curves.
 
     Attributes:
-        recipe: the resolved settings; empty where no set was finished.
-        result: None where the run failed.
-        reason: why it failed.
-        collapsed: whether that was a `CollapseError`, which no further try would change.
-        experts: their curves, for methods that have some.
-        sets: one a distilled set.
-        cost: of the first set.
-        map: see `dstill.methods.initialisation.initialisation_map`; empty where images were not chosen so.
+        recipe: the resolved settings; empty if no set was finished.
+        result: the result; None if the run failed.
+        reason: why the run failed; empty if it did not.
+        collapsed: whether it failed with a `CollapseError`, which another attempt would not change.
+        experts: curves of the experts, for methods that have experts.
+        sets: one record for each distilled set.
+        cost: cost of the first set.
+        map: the result of `dstill.methods.initialisation.initialisation_map`; empty for other initialisations.
     """
 
     recipe: dict[str, Any]
@@ -133,12 +161,23 @@ class RunRecord(_Record):
 
     @classmethod
     def read(cls, folder: Path, most: int | None = None, error: Exception | None = None) -> RunRecord:
-        """Whatever the run folder holds of its first `most` sets, or the folder of a single set.
+        """Reads the record from a folder. Files that are missing are left out.
 
-        With the `error` that ended the run, a result that an earlier run left there is not its result.
+        Args:
+            folder: the folder of a run, or of a single set.
+            most: read only the first `most` sets; if left out, as many as the result says.
+            error: the error that ended the run. A result in the folder is then that of an earlier run, and is ignored.
 
         Raises:
             DstillError: a file is damaged.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     _ = Path(folder, METRICS_NAME).write_text('{"iteration": 0, "loss": 2.0, "seconds": 0.5}\\n')
+            ...     record = RunRecord.read(Path(folder))
+            >>> record.sets[0].curves["loss"].values, record.result
+            ((2.0,), None)
         """
         try:
             return cls._read(folder, most, error)
@@ -148,7 +187,7 @@ class RunRecord(_Record):
             raise DstillError(f"a file of the run {folder} is damaged: {damage}") from damage
 
     def pooled(self, records: Sequence[RunRecord]) -> RunRecord:
-        """This record with the sets of all `records`: runs of one set each that differ in their seed alone."""
+        """This record with the results and sets of all `records`, which are runs that differ only in their seed."""
         results = [record.result for record in records if record.result]
         together = {
             "result": Result.pooled(results) if results else None,
@@ -163,7 +202,7 @@ class RunRecord(_Record):
         finished = folder / RESULT_NAME
         result = Result.load(finished) if finished.exists() and error is None else None
         if most is None and result is not None:
-            most = result.sets  # a run before may have had more
+            most = result.sets  # an earlier run may have left more in the folder
         sets = sorted(folder.glob("set-*"), key=lambda path: int(path.name.split("-")[1]))[:most] or [folder]
         first = sets[0]
         settings, experts, chosen = (first / name for name in (RECIPE_NAME, EXPERTS_NAME, MAP_NAME))
@@ -181,10 +220,10 @@ class RunRecord(_Record):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a `metrics.jsonl`; none where there is no such file.
+    """The complete lines of a `metrics.jsonl`; an empty list if there is no such file.
 
     Raises:
-        DamagedFileError: one of them is not what was written.
+        DamagedFileError: a line is damaged.
     """
     if not path.exists():
         return []

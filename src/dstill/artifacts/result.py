@@ -1,4 +1,4 @@
-"""What an evaluation says, typed, as `result.json`."""
+"""The result of an evaluation, and its file `result.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,21 @@ _COST = "cost.json"
 
 
 class Score(BaseModel):
-    """Accuracies as fractions: mean, sample standard deviation (ddof 1; 0 for a single one), count, and each of them."""
+    """Accuracies of several networks, as fractions in [0, 1].
+
+    Attributes:
+        mean: their mean.
+        std: their sample standard deviation (ddof 1); 0 for a single accuracy.
+        n: their number.
+        values: each of them.
+
+    Example:
+        >>> score = Score.of([[0.5, 0.7], [0.6, 0.8]])
+        >>> print(score)
+        65.0 ± 12.9 % (n = 4)
+        >>> round(score.between_sets, 3)
+        0.071
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,13 +39,18 @@ class Score(BaseModel):
     n: int
     values: tuple[float, ...]
     lr: float | None = None
-    """Learning rate trained with, where all networks share one."""
+    """The learning rate that the networks were trained with, if it is the same for all."""
     between_sets: float | None = None
-    """Standard deviation between the means of the sets, where there are several."""
+    """The standard deviation between the means of the sets, if there are several sets."""
 
     @classmethod
     def of(cls, by_set: Sequence[Sequence[float]], lr: float | None = None) -> Score:
-        """Pools S sets x K networks."""
+        """The score of several sets, pooled.
+
+        Args:
+            by_set: for each set the accuracies of its networks.
+            lr: the learning rate that all networks were trained with.
+        """
         values = tuple(value for scores in by_set for value in scores)
         means = [statistics.fmean(scores) for scores in by_set]
         return cls(
@@ -45,7 +64,7 @@ class Score(BaseModel):
 
     @classmethod
     def pooled(cls, scores: Sequence[Score]) -> Score:
-        """Of sets that were measured one by one, as many networks each."""
+        """The score of sets that were measured one by one, with the same number of networks each."""
         rates = {score.lr for score in scores}
         return cls.of([score.values for score in scores], rates.pop() if len(rates) == 1 else None)
 
@@ -54,7 +73,7 @@ class Score(BaseModel):
 
 
 class ProtocolId(BaseModel):
-    """Name and version of the protocol a number was measured under."""
+    """The name and the version of the protocol that a number was measured under."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,24 +82,33 @@ class ProtocolId(BaseModel):
 
 
 class Cost(BaseModel):
-    """What distilling one set took; what is trained first and shared, such as experts, is not in it."""
+    """What it took to distil one set, without what is trained before and shared, such as experts.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Cost(seconds=12.5, peak_bytes=None).save(Path(folder))
+        ...     Cost.load(Path(folder)).seconds
+        12.5
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seconds: float
-    """Time of all steps, also of those before an interruption."""
+    """Time of all steps in seconds, including those before an interruption."""
     peak_bytes: int | None
-    """Growth of the memory over its level at the start, at its peak; None where the system does not say."""
+    """Peak of the memory in bytes, above its level at the start; None if the system does not tell."""
 
     def save(self, folder: Path) -> None:
+        """Stores the cost in the folder of a set."""
         write_text(folder / _COST, self.model_dump_json() + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Cost | None:
-        """The cost stored in the folder of a set; None if there is none.
+        """The cost that is stored in the folder of a set; None if there is none.
 
         Raises:
-            DamagedFileError: it is not what was written.
+            DamagedFileError: the file is damaged.
         """
         path = folder / _COST
         try:
@@ -90,7 +118,7 @@ class Cost(BaseModel):
 
 
 class Result(BaseModel):
-    """One evaluated method on one data set."""
+    """The evaluation of one method on one data set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -101,34 +129,34 @@ class Result(BaseModel):
     sets: int
     protocol: ProtocolId
     measured_on: str
-    """`test`: measured once on the whole test set; `validation`: on a held-out part of the training set, for choices."""
+    """`test`: measured once on the whole test set. `validation`: on a held-out part of the training set, to make choices."""
     accuracy: Score
     random: Score | None
-    """Random real images of the same IPC, in the same preprocessing, under the same protocol."""
+    """The accuracy of random real images with the same IPC and preprocessing, under the same protocol."""
     whole: Score | None
-    """The whole training set under the protocol `whole`."""
+    """The accuracy of the whole training set, under the protocol `whole`."""
     nets: dict[str, Score]
-    """Accuracy by evaluation network; `accuracy` is that of the first."""
+    """The accuracy of each evaluation network; `accuracy` is that of the first."""
     confusion: tuple[tuple[int, ...], ...] = ()
-    """How many test images of class i (row) the first network's trainings take for class j (column), all together."""
+    """How many test images of class i (row) are classified as class j (column), summed over the first network's trainings."""
     alpha: float | None
     labels: Literal["hard", "soft"] = "hard"
-    """Class ids, or soft labels that networks are trained on."""
+    """Whether networks are trained on class ids or on soft labels."""
     cost: Cost | None = None
-    """What distilling took, of the first set; None for a set that was not distilled here."""
+    """What it took to distil the first set; None for a set that was not distilled here."""
     stored_bytes: int
-    """Bytes of the distilled images as 8-bit pixels, and of the labels."""
+    """Bytes of the distilled images, as 8-bit pixels, and of their labels."""
     whole_bytes: int | None = None
-    """The same of the real training images."""
+    """The same for the real training images."""
     seconds: float
-    """Wall time of this launch; what an earlier, interrupted one did is not in it."""
+    """Wall time of this launch, without earlier, interrupted ones."""
     stages: dict[str, float]
-    """The same by stage."""
+    """Wall time of each stage of this launch."""
     dstill: str
 
     @classmethod
     def pooled(cls, results: Sequence[Result]) -> Result:
-        """Of sets that were measured one by one: accuracies and times together, everything else the first one's."""
+        """The result of sets that were measured one by one: accuracies and times are pooled, the rest is that of the first."""
         first = results[0]
         if len(results) == 1:
             return first
@@ -145,6 +173,7 @@ class Result(BaseModel):
         )
 
     def save(self, path: Path) -> Path:
+        """Writes a `result.json` atomically, and returns its path."""
         write_text(path, self.model_dump_json(indent=2) + "\n")
         return path
 
@@ -153,7 +182,7 @@ class Result(BaseModel):
         """Reads a `result.json`.
 
         Raises:
-            DstillError: it does not exist or is not one.
+            DstillError: the file does not exist, or is not a result.
         """
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
@@ -162,7 +191,7 @@ class Result(BaseModel):
 
 
 class Claim(BaseModel):
-    """What a distilled set says of itself: the accuracy of the run it belongs to, pooled over the run's sets."""
+    """The accuracy that a distilled set claims: that of its run, pooled over the sets of the run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -170,7 +199,7 @@ class Claim(BaseModel):
     std: float
     n: int
     net: str
-    """The network that was trained on it, which need not be the one it was distilled with."""
+    """The network that was trained on the set. It may differ from the one that the set was distilled with."""
     protocol: ProtocolId
     measured_on: str
     """See `Result.measured_on`."""

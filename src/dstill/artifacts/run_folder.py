@@ -21,7 +21,11 @@ IDENTITY_NAME = "settings.json"
 
 
 def refuse_other_run(path: Path, known: Mapping[str, Any]) -> None:
-    """Refuses early a folder that `RunFolder` will refuse, by the part of the identity that is known already.
+    """Checks early whether a folder belongs to another run, by the part of the identity that is known so far.
+
+    Args:
+        path: the folder of a run.
+        known: the known settings.
 
     Raises:
         DstillError: the folder belongs to a run with other settings.
@@ -49,15 +53,15 @@ def _refuse_other(path: Path, stored: Mapping[str, Any], identity: Mapping[str, 
 
 
 class RunFolder:
-    """Where one distilled set comes into being.
+    """The folder in which one set is distilled.
 
-    Holds `metrics.jsonl` (a line an iteration), the last two checkpoints while the run is under way, and what the caller
-    writes beside them.
+    It holds `metrics.jsonl` with one line for each iteration, the last two checkpoints until the run is finished, and what the
+    caller writes beside them.
 
     Args:
         path: the folder; made if missing.
-        identity: settings that determine the run.
-        note: told what the user should know.
+        identity: the settings that determine the run.
+        note: called with messages for the user.
 
     Raises:
         DstillError: the folder cannot be made.
@@ -74,23 +78,23 @@ class RunFolder:
         self.earlier_path = path / "checkpoint-before.safetensors"
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Appends one line to the metrics; what is not finite becomes null, since JSON has no word for it."""
+        """Appends one line to the metrics. Numbers that are not finite become null, since JSON has no word for them."""
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All complete lines logged so far, see `read_metrics`."""
+        """All complete lines of the metrics so far, see `read_metrics`."""
         return read_metrics(self.metrics_path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder this run's, keeps other processes out, and clears away what one that was killed left half-written.
+        """Keeps other processes out of the folder, claims it for this run, and removes leftovers of a process that was killed.
 
-        The lock is the system's and ends with the process that holds it, however that ends.
+        The system holds the lock and releases it when the process ends, however it ends.
 
         Raises:
-            DstillError: another process works in the folder, or it belongs to a run with another identity.
+            DstillError: another process works in the folder, or the folder belongs to a run with other settings.
         """
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
@@ -113,16 +117,21 @@ class RunFolder:
             _refuse_other(self.path, stored, self.identity)
 
     def checkpoint(self, iteration: int, state: Mapping[str, Tensor]) -> None:
-        """Stores the state before `iteration`, atomically; the checkpoint before is kept until the next."""
+        """Stores the state before `iteration` atomically. The previous checkpoint is kept until the next call."""
         if self.checkpoint_path.exists():
             self.checkpoint_path.replace(self.earlier_path)
         files.save(self.checkpoint_path, _CHECKPOINT, state, {"iteration": iteration})
 
     def restore(self) -> tuple[int, dict[str, Tensor]] | None:
-        """The last checkpoint that is whole, or None. Metrics logged after it are dropped, since they will be logged again.
+        """Restores the last checkpoint that is not damaged.
+
+        Metrics that were logged after it are removed, since they will be logged again.
+
+        Returns:
+            The iteration and the state before it; None if there is no checkpoint.
 
         Raises:
-            DstillError: there are checkpoints, and none is whole.
+            DstillError: there are checkpoints, but all are damaged.
         """
         found = [path for path in (self.checkpoint_path, self.earlier_path) if path.exists()]
         if not found:
@@ -139,22 +148,22 @@ class RunFolder:
             try:
                 found = files.load(path, _CHECKPOINT)
             except DamagedFileError as error:
-                self.note(f"{error}; falling back to the checkpoint before")
+                self.note(f"{error}; falling back to the previous checkpoint")
                 continue
-            for damaged in paths[:i]:  # or the next checkpoint would be kept beside it, and this one overwritten
+            for damaged in paths[:i]:  # else the next checkpoint would replace this good one and keep the damaged one
                 damaged.unlink()
             return found
         names = " and ".join(path.name for path in paths)
-        raise DstillError(f"{names} in {self.path} are damaged: remove them to start this run anew")
+        raise DstillError(f"{names} in {self.path} are damaged: remove them to restart this run")
 
     def finish(self) -> None:
-        """Removes the checkpoints of a run whose result has been written."""
+        """Removes the checkpoints, once the result of the run has been written."""
         self.checkpoint_path.unlink(missing_ok=True)
         self.earlier_path.unlink(missing_ok=True)
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the first few keys in which two nested mappings differ."""
+    """The first three keys in which two nested mappings differ, with dots between levels, and both values of each."""
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return [] if a == b else [f"{prefix.rstrip('.')}: {a} there, {b} now"]
     found: list[str] = []

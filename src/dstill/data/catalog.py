@@ -1,4 +1,4 @@
-"""Names of data sets that `load_real` knows. A new one is one line; nothing here imports torch or datasets."""
+"""The data sets that `load_real` knows by name. Adding one takes one line. Nothing here imports torch or `datasets`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """Numbers of one image."""
+        """How many numbers an image has: channels x height x width."""
         return self.channels * math.prod(self.size)
 
     @property
@@ -37,19 +37,19 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a named data set lives and how its images are made to fit the networks.
+    """Where a named data set is found, and how its images are made to fit the networks.
 
     Attributes:
-        hub: Hugging Face hub id; empty for data embedded in a package.
+        hub: id on the Hugging Face hub; empty for data that come with a package.
         test: split that holds the labelled test images.
-        config: hub configuration, where the set has several.
-        label: label column, where it is not called `label`.
-        size: side in pixels that images are brought to, None to keep their own.
-        fit: how (see `load_real`).
+        config: configuration on the hub, if the data set has several.
+        label: label column, if it is not called `label`.
+        size: side in pixels that images are brought to; None to keep their size.
+        fit: how images are brought to `size` (see `load_real`).
         imagenet_ids: class indices in ILSVRC-1k order, for the ImageNet subsets.
-        mirror: whether a mirrored image keeps its class; digits do not.
+        mirror: whether a mirrored image keeps its class; a mirrored digit does not.
         note: one line for `dstill ls datasets`.
-        shape: what is known before anything is loaded.
+        shape: what is known about the data set before it is loaded.
     """
 
     hub: str
@@ -72,7 +72,7 @@ def _subset(*ids: int) -> Entry:
         fit="crop",
         imagenet_ids=ids,
         note="ten ImageNet classes at 128x128",
-        shape=Shape(3, (128, 128), 10, 13_000, 500),  # about 1,300 a class
+        shape=Shape(3, (128, 128), 10, 13_000, 500),  # about 1,300 images a class
     )
 
 

@@ -1,4 +1,4 @@
-"""Image folders and Parquet files on disk, as splits of `datasets`. What cannot be placed is refused, not left out."""
+"""Image folders and Parquet files on disk, as splits of `datasets`. A file that cannot be assigned is an error, not ignored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ _UNREADABLE = (".heic", ".heif", ".avif", ".jxl")
 
 
 def splits_of(pattern: str) -> dict[str, Any]:
-    """The splits of an image folder, a Parquet file, a folder of Parquet files or a pattern of them, by name."""
+    """The splits of local data by name.
+
+    Args:
+        pattern: path of an image folder, a Parquet file or a folder of Parquet files, or a pattern for Parquet files.
+
+    Raises:
+        DstillError: there are no such files, or a file cannot be assigned to a split and a class.
+    """
     path = Path(pattern).expanduser()
     if path.is_dir():
         files = sorted(path.rglob("*.parquet"))
@@ -38,7 +45,7 @@ def splits_of(pattern: str) -> dict[str, Any]:
     wrong = next((file for file in files if file.suffix != ".parquet"), None)
     if wrong is not None:
         raise DstillError(f"{wrong} is not a Parquet file: pass Parquet files or the root of an image folder")
-    # One call a split: in a common call `datasets` reads every split with the class names of the first file.
+    # One call for each split: in a single call, `datasets` would read every split with the class names of the first file.
     return {
         split: load_dataset("parquet", data_files=[glob.escape(str(file)) for file in shards], split="train")
         for split, shards in _by_split(path, files).items()
@@ -49,8 +56,8 @@ def splits_of(pattern: str) -> dict[str, Any]:
 
 
 def _by_split(root: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """The files of each split; a file that names none is a training file only where no other names one."""
-    inside = root.is_dir()  # then a folder of it may name the split, too
+    """The files of each split. Files that name no split are training files, provided that no other file names one."""
+    inside = root.is_dir()  # then the name of a folder inside may also tell the split
     named = [
         (_split_of(file.stem) or (_split_of(file.parent.name) if inside and file.parent != root else None), file)
         for file in files
@@ -58,8 +65,8 @@ def _by_split(root: Path, files: list[Path]) -> dict[str, list[Path]]:
     lost = next((file for split, file in named if split is None), None)
     if lost is not None and any(split for split, _ in named):
         raise DstillError(
-            f"{lost} does not say which split it is, while others beside it do: put train or test into its name, or pass a "
-            "pattern such as 'cifar10-*.parquet' that leaves it out"
+            f"{lost} does not say which split it is, but other files beside it do: put train or test into its name, or pass "
+            "a pattern that does not match it, such as 'cifar10-*.parquet'"
         )
     by_split: dict[str, list[Path]] = {}
     for split, file in named:
@@ -70,7 +77,7 @@ def _by_split(root: Path, files: list[Path]) -> dict[str, list[Path]]:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a file or a folder is named after, also one that is never read, such as extra-00000-of-00001."""
+    """The split in the name of a file or folder, even one that is never read, such as `extra` in extra-00000-of-00001."""
     words = re.split(r"[-_.]", name.lower())
     known = next((_SPLITS[word] for word in words if word in _SPLITS), None)
     shard = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}.*", name.lower())
@@ -78,7 +85,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _check_shards(files: list[Path]) -> None:
-    """Refuses to join files of different data sets, whose classes would be mixed up."""
+    """Refuses to join files of different data sets, since this would mix up their classes."""
     import pyarrow.parquet as pq
 
     first, *others = [(file, pq.read_schema(file)) for file in files]
@@ -87,12 +94,12 @@ def _check_shards(files: list[Path]) -> None:
         if ours != theirs or not schema.equals(first[1]):
             raise DstillError(
                 f"{first[0]} and {file} differ in columns or classes, so they are not parts of one data set: pass the "
-                "files of one, for example with a pattern such as 'cifar10-*.parquet'"
+                "files of one data set, for example by a pattern such as 'cifar10-*.parquet'"
             )
 
 
 def _siblings(file: Path) -> list[Path]:
-    """`x-train.parquet` also finds `x-test.parquet` or `x-val.parquet` beside it."""
+    """The file and, for a training file such as `x-train.parquet`, the test file beside it, such as `x-test.parquet`."""
     others = [file.with_name(file.name.replace("train", word)) for word in TEST_NAMES] if "train" in file.name else []
     return [file, *[other for other in others if other.exists()][:1]]
 
@@ -101,9 +108,9 @@ def _siblings(file: Path) -> list[Path]:
 
 
 def _image_folder(root: Path) -> dict[str, Any]:
-    """`root/<split>/<class>/…` or `root/<class>/…`.
+    """The splits of `root/<split>/<class>/…` or `root/<class>/…`.
 
-    Only folders of the first level can be splits, and only those with folders of their own: a class may be called `train`, too.
+    A split is a folder in `root` with folders inside. A class may therefore be called `train`.
     """
     folders = _folders(root)
     if not folders:
@@ -127,12 +134,12 @@ def _check_placed(folders: list[Path], splits: list[Path]) -> None:
     for folder in folders:
         if folder not in splits and any(_is_image(file) for file in _files(folder)):
             raise DstillError(
-                f"{folder} has images that are of no split and no class, beside {splits[0]}/<class>: move it, or remove it"
+                f"{folder} has images that belong to no split and no class, beside {splits[0]}/<class>: move it, or remove it"
             )
 
 
 def _split(parts: list[Path]) -> Any:
-    """A `datasets.Dataset` of the images in the class folders of these folders, None where there is no image."""
+    """A `datasets.Dataset` of the images in the class folders of these folders; None if there are no images."""
     import datasets
 
     found = sorted((str(image), folder.name) for part in parts for folder in _class_folders(part) for image in _images(folder))
@@ -148,12 +155,12 @@ def _split(parts: list[Path]) -> Any:
 def _class_folders(part: Path) -> list[Path]:
     loose = next((file for file in sorted(part.iterdir()) if _visible(file) and file.is_file() and _is_image(file)), None)
     if loose is not None:
-        raise DstillError(f"{loose} lies beside the class folders and so has no class: move it into one, or remove it")
+        raise DstillError(f"{loose} lies beside the class folders, so it has no class: move it into one of them, or remove it")
     return _folders(part)
 
 
 def _images(folder: Path) -> list[Path]:
-    """The images of a class, at any depth."""
+    """The images of a class, at any depth below its folder."""
     files = list(_files(folder))
     images = [file for file in files if _is_image(file)]
     if not images:
@@ -180,18 +187,16 @@ def _visible(path: Path) -> bool:
 
 
 def _is_image(file: Path) -> bool:
-    """By suffix; by content where the suffix says nothing.
+    """Whether a file is an image: by its suffix or, if the suffix tells nothing, by its content.
 
     Raises:
-        DstillError: an image of a kind that cannot be read.
+        DstillError: the file is an image in a format that cannot be read.
     """
     if file.suffix.lower() in _readable():
         return True
     kind = mimetypes.guess_type(file.name)[0]
     if file.suffix.lower() in _UNREADABLE or (kind or "").startswith("image/"):
-        raise DstillError(
-            f"{file} is an image of a kind that cannot be read here: convert it, to PNG for example, or remove it"
-        )
+        raise DstillError(f"{file} is an image in a format that cannot be read: convert it, for example to PNG, or remove it")
     return kind is None and _opens(file)
 
 
@@ -209,9 +214,11 @@ def _opens(file: Path) -> bool:
 
 
 def _check_links(root: Path) -> None:
-    """Refuses links to folders, which may go in circles, and links to nothing, whose images would be left out."""
+    """Refuses links to folders, which may form cycles, and broken links, whose images would be missing."""
     for folder, folders, names in os.walk(root):
         linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         lost = [name for name in names if not os.path.exists(os.path.join(folder, name))]
         for name, reason in [*((name, "a link to a folder") for name in linked), *((name, "a broken link") for name in lost)]:
-            raise DstillError(f"{folder}/{name} is {reason}, whose images would be left out: copy them here, or remove it")
+            raise DstillError(
+                f"{folder}/{name} is {reason}, so its images would be left out: copy them here, or remove the link"
+            )

@@ -1,4 +1,4 @@
-"""Invertible preprocessing, fitted on the training part only: channel standardisation or ZCA whitening."""
+"""Invertible preprocessing, fitted on the training images only: channel standardisation or ZCA whitening."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ _BLOCK = 4096
 
 @runtime_checkable
 class Preprocess(Protocol):
-    """Maps pixels in [0, 1], `[N, C, H, W]`, to what networks see, and back."""
+    """Maps pixels `[N, C, H, W]` in [0, 1] to the inputs of networks, and back.
+
+    Attributes:
+        kind: name of the preprocessing, `standardise` or `zca`.
+    """
 
     kind: str
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Preprocessed images in the dtype of `pixels`."""
+        """Preprocessed images, in the type of `pixels`."""
         ...
 
     def invert(self, images: Tensor) -> Tensor:
-        """Pixels; values outside [0, 1] are kept, so that forward(invert(x)) = x."""
+        """Pixels of preprocessed images. Values outside [0, 1] are not clipped, so that forward(invert(x)) = x."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What must be stored to rebuild it with `from_tensors`."""
+        """The tensors from which `from_tensors` rebuilds the preprocessing."""
         ...
 
 
 def from_bytes(preprocess: Preprocess, images: Tensor, device: torch.device) -> Tensor:
-    """What networks see of real images: uint8 `[N, C, H, W]` to preprocessed float32 on the device."""
+    """Preprocesses real images: uint8 `[N, C, H, W]` becomes preprocessed float32 on the device."""
     return preprocess.forward(images.to(device, torch.float32) / 255)
 
 
@@ -42,7 +46,17 @@ def _column(vector: Tensor, like: Tensor) -> Tensor:
 
 
 class Standardise:
-    """(x - mean) / std for each colour channel."""
+    """(x - mean) / std for each colour channel.
+
+    Args:
+        mean: mean of each channel `[C]`, in units of pixels in [0, 1].
+        std: standard deviation of each channel `[C]`, in the same units.
+
+    Example:
+        >>> half = Standardise(torch.tensor([0.5]), torch.tensor([0.25]))
+        >>> half.forward(torch.ones(1, 1, 1, 1)).item(), half.invert(torch.zeros(1, 1, 1, 1)).item()
+        (2.0, 0.5)
+    """
 
     kind = "standardise"
 
@@ -51,13 +65,13 @@ class Standardise:
 
     @classmethod
     def fit(cls, images: Tensor) -> Standardise:
-        """Statistics of uint8 images `[N, C, H, W]`, in units of pixels in [0, 1].
+        """Fits mean and standard deviation on uint8 images `[N, C, H, W]`.
 
         Raises:
             DstillError: a channel is constant, so it cannot be standardised.
         """
         flat = images.movedim(1, 0).flatten(1)
-        # Exact integer sums keep the statistics independent of blocking and of the number of threads.
+        # Integer sums are exact, so the statistics do not depend on the order of summation or the number of threads.
         count = flat.shape[1]
         total = flat.sum(1, dtype=torch.int64).double()
         squares = torch.stack([(channel.to(torch.int32) ** 2).sum(dtype=torch.int64) for channel in flat]).double()
@@ -66,7 +80,7 @@ class Standardise:
         if bool((std == 0).any()):
             raise DstillError(
                 "a colour channel is constant over the training images, so standardisation would divide by zero: pass "
-                "--set preprocess=zca, or leave that channel out"
+                "--set preprocess=zca, or remove that channel from the images"
             )
         return cls((mean / 255).float(), (std / 255).float())
 
@@ -81,10 +95,15 @@ class Standardise:
 
 
 class ZCA:
-    """(x - mean) W with W = V diag(1 / sqrt(S + 0.1)) V^T on the flat image in [0, 1], as the field whitens CIFAR.
+    """ZCA whitening of flat images in [0, 1], as the field applies it to CIFAR: (x - mean) V diag(1 / sqrt(S + 0.1)) V^T.
 
-    V and S are eigenvectors and eigenvalues of the training covariance, taken with 1/(n-1). The inverse uses
-    sqrt(S + 0.1) and is exact also for rank-deficient data, since S + 0.1 is never zero.
+    V and S are the eigenvectors and eigenvalues of the covariance of the training images, with divisor n - 1. The inverse
+    multiplies by sqrt(S + 0.1). It is exact even for rank-deficient data, since S + 0.1 is never zero.
+
+    Args:
+        mean: mean image `[C H W]`.
+        basis: eigenvectors V as columns, `[C H W, C H W]`.
+        variance: eigenvalues S, `[C H W]`, none negative.
     """
 
     kind = "zca"
@@ -94,10 +113,10 @@ class ZCA:
 
     @classmethod
     def fit(cls, images: Tensor) -> ZCA:
-        """Whitening of uint8 images `[N, C, H, W]`; time grows as (C H W)^3.
+        """Fits the whitening on uint8 images `[N, C, H, W]`; the time grows as (C H W)^3.
 
         Raises:
-            DstillError: fewer than two images.
+            DstillError: there are fewer than two images.
         """
         if len(images) < 2:
             raise DstillError("ZCA needs at least two training images: use preprocess: standardise")
@@ -132,10 +151,14 @@ _KINDS: dict[str, type[Standardise] | type[ZCA]] = {"standardise": Standardise, 
 
 
 def fit(kind: str, images: Tensor) -> Preprocess:
-    """Fits the preprocessing of that name on uint8 training images `[N, C, H, W]`.
+    """Fits a preprocessing.
+
+    Args:
+        kind: `standardise` or `zca`.
+        images: uint8 training images `[N, C, H, W]`.
 
     Raises:
-        DstillError: the name is unknown, or the images cannot be preprocessed in this way.
+        DstillError: the kind is unknown, or the images cannot be preprocessed in this way.
     """
     if kind not in _KINDS:
         raise DstillError(f"unknown preprocessing {kind!r}; {suggest(kind, _KINDS)}")
@@ -145,11 +168,15 @@ def fit(kind: str, images: Tensor) -> Preprocess:
 def from_tensors(kind: str, tensors: dict[str, Tensor]) -> Preprocess:
     """Rebuilds a stored preprocessing; the inverse of `Preprocess.tensors`.
 
+    Args:
+        kind: `standardise` or `zca`.
+        tensors: what `Preprocess.tensors` returned.
+
     Raises:
         DstillError: the kind is unknown or a tensor is missing.
     """
     if kind not in _KINDS:
-        raise DstillError(f"unknown preprocessing {kind!r} in the file: it was written by a newer dstill or damaged")
+        raise DstillError(f"unknown preprocessing {kind!r} in the file: the file is damaged or was written by a newer dstill")
     try:
         return _KINDS[kind](**tensors)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""`datasets` without bars on the terminal."""
+"""The library `datasets` without progress bars."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keeps `datasets` from writing bars to the terminal."""
+    """Switches the progress bars of `datasets` off, and restores the setting afterwards."""
     import datasets
 
     quiet = not datasets.is_progress_bar_enabled()
@@ -22,6 +22,7 @@ def without_progress_bars() -> Iterator[None]:
 
 
 def load_dataset(*args: Any, **kwargs: Any) -> Any:
+    """`datasets.load_dataset` without progress bars."""
     import datasets
 
     with without_progress_bars():

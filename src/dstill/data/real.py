@@ -1,4 +1,4 @@
-"""Real data: any labelled image set, decoded once into uint8 tensors."""
+"""Real data: a labelled image set, decoded once into uint8 tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ VALIDATION_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 `[N, C, H, W]` and class ids int64 `[N]`."""
+    """The images of one split and their classes.
+
+    Attributes:
+        images: uint8 `[N, C, H, W]`.
+        labels: class ids, int64 `[N]`.
+
+    Example:
+        >>> split = Split(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0]))
+        >>> len(split), [rows.tolist() for rows in split.by_class(2)]
+        (3, [[0, 2], [1]])
+    """
 
     images: Tensor
     labels: Tensor
@@ -29,10 +39,11 @@ class Split:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> Split:
+        """The images with these row numbers, in this order."""
         return Split(self.images[rows], self.labels[rows])
 
     def by_class(self, classes: int) -> list[Tensor]:
-        """The rows of each class."""
+        """The row numbers of each of `classes` classes."""
         return [(self.labels == c).nonzero().squeeze(1) for c in range(classes)]
 
 
@@ -41,12 +52,20 @@ class RealSet:
     """A labelled real image set.
 
     Attributes:
-        name: for logs and file headers.
-        train: what experts and methods see.
-        test: what the final accuracy is measured on, once.
+        name: name in logs and file headers.
+        train: the images that experts and methods see.
+        test: the images that the final accuracy is measured on, once.
         class_names: name of each class id.
-        judged_on: `test`, or `validation` after `holdout`.
-        fingerprint: SHA-256 over pixels, labels and class names, first 16 hex digits.
+        judged_on: `test`; `validation` after `holdout`.
+        fingerprint: the first 16 hex digits of a SHA-256 of pixels, labels and class names; computed if left out.
+
+    Example:
+        >>> split = Split(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
+        >>> real = RealSet("tiny", split, split, ("cat", "dog"))
+        >>> real
+        RealSet('tiny', 2 + 2 images of 3x8x8, 2 classes)
+        >>> real.channels, real.size, real.classes
+        (3, (8, 8), 2)
     """
 
     name: str
@@ -66,27 +85,39 @@ class RealSet:
 
     @property
     def channels(self) -> int:
+        """Colour channels of the images."""
         return self.train.images.shape[1]
 
     @property
     def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
         return self.train.images.shape[2], self.train.images.shape[3]
 
     @property
     def classes(self) -> int:
+        """Number of classes."""
         return len(self.class_names)
 
     def holdout(self, seed: int, fraction: float = VALIDATION_FRACTION) -> RealSet:
-        """The same set for *choosing* things: a stratified part of the training images stands in for the test set.
+        """The same set for making choices: a stratified part of the training images takes the place of the test images.
 
-        The test images are not in the result, so nothing chosen with it can have seen them.
+        The result does not contain the test images, so no choice made with it can have seen them.
 
         Args:
             seed: decides which images are set aside.
-            fraction: share of each class, at least one image.
+            fraction: share of each class that is set aside, rounded, at least one image.
+
+        Returns:
+            The set with `judged_on="validation"`.
 
         Raises:
-            DstillError: a class has a single image, so nothing of it can be set aside.
+            DstillError: a class has a single image, so none can be set aside.
+
+        Example:
+            >>> split = Split(torch.zeros(8, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1] * 4))
+            >>> held = RealSet("tiny", split, split, ("cat", "dog")).holdout(seed=0, fraction=0.25)
+            >>> len(held.train), len(held.test), held.judged_on
+            (6, 2, 'validation')
         """
         fitting, validation = stratified(self.train.labels, self.class_names, fraction, seeding.generator(seed, "holdout"))
         return replace(
@@ -107,9 +138,16 @@ def _fingerprint(real: RealSet) -> str:
 
 
 def stratified(labels: Tensor, names: Sequence[str], fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Splits row numbers into (rest, part), the part holding `fraction` of every class, rounded, at least one image.
+    """Splits row numbers into a rest and a part that holds the same share of each class.
 
-    `names` are those of the classes, in the order of their numbers.
+    Args:
+        labels: class ids `[N]`.
+        names: names of the classes, in the order of their ids.
+        fraction: share of each class in the part, above 0 and below 1; rounded, but at least one image.
+        generator: draws the part.
+
+    Returns:
+        Row numbers of the rest and of the part, each in ascending order.
 
     Raises:
         DstillError: a class has fewer than two images, or `fraction` is not between 0 and 1.
@@ -121,7 +159,7 @@ def stratified(labels: Tensor, names: Sequence[str], fraction: float, generator:
     for c, name in enumerate(names):
         rows = (labels == c).nonzero().squeeze(1)
         if len(rows) < 2:
-            raise DstillError(f"class {name!r} has {len(rows)} image(s): two are needed to set a part of them aside")
+            raise DstillError(f"class {name!r} has {len(rows)} image(s): at least two are needed to set a part aside")
         rows = rows[torch.randperm(len(rows), generator=generator)]
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         part.append(rows[:count])
@@ -147,21 +185,32 @@ def load_real(
     """Loads a labelled image set.
 
     Args:
-        source: a name of `dstill ls datasets`; another Hugging Face hub id (`owner/name`); the root of an image folder
-            (`train/<class>/*.png`, or `<class>/*.png` with `test_fraction`); a Parquet file, a folder of them, or a
-            pattern such as `data/cifar10-*.parquet`; an ImageNet subset drawn from your copy (`nette@/path`); a
-            pair `(images, labels)`, or a mapping of split names to pairs. Images: uint8, or float in [0, 1].
-        image_size: side in pixels to bring every image to. Needed where images differ in size.
-        fit: how: `pad` (zeros around the centred image), `resize` (to the exact square, bilinear), `crop` (shorter
-            side to `image_size`, then the centre), `error` (refuse any other size).
-        train_fraction: share of the training images to keep, by class.
+        source: one of: a name listed by `dstill ls datasets`; another id on the Hugging Face hub (`owner/name`); the root of
+            an image folder (`train/<class>/*.png`, or `<class>/*.png` with `test_fraction`); a Parquet file, a folder of
+            Parquet files, or a pattern such as `data/cifar10-*.parquet`; an ImageNet subset drawn from your own copy
+            (`nette@/path`); a pair `(images, labels)`, or a mapping of split names to pairs. Images are `[N, C, H, W]`, uint8
+            or float in [0, 1].
+        image_size: side in pixels that every image is brought to. Needed if images differ in size.
+        fit: how images are brought to `image_size`. `pad`: zeros around the centred image. `resize`: bilinear scaling to the
+            exact square. `crop`: the shorter side is scaled to `image_size`, then the centre is cut out. `error`: images of
+            another size are refused.
+        train_fraction: share of the training images of each class to keep, above 0 and at most 1.
         classes: names (or ids) of the classes to keep, in this order.
-        test_fraction: cut this share off the training images as test set, for data that has no test split.
-        seed: for the two cuts above.
+        test_fraction: share of the training images to set aside as test images, for data without a test split.
+        seed: decides which images `train_fraction` and `test_fraction` pick.
+
+    Returns:
+        The data as uint8 tensors.
 
     Raises:
-        DstillError: unknown name, no network, missing split, one class, unreadable image (its path), labels out of
-            range, or images of several sizes without `image_size`.
+        DstillError: the name is unknown, the hub cannot be reached, a split is missing, there is only one class, an image
+            cannot be read (the message has its path), labels are out of range, or images differ in size and `image_size` is
+            not given.
+
+    Example:
+        >>> images, labels = torch.zeros(6, 1, 4, 4), torch.tensor([0, 0, 0, 1, 1, 1])
+        >>> load_real((images, labels), test_fraction=0.34)
+        RealSet('in-memory', 4 + 2 images of 1x4x4, 2 classes)
     """
     if image_size is not None and image_size < 1:
         raise DstillError(f"image_size must be at least 1 pixel, got {image_size}")
@@ -184,7 +233,7 @@ def load_real(
 
 
 def _assemble(raw: sources.Raw, test_fraction: float | None, seed: int) -> RealSet:
-    """Aligns the classes of the two splits by name and checks labels."""
+    """Aligns the classes of training and test split by name, and checks the labels."""
     train = Split(raw.train.images, raw.train.labels)
     if len(train) == 0:
         raise DstillError(f"{raw.name} (train) has no images")
@@ -193,16 +242,16 @@ def _assemble(raw: sources.Raw, test_fraction: float | None, seed: int) -> RealS
         if test_fraction is None:
             raise DstillError(
                 f"{raw.name} has no test split (found: {', '.join(raw.found)}): name one of its splits test, val or "
-                "validation, or pass --test-fraction 0.1 to cut one off the training images"
+                "validation, or pass --test-fraction 0.1 to set some of the training images aside"
             )
         _check_labels(raw.name, train, names)
         rest, part = stratified(train.labels, names, test_fraction, seeding.generator(seed, "test-fraction"))
         return RealSet(raw.name, train.take(rest), train.take(part), names)
     if test_fraction is not None:
-        raise DstillError(f"{raw.name} has a test split of its own: leave test_fraction out (--test-fraction)")
+        raise DstillError(f"{raw.name} has a test split of its own: leave out test_fraction (--test-fraction)")
     test = Split(raw.test.images, raw.test.labels)
     if raw.test.class_names and raw.test.class_names != names:
-        # Before the look-up: -1, the usual mark of an unlabelled image, would index the last class.
+        # Checked before the look-up: -1, which usually marks unlabelled images, would index the last class.
         _check_labels(f"{raw.name} (test)", test, raw.test.class_names)
         test = Split(test.images, _by_name(raw.test.class_names, names, raw.name)[test.labels])
     for part_name, split in (("train", train), ("test", test)):
@@ -266,11 +315,11 @@ def _keep_classes(real: RealSet, classes: Sequence[str]) -> RealSet:
 
 
 def check_ipc(real: RealSet, ipc: int) -> None:
-    """Raises `DstillError` where a class has fewer training images than `ipc`."""
+    """Raises `DstillError` if a class has fewer training images than `ipc`."""
     counts = torch.bincount(real.train.labels, minlength=real.classes)
     smallest = int(counts.argmin())
     if int(counts[smallest]) < ipc:
         raise DstillError(
             f"class {real.class_names[smallest]!r} has {int(counts[smallest])} training images, fewer than the {ipc} "
-            "images per class asked for: lower --ipc or leave the class out with --classes"
+            "images per class asked for: lower --ipc, or leave the class out with --classes"
         )

@@ -1,8 +1,8 @@
 """Differentiable siamese augmentation, DSA (Zhao and Bilen 2021).
 
-Two halves, so that a step of the unrolled student can be recomputed exactly and so that one draw can hit a real and a
-synthetic batch of different sizes: `sample` draws the parameters, `apply` is a pure differentiable function of
-`(images, params)`. Every operation is vectorised over the batch.
+`sample` draws the parameters; `apply` is a pure, differentiable function of `(images, params)`. The two are separate so that a
+step of the unrolled student can be recomputed exactly, and so that one draw can be applied to a real and a synthetic batch of
+different sizes. Every operation is vectorised over the batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ CUTOUT_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Params:
-    """One draw: an operation and its parameters, `[B, k]` with a row an image, or `[1, k]` shared by the batch."""
+    """One draw: an operation and its parameters.
+
+    Attributes:
+        op: name of the operation, a key of `OPS`.
+        values: parameters `[B, k]` with one row for each image, or `[1, k]` for all images of a batch.
+    """
 
     op: str
     values: Tensor
@@ -40,7 +45,7 @@ def _uniform(rows: int, generator: torch.Generator, *ranges: tuple[float, float]
 
 
 def _colour(x: Tensor, v: Tensor) -> Tensor:
-    """Brightness + U(-0.5, 0.5); saturation x U(0, 2) around the grey; contrast x U(0.5, 1.5) around the image mean."""
+    """Adds U(-0.5, 0.5) to brightness, scales saturation by U(0, 2) about grey and contrast by U(0.5, 1.5) about the mean."""
     brightness, saturation, contrast = (v[:, i].view(-1, 1, 1, 1) for i in range(3))
     x = x + brightness
     grey = x.mean(1, keepdim=True)
@@ -56,30 +61,30 @@ def _affine(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _scale(x: Tensor, v: Tensor) -> Tensor:
-    """Independent x and y factors in U(1/1.2, 1.2)."""
+    """Scales x and y by independent factors from U(1/1.2, 1.2)."""
     zero = torch.zeros_like(v[:, 0])
     return _affine(x, torch.stack([v[:, 0], zero, zero, zero, v[:, 1], zero], 1).view(-1, 2, 3))
 
 
 def _rotate(x: Tensor, v: Tensor) -> Tensor:
-    """Angle in U(-15, 15) degrees."""
+    """Rotates by an angle from U(-15, 15) degrees."""
     angle = v[:, 0] * (math.pi / 180)
     zero, sin, cos = torch.zeros_like(angle), angle.sin(), angle.cos()
     return _affine(x, torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3))
 
 
 def _flip(x: Tensor, v: Tensor) -> Tensor:
-    """Horizontal mirror with probability 1/2."""
+    """Mirrors left and right with probability 1/2."""
     return torch.where((v < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
 
 
 def _positions(unit: Tensor, count: int) -> Tensor:
-    """Integers 0 .. count-1 from a uniform draw in [0, 1)."""
+    """Integers 0 .. count - 1 from uniform draws in [0, 1)."""
     return (unit * count).long().clamp_max(count - 1)
 
 
 def _crop(x: Tensor, v: Tensor) -> Tensor:
-    """Zero pad by 12.5 % of the side, then a random window: a shift of at most round(0.125 side) pixels."""
+    """Pads with zeros by 12.5 % of the side and cuts a random window: a shift of at most round(0.125 side) pixels."""
     for axis, unit in ((2, v[:, 0]), (3, v[:, 1])):
         side = x.shape[axis]
         reach = round(CROP_SHARE * side)
@@ -92,7 +97,7 @@ def _crop(x: Tensor, v: Tensor) -> Tensor:
 
 
 def _cutout(x: Tensor, v: Tensor) -> Tensor:
-    """A zero square of half the side at a random centre, cut at the border."""
+    """Sets a square with half the side to zero, at a random centre; it is clipped at the border."""
     inside: list[Tensor] = []
     for axis, unit in ((2, v[:, 0]), (3, v[:, 1])):
         side = x.shape[axis]
@@ -123,10 +128,20 @@ OPS: dict[str, _Op] = {
 
 
 def parse(strategy: str) -> tuple[str, ...]:
-    """Operations of a strategy such as `colour_crop_cutout_flip_scale_rotate`; empty for `none`.
+    """The operations of a strategy.
+
+    Args:
+        strategy: names of operations joined by `_`, such as `colour_crop_cutout_flip_scale_rotate`, or `none`.
+
+    Returns:
+        The names, in this order; empty for `none`.
 
     Raises:
         DstillError: an operation is unknown.
+
+    Example:
+        >>> parse("flip_crop"), parse("none")
+        (('flip', 'crop'), ())
     """
     ops = tuple(op for op in strategy.split("_") if op and op != "none")
     for op in ops:
@@ -136,16 +151,24 @@ def parse(strategy: str) -> tuple[str, ...]:
 
 
 def sample(strategy: str, batch: int, generator: torch.Generator, *, shared: bool = False) -> Params | None:
-    """Draws one operation uniformly for the whole batch, and its parameters for each image.
+    """Draws one operation for the whole batch, each with the same probability, and its parameters for each image.
 
     Args:
-        strategy: operations joined by `_`, or `none`.
-        batch: number of images the draw is for.
+        strategy: names of operations joined by `_`, or `none`.
+        batch: number of images that the draw is for.
         generator: CPU generator.
-        shared: one parameter set for the whole batch (siamese use of the DC family), which then fits any batch size.
+        shared: draw the parameters once for all images, as the DC family does. The draw then fits batches of any size.
 
     Returns:
         The draw, or None for the strategy `none`.
+
+    Raises:
+        DstillError: an operation is unknown.
+
+    Example:
+        >>> draw = sample("flip", 3, torch.Generator().manual_seed(0))
+        >>> draw.op, draw.values.shape
+        ('flip', torch.Size([3, 1]))
     """
     ops = parse(strategy)
     if not ops:
@@ -155,10 +178,22 @@ def sample(strategy: str, batch: int, generator: torch.Generator, *, shared: boo
 
 
 def apply(images: Tensor, params: Params | None) -> Tensor:
-    """Augmented images `[B, C, H, W]`: a pure function, differentiable (and affine) in the images.
+    """Applies a draw to images: a pure function, differentiable (and affine) in the images.
+
+    Args:
+        images: `[B, C, H, W]`.
+        params: a draw of `sample`; None returns the images unchanged.
+
+    Returns:
+        The augmented images `[B, C, H, W]`.
 
     Raises:
-        ValueError: the draw has neither one row nor one for each image.
+        ValueError: the draw has neither one row nor one row for each image.
+
+    Example:
+        >>> images = torch.tensor([[[[1.0, 2.0]]]])
+        >>> apply(images, Params("flip", torch.tensor([[0.0]]))).tolist()
+        [[[[2.0, 1.0]]]]
     """
     if params is None:
         return images

@@ -1,4 +1,4 @@
-"""Where pixels come from: Hugging Face `datasets` for everything on disk or on the hub, tensors for the rest."""
+"""Reads images: from disk or from the Hugging Face hub by `datasets`, or from tensors in memory."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ _FITS = ("pad", "resize", "crop", "error")
 
 @dataclass(frozen=True)
 class RawSplit:
+    """A decoded split: images uint8 `[N, C, H, W]`, class ids int64 `[N]`, and class names; () if they are not known."""
+
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
@@ -33,7 +35,14 @@ class RawSplit:
 
 @dataclass(frozen=True)
 class Raw:
-    """Decoded splits, before classes are aligned; `test` is None where the source has none."""
+    """Decoded splits, before their classes are aligned.
+
+    Attributes:
+        name: name of the data set.
+        train: the training split.
+        test: the test split; None if the source has none.
+        found: names of all splits in the source.
+    """
 
     name: str
     train: RawSplit
@@ -42,7 +51,16 @@ class Raw:
 
 
 def read(source: Any, *, image_size: int | None, fit: str | None) -> Raw:
-    """Decodes a source (see `dstill.load_real`)."""
+    """Decodes a source.
+
+    Args:
+        source: see `dstill.load_real`.
+        image_size: side in pixels to bring images to; None for the usual size of the data set.
+        fit: how to bring them to it; None for the usual way.
+
+    Raises:
+        DstillError: the source is unknown, cannot be read or fetched, or holds something else than labelled images.
+    """
     if fit is not None and fit not in _FITS:
         raise DstillError(f"unknown fit {fit!r}; {suggest(fit, _FITS)}")
     if isinstance(source, tuple):
@@ -84,12 +102,12 @@ def _from_arrays(splits: Mapping[str, Any]) -> Raw:
             pixels = (pixels * 255).round().to(torch.uint8)
         if ids.shape != (len(pixels),) or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
             raise DstillError(
-                f"in-memory labels must be one whole number an image: got {tuple(ids.shape)} of {ids.dtype} "
+                f"in-memory labels must be one whole number for each image: got {ids.dtype} {tuple(ids.shape)} "
                 f"for {len(pixels)} images"
             )
         parts[key] = RawSplit(pixels, ids.to(torch.int64), ())
     if "train" not in parts:
-        raise DstillError(f"in-memory data needs a 'train' split, got {', '.join(parts) or 'nothing'}")
+        raise DstillError(f"in-memory data needs a 'train' split, got {', '.join(parts) or 'no split'}")
     test = next((parts[key] for key in TEST_NAMES if key in parts), None)
     return Raw("in-memory", parts["train"], test, tuple(parts))
 
@@ -102,7 +120,7 @@ def _tensor(values: Any, what: str) -> torch.Tensor:
 
 
 def _digits() -> Raw:
-    """scikit-learn's digits, values 0 .. 16 stored as 0 .. 240, with a seeded stratified 80/20 split."""
+    """scikit-learn's digits, with values 0 .. 16 stored as 0 .. 240 and a stratified 80/20 split with a fixed seed."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -118,7 +136,7 @@ def _digits() -> Raw:
 def _from_hub(name: str, entry: Entry) -> Raw:
     try:
         splits = load_dataset(entry.hub, entry.config)
-    except Exception as error:  # the hub client raises many unrelated types for "no network" and "not found"
+    except Exception as error:  # the hub client raises many unrelated types, even for "no network" and "not found"
         raise DstillError(
             f"{name!r} could not be fetched from the Hugging Face hub ({type(error).__name__}). Without a network, "
             "pass a folder of images or Parquet files instead of the name"
@@ -132,7 +150,7 @@ def _from_path(name: str, path: str, entry: Entry) -> Raw:
     except (DstillError, MemoryError):
         raise
     except Exception as error:  # pyarrow and datasets raise many unrelated types for damaged files
-        cause = error.__cause__ or error  # `datasets` wraps what happened in "an error occurred"
+        cause = error.__cause__ or error  # `datasets` wraps the reason in "an error occurred"
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise DstillError(f"{path} could not be read as Parquet files or an image folder: {reason}") from error
 
@@ -141,7 +159,7 @@ def _decode_splits(name: str, splits: Any, entry: Entry) -> Raw:
     found = tuple(splits)
     if "train" not in splits:
         raise DstillError(f"{name} has no train split (found: {', '.join(found)})")
-    # Of a test and a validation split one is taken, never both: the one that the catalogue names, else the test split.
+    # One split is taken for the test, never both test and validation: the one that the catalogue names, else the test split.
     order = (*VALIDATION_NAMES, "test") if entry.test in VALIDATION_NAMES else TEST_NAMES
     wanted = [key for key in (entry.test, *order) if key in splits and key != "train"]
     parts = [_Decoder(name, splits[key], entry) for key in ("train", *wanted[:1])]
@@ -151,7 +169,16 @@ def _decode_splits(name: str, splits: Any, entry: Entry) -> Raw:
 
 
 class _Decoder:
-    """One split of a `datasets.Dataset`, decoded image by image so that an error names its file."""
+    """One split of a `datasets.Dataset`. Images are decoded one by one, so that an error can name the file.
+
+    Args:
+        name: name of the data set, for errors.
+        split: the split.
+        entry: label column, classes and size of the data set.
+
+    Raises:
+        DstillError: the split has no image column or no class column, or lacks the classes of ImageNet.
+    """
 
     def __init__(self, name: str, split: Any, entry: Entry) -> None:
         import datasets
@@ -171,7 +198,7 @@ class _Decoder:
             if len(self.class_names) not in (0, _IMAGENET_CLASSES):
                 raise DstillError(
                     f"{name} is drawn from the {_IMAGENET_CLASSES} classes of ImageNet, but the data has "
-                    f"{len(self.class_names)}: pass a whole ILSVRC-1k copy, or load the data by its path alone"
+                    f"{len(self.class_names)}: pass a complete copy of ILSVRC-1k, or only the path, without the subset's name"
                 )
             wanted = set(entry.imagenet_ids)
             split = split.select([i for i, c in enumerate(split[self.label]) if c in wanted])
@@ -186,15 +213,15 @@ class _Decoder:
                 content = Path(path).read_bytes()
             image = Image.open(io.BytesIO(content))
             if image.mode in ("I", "F"):
-                raise ValueError("its 32-bit values have no known range")
-            return image if header_only else ImageOps.exif_transpose(image)  # as cameras that were turned say
+                raise ValueError("the range of its 32-bit values is not known")
+            return image if header_only else ImageOps.exif_transpose(image)  # cameras store how they were held
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             where = path or "in a row without a path"
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
             raise DstillError(f"image {where} of {self.name} cannot be read ({reason}): repair or remove it") from error
 
     def mode(self) -> str:
-        """Grey only if every image is: stops at the first one with colour."""
+        """The mode to decode to: "L" if every image is grey, else "RGB". Stops at the first image with colour."""
         grey = all(self._open(record, header_only=True).mode in _GREY for record in self.split[self.image])
         return "L" if grey else "RGB"
 
@@ -209,6 +236,7 @@ class _Decoder:
             ) from error
 
     def decode(self, mode: str) -> RawSplit:
+        """Decodes all images to the mode "L" or "RGB", and brings them to the size of the entry."""
         labels = self._labels()
         names = self.class_names
         if self.entry.imagenet_ids:
@@ -235,14 +263,14 @@ class _Decoder:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled down; Pillow's own conversion would clip every value above 255 to white."""
+    """Scales 16-bit grey to 8 bits; Pillow's own conversion would clip every value above 255 to white."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Transparent pixels as they look on white; the colour that they hide is nobody's intention."""
+    """Puts transparent images on white; the hidden colour of a transparent pixel means nothing."""
     if not image.has_transparency_data:
         return image
     canvas = Image.new("RGBA", image.size, "white")
@@ -251,7 +279,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def resize(images: Tensor, size: int, fit: str) -> Tensor:
-    """uint8 images `[N, C, H, W]` brought to `[N, C, size, size]` in the same way as files (see `load_real`)."""
+    """Brings uint8 images `[N, C, H, W]` to `[N, C, size, size]`, as images in files are (see `load_real`)."""
     if images.shape[2:] == (size, size) or not len(images):
         return images
     planes = [np.asarray(_fitted(Image.fromarray(plane), size, fit)) for plane in images.flatten(0, 1).numpy()]

@@ -1,8 +1,8 @@
-"""Native kernels: for a CPU built on first use with the machine's own C++ compiler and cached, for NVIDIA cards by Triton.
+"""Builds the native kernels: from C++ for CPUs, with Triton for NVIDIA cards.
 
-Those for a CPU are one small source without dependencies, built in a few seconds for the CPU at hand and called through
-`ctypes`, which releases the interpreter's lock. Where there are none, everything runs on plain tensor operations instead: the
-same numbers up to rounding, more slowly.
+The CPU kernels are one small C++ source without dependencies. On first use, the machine's own compiler builds it for the
+processor at hand in a few seconds, and the library is cached. `ctypes` calls it, which releases Python's global interpreter
+lock. Where there are no kernels, plain tensor operations give the same numbers up to rounding, more slowly.
 """
 
 from __future__ import annotations
@@ -38,17 +38,20 @@ class Kernels:
         _keep_freed_memory()
 
     def call(self, name: str, *arguments: Tensor | int | float | None) -> None:
-        """Calls `name` for the type of its first tensor; None is a null pointer. Nothing is checked: see the callers."""
+        """Calls the function `name` for the type of its first tensor; None is passed as a null pointer.
+
+        Nothing is checked here: the callers pass tensors of the right shapes and strides.
+        """
         first = next(a for a in arguments if isinstance(a, Tensor))
         function = getattr(self._library, f"{name}_{_SUFFIXES[first.dtype]}")
         function(*(_argument(a) for a in arguments))
 
 
 def _keep_freed_memory() -> None:
-    """Lets the process keep up to 1 GiB that it freed, where the C library can be told (glibc).
+    """Lets the process keep up to 1 GiB of freed memory, where the C library allows it (glibc).
 
-    Each step frees the buffers that the next one asks for. Given back to the system and faulted in again, page by page, they
-    cost a third of the time.
+    Each step frees buffers that the next step asks for again. Returning them to the system and mapping them back in, page by
+    page, took a third of the time.
     """
     trim_threshold, mmap_threshold = -1, -3
     with contextlib.suppress(AttributeError, OSError, TypeError):
@@ -58,7 +61,7 @@ def _keep_freed_memory() -> None:
 
 
 def _argument(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_long | ctypes.c_double:
-    kind = type(value)  # not isinstance, which for a tensor takes as long as a small kernel
+    kind = type(value)  # isinstance on a tensor would take as long as a small kernel
     if kind is int:
         return ctypes.c_long(value)  # type: ignore[arg-type]
     if kind is float:
@@ -67,17 +70,22 @@ def _argument(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_
 
 
 def kernels() -> Kernels | None:
-    """The compiled kernels; None where there is no working compiler, or where DSTILL_NATIVE=0 asks for none."""
+    """The compiled CPU kernels; None if no compiler works or DSTILL_NATIVE=0 is set."""
     return _found()[0]
 
 
 def fused_unit() -> type[TensorUnit] | None:
-    """The `Unit` in Triton's kernels for NVIDIA cards; None where Triton does not work, or DSTILL_NATIVE=0 asks for none."""
+    """The `Unit` in Triton kernels for NVIDIA cards; None if Triton does not work or DSTILL_NATIVE=0 is set."""
     return _found_fused()[0]
 
 
 def describe(device: torch.device, *, compiled: bool = False) -> str:
-    """What derivatives on this device run on, for the log."""
+    """What the hand-written derivatives run on, as a phrase for the log.
+
+    Args:
+        device: where the tensors are.
+        compiled: whether `torch.compile` compiles the tensor operations.
+    """
     plain = "compiled tensor operations" if compiled else "plain tensor operations"
     found: object
     match device.type:
@@ -92,7 +100,7 @@ def describe(device: torch.device, *, compiled: bool = False) -> str:
 
 @functools.cache
 def _found() -> tuple[Kernels | None, str]:
-    """The kernels, or why there are none."""
+    """The kernels and an empty text, or None and the reason why there are none."""
     if os.environ.get("DSTILL_NATIVE") == "0":
         return None, _SWITCHED_OFF
     compiler = _compiler()
@@ -109,7 +117,7 @@ def _found() -> tuple[Kernels | None, str]:
 
 @functools.cache
 def _found_fused() -> tuple[type[TensorUnit] | None, str]:
-    """The unit, or why there is none."""
+    """The unit and an empty text, or None and the reason why there is none."""
     if os.environ.get("DSTILL_NATIVE") == "0":
         return None, _SWITCHED_OFF
     try:
@@ -119,7 +127,7 @@ def _found_fused() -> tuple[type[TensorUnit] | None, str]:
         FusedUnit(one, one).forward(one.expand(1, 1, 2, 2))
     except ImportError:
         return None, "install triton"
-    except Exception as error:  # whatever Triton lacks to build a kernel: a C compiler, Python's headers, a card it knows
+    except Exception as error:  # of many types: no C compiler, no Python headers, an unknown card
         said = str(error).strip() or type(error).__name__
         return None, f"Triton could not build them ({said.splitlines()[0]})"
     return FusedUnit, ""
@@ -131,13 +139,13 @@ def _compiler() -> str | None:
 
 
 def _loaded(compiler: str) -> Kernels:
-    """The kernels from the cache, compiled first where it lacks them. A cache that cannot be written changes no number."""
+    """The kernels from the cache, compiled first if they are not in it. They also load if the cache cannot be written."""
     source = resources.files(__package__).joinpath("kernels.cpp").read_text(encoding="utf-8")
     digest = hashlib.sha256("\n".join([source, compiler, *_FLAGS, _processor()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("DSTILL_CACHE") or Path.home() / ".cache" / "dstill").expanduser() / "native"
     library = folder / f"kernels-{digest}.so"
     if library.exists():
-        with contextlib.suppress(OSError):  # damaged, or in a folder that nothing may be run from: built anew
+        with contextlib.suppress(OSError):  # damaged, or in a folder that code may not be loaded from: build it again
             return Kernels(library)
     with tempfile.TemporaryDirectory() as scratch:
         code, built = Path(scratch) / "kernels.cpp", Path(scratch) / "kernels.so"
@@ -150,11 +158,11 @@ def _loaded(compiler: str) -> Kernels:
                 shutil.copyfile(built, temporary)
             return Kernels(library)
         except OSError:  # a full disk, for instance
-            return Kernels(built)  # which stays open when its file is gone
+            return Kernels(built)  # stays loaded after its file is deleted
 
 
 def _processor() -> str:
-    """What `-march=native` depends on; home folders are shared between machines."""
+    """What `-march=native` depends on. It is part of the cache key because machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

@@ -8,34 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# An image, a weight or an output gradient, brought into whatever form the products below want it in.
+# An image, a weight or an output gradient, transformed into the domain in which the products are computed.
 Operand = Any
 Pair = tuple[Operand, Operand]
 
-_THIN = 8  # with fewer input channels than this, by_input is one matrix product and nine shifted sums on a CPU
+_THIN = 8  # with fewer input channels, by_input on a CPU is one matrix product and nine shifted sums
 
 
 class Convolution(Protocol):
     """z = W * x with padding 1, and its two transposes.
 
-    Each operand is brought into the products' domain once and used in several products; sums of products, such as
-    W * x' + W' * x, are formed inside the domain.
+    Each operand is transformed once and then used in several products. Sums of products, such as W * x' + W' * x, are formed
+    before the result is transformed back.
     """
 
     def weight(self, weight: Tensor) -> Operand:
-        """Of `[O, I, 3, 3]`."""
+        """Transforms a weight `[O, I, 3, 3]`."""
         ...
 
     def weight_adjoint(self, total: Operand) -> Tensor:
-        """`[O, I, 3, 3]` from a sum of results of `by_weight`."""
+        """Transforms a sum of results of `by_weight` back into a gradient `[O, I, 3, 3]`."""
         ...
 
     def input(self, x: Tensor) -> Operand:
-        """Of `[B, I, H, W]`."""
+        """Transforms images `[B, I, H, W]`."""
         ...
 
     def output(self, g: Tensor) -> Operand:
-        """Of a gradient by the output, `[B, O, H, W]`."""
+        """Transforms a gradient with respect to the output, `[B, O, H, W]`."""
         ...
 
     def forward(self, *pairs: Pair) -> Tensor:
@@ -43,27 +43,27 @@ class Convolution(Protocol):
         ...
 
     def by_input(self, *pairs: Pair) -> Tensor:
-        """The sum of transposed convolutions over pairs (g, W): `[B, I, H, W]`."""
+        """The gradient with respect to the input, summed over pairs (g, W): `[B, I, H, W]`."""
         ...
 
     def by_weight(self, *pairs: Pair) -> Operand:
-        """The sum over pairs (g, x), before `weight_adjoint`."""
+        """The gradient with respect to the weight, summed over pairs (g, x), in the domain: see `weight_adjoint`."""
         ...
 
 
 class Direct:
-    """Library convolutions on any device.
+    """`Convolution` by torch's own operations, on any device.
 
     Args:
-        result: type of the tensors that come and go.
-        product: type in which they are multiplied, for example bfloat16; `result` if left out.
+        result: type of the tensors that are passed in and returned.
+        product: type in which the products are computed, for example bfloat16; `result` if left out.
     """
 
     def __init__(self, result: torch.dtype, product: torch.dtype | None = None) -> None:
         self.result, self.product = result, product or result
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        # Products of half the size come from matrix units, which want neighbouring channels side by side.
+        # Matrix units compute these products, and they are fastest on channels-last memory.
         return tensor if self.product == self.result else tensor.to(self.product, memory_format=torch.channels_last)
 
     def weight(self, weight: Tensor) -> Operand:

@@ -1,17 +1,17 @@
-"""3x3 convolutions of CPU tensors in native kernels: Winograd's for many channels, rows of patches for few.
+"""3x3 convolutions of CPU tensors in native kernels: Winograd's method for many channels, rows of patches for few.
 
-Winograd's F(4x4, 3x3) (Lavin and Gray 2016; the interpolation points are in the kernels) brings 6x6 patches d of the
+Winograd's F(4x4, 3x3) (Lavin and Gray 2016; `kernels.cpp` states the interpolation points) transforms 6x6 patches d of the
 input, 4x4 tiles g of an output gradient and a filter W into one domain,
 
     V = B^T d B      M = A g A^T      U = G W G^T
 
-where the convolution and both its transposes are 36 matrix products each, over channels or over tiles, with a quarter of
-the multiplications of the direct form:
+In this domain the convolution and its two transposes are 36 matrix products each, over channels or over tiles. They need a
+quarter of the multiplications of the direct form:
 
     z = A^T [U V] A      grad_x = B [U^T M] B^T      grad_W = G^T [M^T V] G
 
-An operand is transformed once for every product that it enters, and a sum of products is formed before the transform
-back: one step of the unrolled gradient has nine products and transforms each tensor once.
+An operand is transformed once and then used in every product that it enters. A sum of products is formed before it is
+transformed back. One step of the unrolled gradient has nine products and transforms each tensor once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 from dstill.derivatives.build import Kernels
 
 _PLANES, _TILE = 36, 4
-# A vector register of padding between planes: planes a power of two apart would all fall into the same lines of the cache.
+# Bytes of padding between planes. Planes that lie a power of two apart would all map to the same cache lines.
 _PADDING = 64
 _LANES = 16
 
 
 class Filters(NamedTuple):
-    """Filters in a domain, in both orders: rows of a matrix product's right factor must be contiguous."""
+    """Transformed filters in both orders, since the rows of a matrix product's right factor must be contiguous."""
 
     by_output: Tensor
     by_input: Tensor
@@ -95,24 +95,24 @@ class Winograd:
 class Patches:
     """`dstill.derivatives.convolution.Convolution` as one matrix product over 3x3 patches laid out as rows.
 
-    For images of few channels, where nine copies of the input are small and other forms starve.
+    For images with few channels: nine copies of them need little memory, and Winograd's matrix products would be too small.
 
     Args:
         kernels: the compiled kernels.
-        channels: of the images.
+        channels: channels of the images.
         size: height and width of the images.
     """
 
     def __init__(self, kernels: Kernels, channels: int, size: tuple[int, int]) -> None:
         self.kernels, self.channels, self.size = kernels, channels, size
         self.pixels = size[0] * size[1]
-        # Rows of whole vector registers; the padding is zero.
+        # Rows fill whole vector registers; the padding is zero.
         self.length = -(-9 * channels // _LANES) * _LANES
 
     def weight(self, weight: Tensor) -> Filters:
         outputs = len(weight)
         by_output = weight.new_zeros(1, outputs, self.length)
-        by_output[0, :, : weight[0].numel()] = weight.permute(0, 2, 3, 1).reshape(outputs, -1)  # places, then channels
+        by_output[0, :, : weight[0].numel()] = weight.permute(0, 2, 3, 1).reshape(outputs, -1)  # position, then channel
         return Filters(by_output, by_output.transpose(1, 2).contiguous())
 
     def weight_adjoint(self, total: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Patches:
 
 
 def rows(x: Tensor) -> Tensor:
-    """`[B, H, W, C]`, contiguous, of a `[B, C, H, W]`; no copy where it is channels-last already."""
+    """`[B, C, H, W]` as a contiguous `[B, H, W, C]`; not copied if it is channels-last already."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
@@ -151,7 +151,7 @@ def _domain(like: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _products(kernels: Kernels, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The sum over one or two pairs (A, B) of A B, plane by plane."""
+    """The sum of A B over one or two pairs (A, B), plane by plane."""
     (a, b), (a2, b2) = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
     planes, m, k = a.shape
     n = b.shape[2]

@@ -1,4 +1,4 @@
-"""Instance norm, ReLU and pooling of a block in native kernels: each of the four forms in one sweep over memory."""
+"""Instance norm, ReLU and pooling of a block in native kernels: each of the four forms in one pass over memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class NativeUnit:
 
     Args:
         kernels: the compiled kernels.
-        scale: `[C]`.
-        shift: `[C]`.
+        scale: scale of the norm, `[C]`.
+        shift: shift of the norm, `[C]`.
     """
 
     def __init__(self, kernels: Kernels, scale: Tensor, shift: Tensor) -> None:
@@ -83,7 +83,7 @@ class NativeUnit:
 
     @staticmethod
     def _statistics(z: Tensor) -> tuple[Tensor, Tensor]:
-        """Two uninitialised numbers for every channel of every image."""
+        """Uninitialised memory for two numbers for each channel of each image."""
         return z.new_empty(z.shape[:2]), z.new_empty(z.shape[:2])
 
     @staticmethod
@@ -93,7 +93,10 @@ class NativeUnit:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """Dense in the order [image, row, column, channel]; strides alone decide, also where a size is 1."""
+    """The tensor with its memory in the order [image, row, column, channel].
+
+    `torch.channels_last` would be ambiguous where the number of channels or a side is 1.
+    """
     return rows(x).permute(0, 3, 1, 2)
 
 

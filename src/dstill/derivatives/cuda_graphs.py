@@ -1,7 +1,7 @@
-"""CUDA graphs: the kernels of a function, recorded once for each shape of its arguments and from then on launched together.
+"""CUDA graphs: the kernels of a function are recorded once for each shape of its arguments, then launched together.
 
-A small network's derivatives are hundreds of kernels of microseconds each, and launching them one by one takes longer than
-running them.
+The derivatives of a small network take hundreds of kernels of a few microseconds each. Launching them one by one takes longer
+than running them.
 """
 
 from __future__ import annotations
@@ -9,45 +9,58 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dstill.derivatives.unit import TensorUnit
 
-# Recording takes as long as a few dozen calls: it is for those who call often. What is beyond the most shapes runs as ever.
+# Recording takes as long as a few dozen calls, so only functions that are called often are recorded.
 CALLS_BEFORE, MOST_SHAPES = 20, 16
 
 _Result = TypeVar("_Result")
 
 
 class _Recording(NamedTuple):
-    """A graph, the tensors it reads, by type, and the structure of tensors it writes."""
+    """A graph, the tensors that it reads, grouped by type, and the structure of tensors that it writes."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[list[Tensor]]
     outputs: Any
 
 
-class Recorder:
-    """Calls functions of tensors: on an NVIDIA card the first times as they are, then what was recorded of them.
+class Caller(Protocol):
+    """Calls a function of tensors: a `Recorder`, or `directly`."""
 
-    A function's arguments are tensors of one device, units, and lists and tuples of these; everything else among them must be
-    hashable. It returns floating tensors in such structures. It must neither wait for the card nor use random numbers, and it
-    reads nothing else that changes: torch's switches for precision and determinism are those of the recording. One recorder is
-    for functions of different names. `on=False` never records.
+    def __call__(self, function: Callable[..., _Result], /, *args: Any) -> _Result: ...
+
+
+def directly(function: Callable[..., _Result], /, *args: Any) -> _Result:
+    """`function(*args)`: the caller that records nothing."""
+    return function(*args)
+
+
+class Recorder:
+    """Calls functions of tensors and, on an NVIDIA card, records the kernels of those that are called often.
+
+    The first `CALLS_BEFORE` calls of a function with arguments of one shape run as usual. The next call records its kernels,
+    and from then on the recording is replayed. Shapes beyond the first `MOST_SHAPES` are not recorded.
+
+    The arguments of a function are tensors on one device, units, and lists and tuples of these; all other arguments must be
+    hashable. The function returns floating-point tensors in such structures. It must neither wait for the card nor draw random
+    numbers, and it must not depend on anything else that changes: a recording keeps the settings for precision and determinism
+    that torch had when it was made. Functions called through one recorder must differ in name.
     """
 
-    def __init__(self, on: bool = True) -> None:
-        self.on = on
+    def __init__(self) -> None:
         self.recordings: dict[Any, _Recording | None] = {}
         self._calls: Counter[Any] = Counter()
         self._pool: Any = None
 
     @torch.no_grad()
-    def __call__(self, function: Callable[..., _Result], *args: Any) -> _Result:
-        """`function(*args)`, in tensors of its own."""
+    def __call__(self, function: Callable[..., _Result], /, *args: Any) -> _Result:
+        """`function(*args)`, in tensors that the next call does not overwrite."""
         if not self._on_a_card(args):
             return function(*args)
         key = (function.__name__, _shape(args))
@@ -63,15 +76,15 @@ class Recorder:
         for here, given in zip(recording.inputs, _by_type(tensors(args)), strict=True):
             torch._foreach_copy_(here, given)
         recording.graph.replay()
-        # The next replay overwrites what this one wrote. A product is one launch for all, where clones are one each.
+        # The next replay overwrites these tensors. Multiplying by 1 copies them all in one launch; clones need one each.
         fresh = torch._foreach_mul(list(tensors(recording.outputs)), 1)
         return with_tensors(recording.outputs, iter(fresh))
 
     def _on_a_card(self, args: tuple[Any, ...]) -> bool:
-        return self.on and next(tensors(args)).device.type == "cuda"
+        return next(tensors(args)).device.type == "cuda"
 
     def _recorded(self, function: Callable[..., Any], args: tuple[Any, ...]) -> _Recording | None:
-        """None where the card has no memory for it: a recording keeps that of one step to itself."""
+        """The recording; None if the card lacks the memory of one step that a recording keeps to itself."""
         try:
             return self._record(function, args)
         except torch.OutOfMemoryError:
@@ -86,11 +99,11 @@ class Recorder:
         with torch.cuda.device(inputs[0].device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # libraries choose their algorithms and workspaces before, not while, recording
+            with torch.cuda.stream(aside):  # libraries must choose algorithms and workspaces before recording
                 for _ in range(2):
                     run()
             torch.cuda.current_stream().wait_stream(aside)
-            # One pool for all: recordings never run side by side, and what they write is copied at once.
+            # All recordings share one pool: they never run at the same time, and their results are copied at once.
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
@@ -110,7 +123,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def with_tensors(value: Any, others: Iterator[Tensor]) -> Any:
-    """The same structure with other tensors, in the order of `tensors`; of a unit, what is kept."""
+    """The same structure with other tensors, in the order of `tensors`. A copied unit has the attributes in `KEPT` alone."""
     if isinstance(value, Tensor):
         return next(others)
     if isinstance(value, (list, tuple)):
@@ -126,7 +139,7 @@ def with_tensors(value: Any, others: Iterator[Tensor]) -> Any:
 
 
 def _by_type(values: Iterable[Tensor]) -> list[list[Tensor]]:
-    """One list for each type, in the order of their first tensors: torch copies lists of one type in one launch."""
+    """The tensors in one list for each type, since torch copies tensors of one type in one launch."""
     lists: dict[torch.dtype, list[Tensor]] = {}
     for value in values:
         lists.setdefault(value.dtype, []).append(value)
@@ -134,7 +147,7 @@ def _by_type(values: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _shape(value: Any) -> Any:
-    """What a recording is bound to: all but the numbers in the tensors."""
+    """What a recording is valid for: everything about the arguments except the numbers in the tensors."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""Instance norm, ReLU and pooling of a block in Triton kernels for NVIDIA cards: each of the four forms in one sweep.
+"""Instance norm, ReLU and pooling of a block in Triton kernels for NVIDIA cards: one kernel for each of the four forms.
 
-A program takes a few rows; a row is one channel of one image. A block of numbers is `[rows, pooled pixels, 4]`: the last axis
-holds the four pixels that share a pooled one, so that pooling is a sum along it, and its transpose a broadcast.
+A program handles a few rows; a row is one channel of one image. A block of numbers is `[rows, pooled pixels, 4]`. Its last
+axis holds the four pixels that are pooled into one, so that pooling is a sum along this axis and its transpose a broadcast.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from dstill.derivatives.unit import EPSILON, TensorUnit
 
-_MOST_POOLED = 4096  # pixels of a pooled row: beyond, one program's numbers no longer fit the registers
-_BLOCK = 1024  # numbers of each operand in one program, where rows are that short
+_MOST_POOLED = 4096  # pooled pixels of a row: the numbers of one program must fit its registers
+_BLOCK = 1024  # numbers of each operand that one program handles, if rows are short enough
 
 
 @triton.jit
 def _places(count, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, POOLED: tl.constexpr):
-    """Rows `[ROWS]`, which of them exist, pooled pixels and pixels, each with its mask."""
+    """Row numbers `[ROWS]`, then the offsets of pooled pixels and of pixels; each with a mask of those that exist."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = tl.arange(0, POOLED)
     exists = row < count
@@ -136,7 +136,7 @@ def _tangent_backward(
 
 
 class FusedUnit(TensorUnit):
-    """`TensorUnit` of float32 or float64 in these kernels. Odd sides and very large ones are left to tensor operations."""
+    """`TensorUnit` of float32 or float64 in these kernels; falls back to tensor operations for odd and very large sides."""
 
     def forward(self, z: Tensor) -> Tensor:
         if not _fits(z):
@@ -195,12 +195,12 @@ def _pooled(z: Tensor) -> Tensor:
 
 
 def _sums(z: Tensor) -> Tensor:
-    """Two numbers for each row."""
+    """Uninitialised memory for two numbers for each row."""
     return z.new_empty(2, *z.shape[:2])
 
 
 def _launch(kernel: Any, like: Tensor, *tensors: Tensor | None, **constants: Any) -> None:
-    """Over all rows of tensors that are shaped like `like`."""
+    """Launches a kernel over all rows of tensors with the shape of `like`."""
     batch, channels, height, width = like.shape
     count, pooled = batch * channels, triton.next_power_of_2(height * width // 4)
     rows = max(1, _BLOCK // (4 * pooled))

@@ -1,9 +1,9 @@
 // The CPU kernels of the hand-written derivatives, in float and double.
 //
 // Memory is channels-last, [image, row, column, channel], so that neighbouring lanes of a vector are neighbouring channels
-// and no kernel ever shuffles lanes. Everything is single-threaded: callers run micro-batches side by side.
+// and no kernel shuffles lanes. Kernels are single-threaded: the callers run pieces of a batch on several threads.
 //
-//   unit_*      instance norm, ReLU and 2x2 average pooling of one block, in its four forms (dstill.nets.unit.Unit)
+//   unit_*      instance norm, ReLU and 2x2 average pooling of one block, in its four forms (dstill.derivatives.unit.Unit)
 //   winograd_*  the transforms of Winograd's F(4x4, 3x3) convolution (dstill.derivatives.cpu_convolutions)
 //   patches_*   images as rows of 3x3 patches, for images of few channels (dstill.derivatives.cpu_convolutions)
 //   products    a batch of small matrix products, and sums of two of them
@@ -30,7 +30,7 @@ struct Simd {
 template <class T>
 using Vec = typename Simd<T>::Vector;
 
-// A run of `n` channels; `Full` where n is a whole vector, so that the copies below become single instructions.
+// A run of `n` channels. `Full` says that n is a whole vector: the copies below then become single instructions.
 template <class T, bool Full>
 struct Channels {
   long n;
@@ -51,7 +51,7 @@ void for_channels(long count, Body body) {
   }
 }
 
-// A comparison that keeps NaN: a student that diverged must not look healthy.
+// This comparison keeps NaN: a student that has diverged must not look healthy.
 template <class T>
 Vec<T> relu(Vec<T> a) { return Vec<T>{} > a ? Vec<T>{} : a; }
 
@@ -85,7 +85,7 @@ struct Unit {
   bool inside(long i, long j) const { return i < s.height / 2 * 2 && j < s.width / 2 * 2; }
   Vec<T> normalised(long i, long j) const { return (lanes.load(z + at(i, j)) - mean) * r; }
   Vec<T> activation(Vec<T> n) const { return n * scale + shift; }
-  // What pooling and ReLU hand back to pixel (i, j) of a gradient by the pooled image.
+  // Backward through pooling and ReLU: the gradient at pixel (i, j), from the gradient `gy` at the pooled pixels.
   Vec<T> unpooled(const T* gy, Vec<T> n, long i, long j) const {
     if (!inside(i, j)) return Vec<T>{};
     const Vec<T> quarter = lanes.load(gy + ((i / 2) * (s.width / 2) + j / 2) * s.channels) * T(0.25);
@@ -231,7 +231,7 @@ void unit_tangent_backward(const T* z, const T* mean, const T* r, const T* scale
 }
 
 // Winograd's F(4, 3) on the points 0, +-a, +-b and infinity. a = 5/8 and b = 3/2 lose half as many digits as the usual 1 and
-// 2 do, and every constant below is exact in binary.
+// 2, and make every constant below exact in binary.
 constexpr double kA = 0.625, kB = 1.5, kA2 = kA * kA, kB2 = kB * kB;
 constexpr int kTile = 4, kPatch = 6;
 
@@ -410,7 +410,7 @@ struct Matrices {
 };
 
 constexpr int kRows = kBytes == 64 ? 6 : 4, kVectors = kBytes == 64 ? 4 : 2;
-// Sums are cut into chains this long: one chain of 128 additions loses half a digit more than everything else together.
+// Sums are cut into chains of this length: a single chain of 128 additions would lose half a digit more than all the rest.
 constexpr long kChain = 32;
 
 template <class T, int Rows, int Vectors, bool Full>
@@ -458,7 +458,7 @@ void product(const Matrices& x, const T* a, const T* b, T* c, bool add) {
   if (j < x.n) column<T, 1>(x, a, b + j, c + j, add, Channels<T, false>{x.n - j});
 }
 
-// Long sums are taken in stretches whose operands stay in the cache while every tile of C reads them.
+// Long sums are computed in sections whose operands stay in the cache while every tile of C reads them.
 constexpr long kStretch = 512;
 
 template <class T>
@@ -478,8 +478,8 @@ void products(const T* a, const T* b, const T* a2, const T* b2, T* c, const Matr
   }
 }
 
-// Calls body(offset in the image, offset in the patches, count) for every row of every 3x3 patch, clipped to the image:
-// a run of neighbouring numbers on both sides. A patch is a row of `length` numbers, the last of which may be padding.
+// Calls body(offset in the image, offset in the patches, count) for each row of each 3x3 patch, clipped to the image. Such a
+// row is contiguous in both. A patch takes `length` numbers, the last of which may be padding.
 template <class Body>
 void for_patches(long images, Size s, long length, Body body) {
   for (long b = 0, row = 0; b < images; ++b)

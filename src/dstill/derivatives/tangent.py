@@ -1,25 +1,25 @@
-"""Derivatives of the instance-norm ConvNet written by hand: each block in four forms.
+"""Derivatives of the instance-norm ConvNet, written by hand: each block in four forms.
 
-With the scalar l(theta, x), a direction (theta', x') and a prime for d/d(epsilon) along it, one pass gives
+Let l(theta, x) be a scalar, (theta', x') a direction, and let a prime denote the derivative along it. One pass computes
 
     l' = <grad l, (theta', x')>      grad_theta l'  (a Hessian-vector product)      grad_x l'
 
-which is everything that one step of the unrolled gradient needs (`dstill.unrolling.adjoint`: H v, the image term and the
-step-size term), and, with a direction in the *input*, the exact gradient of the expert's gradient penalty.
+This is everything that one step of the unrolled gradient needs (`dstill.unrolling.adjoint`: H v, the image term and the
+step-size term). With a direction in the *input*, it gives the exact gradient of the expert's gradient penalty.
 
-Why by hand: library double backward also forms the gradient by the primal weights, keeps a graph, and treats the
-convolution bias, whose effect an instance norm removes exactly. A block is a `Convolution` followed by a `Unit`; both have
-a form in plain tensor operations, for any device and type. Both have native forms for a CPU, and the unit has one for NVIDIA
-cards (`dstill.derivatives.build`).
+Why by hand: torch's double backward also forms the gradient with respect to the primal weights, keeps a graph, and computes
+with the convolution bias, whose effect the instance norm removes exactly. A block is a `Convolution` followed by a `Unit`.
+Both are implemented in plain tensor operations for any device and type, and in native kernels for CPUs; the unit also has
+kernels for NVIDIA cards (`dstill.derivatives.build`).
 
-A pass has two halves, so that the first may run long before the second. `cross_entropy_gradient` is the first order:
-forward and backward. It leaves one `Unit` a block, holding what is dear to recompute: the convolution's output z and the
-gradient by the block's output. `cross_entropy_tangents` and `penalty_tangents` are the second order: the tangents of
-both, starting from these units.
+The computation has two passes, and the first may run long before the second. `cross_entropy_gradient` is the first-order
+pass: forward and backward. It leaves one `Unit` for each block, which holds what is expensive to recompute: the output z of
+the convolution and the gradient with respect to the block's output. `cross_entropy_tangents` and `penalty_tangents` are the
+second-order pass: the tangents of forward and backward, computed from these units.
 
-Shapes: images `[B, C, H, W]`; `parameters` is the list of `ConvNet.parameters()`, which is, for each block,
-convolution weight `[O, I, 3, 3]`, convolution bias `[O]`, norm scale `[O]`, norm shift `[O]`, and at the end the
-classifier's weight and bias.
+Shapes: images are `[B, C, H, W]`. `parameters` is the list of `ConvNet.parameters()`: for each block the convolution weight
+`[O, I, 3, 3]`, the convolution bias `[O]`, the norm's scale `[O]` and shift `[O]`, and at the end the weight and the bias of
+the classifier.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from dstill.derivatives.unit import Unit
 
 
 class UnitMaker(Protocol):
-    """Makes a `Unit` from scale and shift."""
+    """Makes a `Unit` from the norm's scale and shift."""
 
     def __call__(self, scale: Tensor, shift: Tensor, /) -> Unit: ...
 
 
 @dataclass(frozen=True)
-class Engine:
-    """How the blocks of one network geometry are computed.
+class Operations:
+    """The operations that compute the blocks of one network geometry.
 
     Attributes:
         unit: makes the `Unit` of a block.
-        first: the convolution of each block in the first order. ReLU masks come from these.
-        second: the convolutions of the tangents; the same objects, or cheaper ones in another precision.
+        first: the convolution of each block in the first-order pass. The ReLU masks follow from its results.
+        second: the convolution of each block in the second-order pass: the same objects, or cheaper ones in another precision.
     """
 
     unit: UnitMaker
@@ -57,7 +57,13 @@ class Engine:
     second: Sequence[Convolution]
 
     def weights(self, parameters: Sequence[Tensor], *, first: bool = True, second: bool = True) -> Weights:
-        """Parameters, or a direction in them, with the filters in the domains of the orders that are asked for."""
+        """Prepares parameters, or a direction in parameter space, for the passes.
+
+        Args:
+            parameters: a tensor for each parameter of the network.
+            first: transform the filters for the first-order pass.
+            second: transform the filters for the second-order pass.
+        """
         filters = parameters[:-2:4]
         if self.second is self.first:
             both = [conv.weight(w) for conv, w in zip(self.first, filters, strict=True)]
@@ -70,7 +76,7 @@ class Engine:
 
 
 class Weights(NamedTuple):
-    """See `Engine.weights`; `parameters` as they are in memory."""
+    """Parameters as they are in memory, and their filters in the domains of both passes: see `Operations.weights`."""
 
     parameters: Sequence[Tensor]
     first: Sequence[Operand]
@@ -86,7 +92,10 @@ class Weights(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """A gradient by the parameters of some images, its filters still in the convolutions' domain: sums come cheap there."""
+    """The gradient of some images with respect to the parameters, with its filters still in the convolutions' domain.
+
+    Gradients of several pieces are added there and transformed back once.
+    """
 
     filters: list[Operand]
     affine: list[tuple[Tensor, Tensor]]
@@ -109,7 +118,7 @@ class Sum(NamedTuple):
 
 
 class FirstOrder(NamedTuple):
-    """Loss of some images, its gradient, the units that the second order starts from, and the logits."""
+    """The loss of some images, its gradient, the units that the second-order pass starts from, and the logits."""
 
     loss: Tensor
     gradient: Sum | None
@@ -118,7 +127,7 @@ class FirstOrder(NamedTuple):
 
 
 class SecondOrder(NamedTuple):
-    """Derivatives along one direction: of the loss, and of its gradients by parameters, images and label logits."""
+    """Derivatives along a direction: of the loss, and of its gradients with respect to parameters, images and label logits."""
 
     loss: Tensor
     gradient: Sum
@@ -126,43 +135,49 @@ class SecondOrder(NamedTuple):
     labels: Tensor
 
 
-def _forward(engine: Engine, point: Weights, images: Tensor) -> tuple[list[Unit], list[Operand], Tensor]:
-    """Units and convolution inputs of every block, and the features."""
+def _forward(operations: Operations, point: Weights, images: Tensor) -> tuple[list[Unit], list[Operand], Tensor]:
+    """The unit and the transformed input of each block, and the features `[B, O, H, W]`."""
     units: list[Unit] = []
     inputs: list[Operand] = []
     y = images
-    for i, (conv, weight) in enumerate(zip(engine.first, point.first, strict=True)):
+    for i, (conv, weight) in enumerate(zip(operations.first, point.first, strict=True)):
         inputs.append(conv.input(y))
-        units.append(engine.unit(*point.affine(i)))
+        units.append(operations.unit(*point.affine(i)))
         y = units[-1].forward(conv.forward((inputs[-1], weight)))
     return units, inputs, y
 
 
-def features(engine: Engine, point: Weights, images: Tensor) -> Tensor:
-    """What enters the classifier, of `[B, C, H, W]`: `[B, F]`."""
-    return _forward(engine, point, images)[2].flatten(1)
+def features(operations: Operations, point: Weights, images: Tensor) -> Tensor:
+    """The inputs of the classifier, `[B, F]`, for images `[B, C, H, W]`."""
+    return _forward(operations, point, images)[2].flatten(1)
 
 
-def logits(engine: Engine, point: Weights, images: Tensor) -> Tensor:
-    """Of `[B, C, H, W]`: `[B, K]`."""
-    return F.linear(features(engine, point, images), *point.classifier)
+def logits(operations: Operations, point: Weights, images: Tensor) -> Tensor:
+    """Logits `[B, K]` of images `[B, C, H, W]`."""
+    return F.linear(features(operations, point, images), *point.classifier)
 
 
 def cross_entropy_gradient(
-    engine: Engine, point: Weights, images: Tensor, targets: Tensor, count: int, *, weights: bool = True
+    operations: Operations, point: Weights, images: Tensor, targets: Tensor, count: int, *, weights: bool = True
 ) -> FirstOrder:
-    """Cross-entropy with target probabilities `[B, K]`, summed over the images and divided by `count`, and its gradient.
+    """Cross-entropy of some images, and its gradient.
 
-    `weights=False` leaves out the gradient, for the sake of the units alone.
+    Args:
+        operations: the operations to compute with.
+        point: the parameters.
+        images: `[B, C, H, W]`.
+        targets: target probabilities `[B, K]`.
+        count: the sum over the images is divided by this number.
+        weights: False to leave out the gradient and compute the units alone.
     """
-    units, inputs, features = _forward(engine, point, images)
+    units, inputs, features = _forward(operations, point, images)
     flat = features.flatten(1)
     outputs = F.linear(flat, *point.classifier)
     log_probabilities = F.log_softmax(outputs, 1)
     loss = -(targets * log_probabilities).sum() / count
     gf = (log_probabilities.exp() - targets) / count
     gy = (gf @ point.classifier[0]).view_as(features)
-    filters, _ = _backward(engine, point, units, inputs if weights else None, gy)
+    filters, _ = _backward(operations, point, units, inputs if weights else None, gy)
     if not weights:
         return FirstOrder(loss, None, units, outputs)
     gradient = Sum(filters, [u.gradients() for u in units], (gf.t() @ flat, gf.sum(0)))
@@ -170,12 +185,22 @@ def cross_entropy_gradient(
 
 
 def _backward(
-    engine: Engine, point: Weights, units: list[Unit], inputs: list[Operand] | None, gy: Tensor, *, by_images: bool = False
+    operations: Operations,
+    point: Weights,
+    units: list[Unit],
+    inputs: list[Operand] | None,
+    gy: Tensor,
+    *,
+    by_images: bool = False,
 ) -> tuple[list[Operand], Tensor | None]:
-    """Runs `backward` from the top down; the gradients by the filters where `inputs` are given, and by the images if asked."""
+    """Runs `Unit.backward` from the last block to the first.
+
+    Returns:
+        Gradients with respect to the filters, if `inputs` are given; the gradient with respect to the images, if `by_images`.
+    """
     filters: list[Operand] = []
     for i in reversed(range(len(units))):
-        conv, gz = engine.first[i], units[i].backward(gy)
+        conv, gz = operations.first[i], units[i].backward(gy)
         if inputs is None and i == 0 and not by_images:
             break
         operand = conv.output(gz)
@@ -187,7 +212,7 @@ def _backward(
 
 
 def _tangent(
-    engine: Engine,
+    operations: Operations,
     point: Weights,
     direction: Weights | None,
     units: list[Unit],
@@ -195,17 +220,20 @@ def _tangent(
     dimages: Tensor | None,
     known: list[Operand] | None = None,
 ) -> tuple[list[Operand], list[Operand | None], Tensor, Tensor]:
-    """Runs `tangent` from the bottom up: inputs of every convolution, their tangents, the features and their tangent.
+    """Runs `Unit.tangent` from the first block to the last.
 
-    `known` are the inputs of the first order, where they are still there.
+    `known` are the transformed inputs of the first-order pass, where they have been kept.
+
+    Returns:
+        The transformed inputs of the convolutions, the tangents of these, the features, and the tangent of the features.
     """
     inputs: list[Operand] = []
-    reused = known if engine.second is engine.first else None
+    reused = known if operations.second is operations.first else None
     dinputs: list[Operand | None] = []
     y, dy = images, dimages
-    for i, (unit, conv) in enumerate(zip(units, engine.second, strict=True)):
+    for i, (unit, conv) in enumerate(zip(units, operations.second, strict=True)):
         if unit.z is None:
-            unit.z = engine.first[i].forward((engine.first[i].input(y), point.first[i]))
+            unit.z = operations.first[i].forward((operations.first[i].input(y), point.first[i]))
         inputs.append(conv.input(y) if reused is None else reused[i])
         dinputs.append(None if dy is None else conv.input(dy))
         pairs = [] if dinputs[i] is None else [(dinputs[i], point.second[i])]
@@ -217,7 +245,7 @@ def _tangent(
 
 
 def _tangent_backward(
-    engine: Engine,
+    operations: Operations,
     point: Weights,
     direction: Weights | None,
     units: list[Unit],
@@ -227,10 +255,14 @@ def _tangent_backward(
     *,
     by_images: bool,
 ) -> tuple[list[Operand], Tensor]:
-    """Runs `tangent_backward` from the top down: tangents of the gradients by the filters and, if asked, by the images."""
+    """Runs `Unit.tangent_backward` from the last block to the first.
+
+    Returns:
+        Tangents of the gradients with respect to the filters and, if `by_images`, with respect to the images.
+    """
     filters: list[Operand] = []
     for i in reversed(range(len(units))):
-        conv = engine.second[i]
+        conv = operations.second[i]
         gz, dgz = (conv.output(g) for g in units[i].tangent_backward(dgy))
         dx = dinputs[i]
         filters.insert(0, conv.by_weight((dgz, inputs[i]), *([] if dx is None else [(gz, dx)])))
@@ -241,7 +273,7 @@ def _tangent_backward(
 
 
 def cross_entropy_tangents(
-    engine: Engine,
+    operations: Operations,
     point: Weights,
     direction: Weights,
     images: Tensor,
@@ -252,20 +284,21 @@ def cross_entropy_tangents(
     """Derivatives of `cross_entropy_gradient` along a direction in the parameters.
 
     Args:
-        engine: how.
+        operations: the operations to compute with.
         point: the parameters.
         direction: the direction v.
         images: `[B, C, H, W]`.
-        targets: target probabilities q `[B, K]`, rows summing to one.
-        count: what the sum over images is divided by.
-        units: those of the first order at this point and these images; recomputed if left out. They are used up.
+        targets: target probabilities q `[B, K]`; each row sums to one.
+        count: the sum over the images is divided by this number.
+        units: the units of the first-order pass at this point and these images; recomputed if left out. They can be used only
+            once.
 
     Returns:
-        <grad, v>; H v; d<grad, v>/d images; d<grad, v>/d label logits where q = softmax(label logits).
+        <grad, v>; H v; d<grad, v>/d images; d<grad, v>/d label logits, where q = softmax(label logits).
     """
     if units is None:
-        units = cross_entropy_gradient(engine, point, images, targets, count, weights=False).units
-    inputs, dinputs, y, dy = _tangent(engine, point, direction, units, images, None)
+        units = cross_entropy_gradient(operations, point, images, targets, count, weights=False).units
+    inputs, dinputs, y, dy = _tangent(operations, point, direction, units, images, None)
     flat, dflat = y.flatten(1), dy.flatten(1)
     (weight, _), (dweight, dbias) = point.classifier, direction.classifier
     probabilities = F.softmax(F.linear(flat, *point.classifier), 1)
@@ -275,41 +308,44 @@ def cross_entropy_tangents(
     dgf = probabilities * (df - (probabilities * df).sum(1, keepdim=True)) / count
     dlabels = -targets * (df - (targets * df).sum(1, keepdim=True)) / count
     dgy = (dgf @ weight + gf @ dweight).view_as(y)
-    filters, dimages = _tangent_backward(engine, point, direction, units, inputs, dinputs, dgy, by_images=True)
+    filters, dimages = _tangent_backward(operations, point, direction, units, inputs, dinputs, dgy, by_images=True)
     classifier = (dgf.t() @ flat + gf.t() @ dflat, dgf.sum(0))
     return SecondOrder(dloss, Sum(filters, [u.tangent_gradients() for u in units], classifier), dimages, dlabels)
 
 
 def penalty_tangents(
-    engine: Engine, point: Weights, images: Tensor, pixelwise: bool, target: float, count: int
+    operations: Operations, point: Weights, images: Tensor, pixelwise: bool, target: float, count: int
 ) -> tuple[Tensor, Sum]:
-    """Two-sided gradient penalty (|grad_x W(x)| - target)^2, W the sum of the logits, and its exact gradient (Eq. 19).
+    """The two-sided gradient penalty (|grad_x W(x)| - target)^2 and its exact gradient (Eq. 19); W is the sum of the logits.
 
-    Summed over the images and divided by `count`. With J = grad_x W and u = 2 (|J| - target) / |J| J held constant, the
-    gradient of the penalty is the gradient by theta of the derivative of W along u in the input: one tangent pass.
+    Let J = grad_x W, and hold u = 2 (|J| - target) / |J| J constant. The gradient of the penalty is then the gradient, with
+    respect to theta, of the derivative of W along u in the input: one tangent pass.
 
     Args:
-        engine: how.
+        operations: the operations to compute with.
         point: the parameters.
-        images: `[B, C, H, W]`, un-augmented.
-        pixelwise: the norm over colour channels at each pixel (released code; the mean over pixels is taken) instead of
-            over the whole image (paper).
-        target: K of the paper.
-        count: what the sum over images is divided by.
+        images: `[B, C, H, W]`, not augmented.
+        pixelwise: take the norm over the colour channels at each pixel, and the mean over pixels (released code), instead of
+            the norm over the whole image (paper).
+        target: the paper's K.
+        count: the sum over the images is divided by this number.
+
+    Returns:
+        The penalty and its gradient with respect to the parameters.
     """
-    units, known, features = _forward(engine, point, images)
+    units, known, features = _forward(operations, point, images)
     weight = point.classifier[0]
     gy = weight.sum(0).expand(len(images), -1).contiguous().view_as(features)
-    _, jacobian = _backward(engine, point, units, None, gy, by_images=True)
+    _, jacobian = _backward(operations, point, units, None, gy, by_images=True)
     assert jacobian is not None
     axes, share = ((1,), images[0, 0].numel()) if pixelwise else ((1, 2, 3), 1)
     norm = jacobian.square().sum(axes, keepdim=True).sqrt()
     penalty = (norm - target).square().sum() / (count * share)
     direction = 2 * (norm - target) / norm.clamp_min(1e-12) * jacobian / (count * share)
 
-    inputs, dinputs, _, dy = _tangent(engine, point, None, units, images, direction, known)
+    inputs, dinputs, _, dy = _tangent(operations, point, None, units, images, direction, known)
     # The cotangent does not depend on x, so the tangent of every gradient above the top block is zero.
-    filters, _ = _tangent_backward(engine, point, None, units, inputs, dinputs, torch.zeros_like(dy), by_images=False)
+    filters, _ = _tangent_backward(operations, point, None, units, inputs, dinputs, torch.zeros_like(dy), by_images=False)
     by_weight = dy.flatten(1).sum(0).expand_as(weight).clone()
     classifier = (by_weight, torch.zeros_like(point.classifier[1]))
     return penalty, Sum(filters, [u.tangent_gradients() for u in units], classifier)

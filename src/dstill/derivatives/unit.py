@@ -1,4 +1,4 @@
-"""The block after a convolution, instance norm, ReLU and pooling, in four forms: forward, backward, and the tangent of each."""
+"""Instance norm, ReLU and pooling of a block in four forms: forward, backward, and the tangents of both."""
 
 from __future__ import annotations
 
@@ -16,46 +16,57 @@ class Unit(Protocol):
 
         n = (z - mean z) r,  r = 1 / sqrt(var z + eps)      a = n g + b      y = pool(relu(a))
 
-    Means are over the pixels of one channel of one image. The forms must run in this order; each leaves in the object
-    what the next ones read. `z` may be dropped in between and put back: it is the convolution's output.
+    Means are over the pixels of one channel of one image. The four forms must be called in the order below; each stores in the
+    object what the later ones read. `z`, the convolution's output, may be removed in between and restored.
     """
 
     z: Tensor | None
 
     def forward(self, z: Tensor) -> Tensor:
-        """Y."""
+        """The output y, `[B, C, H // 2, W // 2]`, of z, `[B, C, H, W]`."""
         ...
 
     def backward(self, gy: Tensor) -> Tensor:
-        """Gradient by z from the gradient by y: gz = g r q,  q = ga - mean(ga) - n mean(ga n),  ga = relu'(a) pool^T(gy)."""
+        """The gradient gz with respect to z, from the gradient gy with respect to y.
+
+        gz = g r q,  q = ga - mean(ga) - n mean(ga n),  ga = relu'(a) pool^T(gy)
+        """
         ...
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients by scale, sum ga n, and shift, sum ga."""
+        """Gradients with respect to the scale, sum ga n, and the shift, sum ga; `[C]` each."""
         ...
 
     def tangent(self, dz: Tensor, dscale: Tensor | None, dshift: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(y, y'):  n' = r (z' - mean z' - n mean(n z')),  r' = -r^2 mean(n z'),  y' = pool(relu'(a) a')."""
+        """The output y and its tangent y', from the tangents of z, scale and shift (None where these do not change).
+
+        n' = r (z' - mean z' - n mean(n z')),  r' = -r^2 mean(n z'),  y' = pool(relu'(a) a')
+        """
         ...
 
     def tangent_backward(self, dgy: Tensor) -> tuple[Tensor, Tensor]:
-        """(gz, gz'), the tangent of `backward`: gz' = g' r q + g r' q + g r q'."""
+        """gz and its tangent, from the tangent of gy: gz' = g' r q + g r' q + g r q'."""
         ...
 
     def tangent_gradients(self) -> tuple[Tensor, Tensor]:
-        """Tangents of `gradients`."""
+        """The tangents of `gradients`."""
         ...
 
 
 class TensorUnit:
-    """`Unit` in tensor operations, as few as there are. Any device and type; `torch.compile` fuses each form."""
+    """`Unit` in few tensor operations, for any device and type; `torch.compile` can fuse each form.
 
-    KEPT = ("scale", "shift", "z", "mean", "r", "gy")  # what the second order reads of the first
+    Args:
+        scale: scale of the norm, `[C]`.
+        shift: shift of the norm, `[C]`.
+    """
+
+    KEPT = ("scale", "shift", "z", "mean", "r", "gy")  # what the second-order pass reads
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         self.scale, self.shift = _channel(scale), _channel(shift)
         self.z: Tensor | None = None
-        self.a: Tensor | None = None  # from `forward` to `backward`
+        self.a: Tensor | None = None  # set by `forward`, removed by `backward`
 
     def _normalised(self) -> tuple[Tensor, Tensor]:
         """n and a."""
@@ -131,7 +142,7 @@ def _through_relu(g: Tensor, a: Tensor) -> Tensor:
 
 
 def _unpool(y: Tensor, like: Tensor) -> Tensor:
-    """Transpose of 2x2 average pooling: every input pixel, of the shape of `like`, receives a quarter of its output pixel."""
+    """The transpose of 2x2 average pooling, in the shape of `like`: each input pixel receives a quarter of its output pixel."""
     return torch.ops.aten.avg_pool2d_backward(y, like, [2, 2], [], [0, 0], False, True, None)
 
 

@@ -1,4 +1,4 @@
-"""How accuracies are measured: protocols, fresh networks, and the baselines beside every result.
+"""The measurement of accuracies: protocols, fresh networks, and the baselines beside every result.
 
-Which sets are measured and what is written is in `api`.
+`api` decides which sets are measured and what is written.
 """

@@ -1,4 +1,4 @@
-"""The two rows beside every result: random real images of the same IPC, and the whole training set."""
+"""The two baselines beside every result: random real images with the same IPC, and the whole training set."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ from dstill.support import seeding
 from dstill.support.workers import Workers
 
 RANDOM_DRAWS = 3
-# Learning rates that random images may choose from.
+# The learning rates from which one is chosen for random images.
 RANDOM_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
 def random_set(like: DistilledSet, split: Split, generator: torch.Generator) -> DistilledSet:
-    """Random real images in the preprocessing, augmentation and IPC of another set."""
+    """Random real images, with the preprocessing, augmentation and IPC of another set.
+
+    Args:
+        like: the other set.
+        split: the real images to draw from.
+        generator: draws the images.
+    """
     rows = random_rows(split, like.classes, like.ipc, generator)
     images = from_bytes(like.preprocess, split.images[rows], like.images.device)
     fields = {**like.__dict__, "images": images, "labels": split.labels[rows], "alpha": None, "method": "random"}
@@ -43,14 +49,26 @@ def random_baseline(
     workers: Workers = 1,
     tick: Callable[[str], None] = lambda _: None,
 ) -> Score:
-    """Random real images under the protocol: `RANDOM_DRAWS` draws, several networks each.
+    """The accuracy of random real images under a protocol: `RANDOM_DRAWS` draws, with several networks each.
 
-    A distilled set may come with a learned rate. So that the comparison is of images and not of rates, random images choose
-    theirs on a held-out part of the training images, from `RANDOM_RATES`; the test set has no part in it.
+    A distilled set may come with a learned rate. The comparison is meant to be between images, not between learning rates, so
+    the rate for random images is chosen from `RANDOM_RATES` on a held-out part of the training images. The test images are not
+    used for this choice.
+
+    Args:
+        like: the set that the random images are compared with.
+        real: the real data.
+        test: preprocessed test images and class ids.
+        protocol: how to train and measure.
+        net: the network; that of `like` if left out.
+        networks: number of networks for each draw; the protocol's number if None.
+        seed: master seed.
+        workers: number of processes, or `auto`.
+        tick: called with messages about the progress.
     """
     rates = list(RANDOM_RATES) if protocol.optimiser == "sgd" else [protocol.lr]
     if int(torch.bincount(real.train.labels, minlength=real.classes).min()) < 2:
-        tick("a class has a single training image: nothing can be held out, random images take the protocol's rate")
+        tick("a class has a single training image, so none can be held out: random images take the protocol's learning rate")
         rates = [protocol.lr]
     best = rates[0]
     if len(rates) > 1:
@@ -72,7 +90,15 @@ def random_baseline(
 
 
 def whole_set(net: NetConfig, like: DistilledSet, real: RealSet, test: tuple[Tensor, Tensor], *, seed: int) -> Score:
-    """The whole training set under the protocol `whole`, in the preprocessing and augmentation of `like`."""
+    """The accuracy of the whole training set under the protocol `whole`.
+
+    Args:
+        net: the network.
+        like: the set whose preprocessing and augmentation are used.
+        real: the real data.
+        test: preprocessed test images and class ids.
+        seed: master seed.
+    """
     protocol = load_protocol("whole")
     images, labels = prepared(real.train, like.preprocess, test[0].device)
     values = [

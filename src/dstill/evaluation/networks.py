@@ -1,4 +1,4 @@
-"""Training one fresh network under a protocol and measuring it once: the only way an accuracy arises."""
+"""Trains a fresh network under a protocol and measures it once. Every accuracy is measured here."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from dstill.training.fit import fit, predictions, squared_objective, step_at, wa
 
 
 def prepared(split: Split, preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Preprocessed float32 images and labels of a split, on the device."""
+    """The preprocessed float32 images and the class ids of a split, on a device."""
     return from_bytes(preprocess, split.images, device), split.labels.to(device)
 
 
 class Measured(NamedTuple):
-    """What one network does with the test images.
+    """The performance of one network on the test images.
 
     Attributes:
-        accuracy: in [0, 1].
-        confusion: how many images of class i (row) it takes for class j (column).
+        accuracy: share of the images that are classified correctly, in [0, 1].
+        confusion: how many images of class i (row) are classified as class j (column).
     """
 
     accuracy: float
@@ -51,10 +51,10 @@ def train_and_measure(
     augmentation: str,
     generator: torch.Generator,
 ) -> Measured:
-    """One fresh network: trained for the protocol's passes, measured once at the end.
+    """Trains a fresh network for as many passes as the protocol says, and measures it once at the end.
 
     Args:
-        net: which network.
+        net: the network.
         images: training images `[S, C, H, W]`, preprocessed.
         labels: class ids `[S]` or label logits `[S, K]`.
         test: preprocessed test images and class ids.
@@ -62,7 +62,7 @@ def train_and_measure(
         protocol: how to train.
         lr: learning rate.
         augmentation: DSA strategy.
-        generator: decides initial weights, order and augmentation.
+        generator: decides the initial weights, the order of the images and the augmentation.
     """
     channels, size = images.shape[1], (images.shape[2], images.shape[3])
     network = nets.build(net, channels, classes, size, generator).to(images.device)
@@ -93,14 +93,14 @@ def train_and_measure(
 
 @dataclass(frozen=True)
 class Trial:
-    """One fresh network to be trained on a set and measured.
+    """A fresh network that is to be trained on a set and measured.
 
     Attributes:
         distilled: the set.
         net: the network.
-        lr: learning rate; see `learning_rate` if None.
+        lr: learning rate; that of `learning_rate` if None.
         seed: master seed.
-        stream: names this trial among others of the same seed.
+        stream: tells this trial from others with the same seed.
     """
 
     distilled: DistilledSet
@@ -111,10 +111,16 @@ class Trial:
 
 
 def learning_rate(distilled: DistilledSet, protocol: Protocol) -> float:
-    """The set's α, which was learned for SGD; the protocol's rate where there is none or the optimiser is another.
+    """The learning rate for a set: its α, or the protocol's rate if it has none or the optimiser is not SGD.
+
+    α was learned for SGD, so another optimiser does not use it.
+
+    Args:
+        distilled: the set.
+        protocol: how to train.
 
     Raises:
-        CollapseError: α is not positive, as it may become where `distill.guard` is off.
+        CollapseError: α is not positive, which can happen if `distill.guard` is off.
     """
     if distilled.alpha is None or protocol.optimiser != "sgd":
         return protocol.lr
@@ -131,14 +137,21 @@ def measure(
     workers: Workers = 1,
     progress: Callable[[Trial, float], None] | None = None,
 ) -> list[Measured]:
-    """What every trial's network does with `test`, in order.
+    """Trains and measures the network of each trial.
 
     Args:
-        trials: which networks, on which sets; the sets' own preprocessing must have been applied to `test`.
-        test: preprocessed images and class ids.
+        trials: the networks and their sets. `test` must have been preprocessed as the sets were.
+        test: preprocessed test images and class ids.
         protocol: how to train.
-        workers: processes; `auto`: one a core where the work is worth it, judged by the first network.
-        progress: called after each network with its trial and accuracy.
+        workers: number of processes; `auto` for one for each core, if the time of the first network shows that it is worth it.
+        progress: called after each network with its trial and its accuracy.
+
+    Returns:
+        The results, in the order of the trials.
+
+    Raises:
+        CollapseError: a set has an α that is not positive.
+        DstillError: a process died.
     """
     tell = progress or (lambda trial, score: None)
     work = functools.partial(_measured, test, protocol)
@@ -175,7 +188,16 @@ def trials_of(
     seed: int = 0,
     stream: tuple[str | int, ...] = (),
 ) -> list[Trial]:
-    """`count` fresh networks on one set; the set's own network if `net` is left out."""
+    """Trials of several fresh networks on one set.
+
+    Args:
+        distilled: the set.
+        count: number of networks.
+        net: the network; that of the set if left out.
+        lr: learning rate; that of `learning_rate` if left out.
+        seed: master seed.
+        stream: tells these trials from others with the same seed.
+    """
     return [Trial(distilled, net or distilled.net, lr, seed, (*stream, k)) for k in range(count)]
 
 
@@ -189,6 +211,16 @@ def evaluate_set(
     seed: int = 0,
     stream: tuple[str | int, ...] = (),
 ) -> list[float]:
-    """Accuracies of `networks` fresh networks (the protocol's number if left out) trained on a set; see `measure`."""
+    """The accuracies of fresh networks that are trained on a set.
+
+    Args:
+        distilled: the set.
+        test: preprocessed test images and class ids.
+        protocol: how to train.
+        networks: number of networks; the protocol's number if left out.
+        lr: learning rate; that of `learning_rate` if left out.
+        seed: master seed.
+        stream: tells these networks from others with the same seed.
+    """
     trials = trials_of(distilled, networks or protocol.networks, lr=lr, seed=seed, stream=stream)
     return [measured.accuracy for measured in measure(trials, test, protocol)]

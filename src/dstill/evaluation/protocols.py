@@ -12,15 +12,27 @@ _FOLDER = Path(__file__).parent / "protocol_files"
 
 
 def protocol_names() -> list[str]:
-    """Names of the shipped protocols."""
+    """The names of the protocols that come with dstill.
+
+    Example:
+        >>> "ast" in protocol_names()
+        True
+    """
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
 def load_protocol(name: str) -> Protocol:
-    """A shipped protocol, or one in a YAML file of your own.
+    """A protocol by name or from a file.
+
+    Args:
+        name: the name of a protocol that comes with dstill, or the path of a YAML file.
 
     Raises:
-        DstillError: unknown name, or a malformed file.
+        DstillError: the name is unknown, the file does not exist, or it is malformed.
+
+    Example:
+        >>> load_protocol("ast").optimiser
+        'sgd'
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not path.exists():

@@ -11,15 +11,19 @@ _TINY = 1e-12
 
 
 def gsam_objective(base: Objective, rho: float, alpha: float) -> Objective:
-    """Wraps an objective: the gradient left behind is GSAM's, adaptive form.
+    """Wraps an objective, so that it leaves GSAM's gradient in its adaptive form.
 
-    With g the gradient at w, the weights climb to w + ρ w² g / |w g| (elementwise w), where the gradient is h. The descent
-    direction is h - α g⊥, g⊥ being the part of g orthogonal to h: it lowers the perturbed loss and the surrogate gap.
+    Let g be the gradient at the weights w. The weights climb to w + ρ w² g / |w g|, with elementwise products, where the
+    gradient is h. The result is h - α g⊥, where g⊥ is the part of g that is orthogonal to h. Descent along it lowers the
+    perturbed loss and the surrogate gap.
 
     Args:
-        base: objective evaluated at both points, on the same batch.
-        rho: radius of the climb.
-        alpha: weight of the orthogonal part.
+        base: the objective, evaluated at both points on the same batch.
+        rho: the radius ρ of the climb.
+        alpha: the weight α of the orthogonal part.
+
+    Returns:
+        An objective that returns the loss at w.
     """
 
     def objective(net: nn.Module, batch: Batch) -> Tensor:
@@ -45,7 +49,7 @@ def gsam_objective(base: Objective, rho: float, alpha: float) -> Objective:
 
 
 def _taken(parameter: nn.Parameter) -> Tensor:
-    """The parameter's gradient, which it then no longer holds."""
+    """The gradient of a parameter, which is removed from it; zeros if it has none."""
     gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
     parameter.grad = None
     return gradient

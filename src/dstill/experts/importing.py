@@ -1,4 +1,4 @@
-"""Expert buffers that the field's scripts publish. Nothing in their files is ever executed."""
+"""Imports the expert buffers that scripts of the field publish. Nothing in their files is executed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,38 @@ from dstill.experts.trajectory import save_expert
 
 
 def import_experts(paths: Sequence[str | Path], folder: str | Path) -> Path:
-    """Expert buffers of MTT (`replay_buffer_*.pt`) as a folder that `distill --experts` takes.
+    """Converts MTT's expert buffers (`replay_buffer_*.pt`) to a folder of experts for `distill --experts`.
 
-    A buffer is a list of trajectories, a trajectory a list of records, a record the list of a network's parameters.
+    A buffer is a list of trajectories. A trajectory is a list of records, and a record is the list of a network's parameters.
+
+    Args:
+        paths: the buffers.
+        folder: the folder to write; made if missing.
+
+    Returns:
+        The folder.
 
     Raises:
-        DstillError: see `dstill.import_set`; or a trajectory has records of different sizes, or the folder holds experts
-            already.
+        DstillError: a file is missing, damaged, too large or no buffer, it holds code, or the records of a trajectory differ
+            in size; or the folder already holds experts.
+
+    Example:
+        >>> import tempfile
+        >>> from dstill.experts.trajectory import Trajectories
+        >>> record = lambda: [torch.zeros(2, 2), torch.zeros(2)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save([[record(), record(), record()]], f"{folder}/replay_buffer_0.pt")
+        ...     experts = Trajectories(import_experts([f"{folder}/replay_buffer_0.pt"], f"{folder}/experts"))
+        >>> len(experts), experts.epochs, experts.numel
+        (1, 2, 6)
     """
     target, index = Path(folder), 0
     if any(target.glob("expert-*")):
-        raise DstillError(f"{target} holds experts already, which would be mixed with these: pass another folder, or remove it")
+        raise DstillError(f"{target} holds experts already, which would mix with these: pass another folder, or remove it")
     for path in map(Path, paths):
         for stacked in _buffer(path):
             lengths = step_lengths(stacked).tolist()
-            record = {"accuracy": [], "loss": [], "step_lengths": lengths}  # buffers do not tell
+            record = {"accuracy": [], "loss": [], "step_lengths": lengths}  # buffers do not record losses and accuracies
             save_expert(target, index, stacked, {"index": index, "record": record, "imported": path.name})
             index += 1
     return target
@@ -39,7 +56,7 @@ def _buffer(path: Path) -> list[Tensor]:
     """The trajectories of one file, each `[epochs + 1, P]`."""
     content = trusted(path)
     if not isinstance(content, list | tuple) or not all(isinstance(one, list | tuple) for one in content):
-        raise DstillError(f"{path} is not a buffer of expert trajectories: that is a list of lists of records")
+        raise DstillError(f"{path} is not a buffer of expert trajectories, which would be a list of lists of records")
     try:
         trajectories = [
             torch.stack([torch.cat([parameter.reshape(-1).float() for parameter in record]) for record in trajectory])
@@ -49,5 +66,5 @@ def _buffer(path: Path) -> list[Tensor]:
         raise DstillError(f"{path} is not a buffer of expert trajectories ({error})") from error
     short = next((len(one) for one in trajectories if len(one) < 2), None)
     if short is not None:
-        raise DstillError(f"{path} has a trajectory of {short} record: two are needed for a segment to match")
+        raise DstillError(f"{path} has a trajectory of {short} record(s): a segment to match needs at least two")
     return trajectories

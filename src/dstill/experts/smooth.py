@@ -1,4 +1,4 @@
-"""What makes an expert smooth: the clipped loss, the gradient penalty, and how smoothness is measured (paper IV-B)."""
+"""Smooth experts: the clipped loss, the gradient penalty, and a measure of smoothness (paper IV-B)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from dstill.training.fit import Batch, Objective, cross_entropy_objective
 
 
 def clip_factor(epoch: int, form: Form) -> float:
-    """λ of the clipped loss for an epoch (paper Eq. 19): the cross-entropy is scaled down while it is steepest.
+    """The factor λ of the clipped loss in an epoch (paper Eq. 19). It scales the cross-entropy down while it is steepest.
 
     Args:
         epoch: 0 for the first pass over the data.
         form: `paper`: 0.5, 0.625, 0.75, 0.875, then 1. `released`: 0.50, 0.55 … 0.95 over ten epochs, then 1. `off`: 1.
+
+    Returns:
+        A factor in [0.5, 1].
 
     Example:
         >>> [clip_factor(e, "paper") for e in (0, 1, 4, 30)]
@@ -33,22 +36,39 @@ def clip_factor(epoch: int, form: Form) -> float:
 
 
 def penalty_weight(form: Form) -> float:
-    """μ of Eq. 19: 1 in the paper, 2 in the released code, 0 when off."""
+    """The weight μ of the gradient penalty (paper Eq. 19): 1 in the paper, 2 in the released code, 0 if off.
+
+    Args:
+        form: `paper`, `released` or `off`.
+
+    Example:
+        >>> [penalty_weight(form) for form in ("paper", "released", "off")]
+        [1.0, 2.0, 0.0]
+    """
     return {"off": 0.0, "paper": 1.0, "released": 2.0}[form]
 
 
 def gradient_penalty(net: nn.Module, images: Tensor, form: Form, target: float = 1.0) -> Tensor:
-    """E_x[(|grad_x W(x)|_2 - K)^2] of un-augmented images, W the sum of the logits (Eq. 19); differentiable twice over.
+    """The gradient penalty E_x[(|grad_x W(x)|_2 - K)^2] of images, where W is the sum of the logits (paper Eq. 19).
 
-    The definition by library double backward, for any network. `smooth_objective` takes the hand-written tangent pass
-    where the network has one.
+    This is the definition, computed by autograd for any network; it can be differentiated. `smooth_objective` uses the
+    hand-written tangent pass if the network has one.
 
     Args:
         net: any network.
-        images: `[B, C, H, W]`.
-        form: `paper`: the norm of a sample's whole gradient. `released`: over the colour channels at each pixel, mean
-            over pixels and samples.
-        target: K.
+        images: `[B, C, H, W]`, preprocessed, not augmented.
+        form: `paper`: the norm is over the whole gradient of a sample. `released`: the norm is over the colour channels at
+            each pixel, and the mean over pixels and samples.
+        target: the paper's K.
+
+    Returns:
+        The penalty, a 0-d tensor.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 1, bias=False))
+        >>> _ = nn.init.constant_(net[1].weight, 1.5)  # |grad W| = 1.5 * sqrt(4) = 3
+        >>> gradient_penalty(net, torch.zeros(2, 1, 2, 2), "paper").item()
+        4.0
     """
     with torch.enable_grad():
         inputs = images.detach().requires_grad_()
@@ -60,14 +80,14 @@ def gradient_penalty(net: nn.Module, images: Tensor, form: Form, target: float =
 def smooth_objective(
     net: nn.Module, clip: Form, penalty: Form, *, precision: Precision = "float32", compiled: bool = False
 ) -> Objective:
-    """L_SC = λ_e CE + μ E[(|grad_x W| - K)^2] (Eq. 19) as an objective of `dstill.training.fit`.
+    """L_SC = λ_e CE + μ E[(|grad_x W| - K)^2] (paper Eq. 19) as an objective for `dstill.training.fit.fit`.
 
     Args:
-        net: what will be trained; where it has hand-written derivatives, these are taken.
+        net: the network to train; its hand-written derivatives are used if it has them.
         clip: form of the clipped loss.
         penalty: form of the gradient penalty.
-        precision: of the hand-written derivatives' convolutions.
-        compiled: `torch.compile` the derivatives where native kernels do not run.
+        precision: precision of the convolutions in hand-written derivatives.
+        compiled: compile the derivatives with `torch.compile` where native kernels do not run.
     """
     written = derivatives_of(net, precision=precision, compiled=compiled)
     cross_entropy = cross_entropy_objective(written)
@@ -96,10 +116,16 @@ def smooth_objective(
 
 
 def step_lengths(trajectory: Tensor) -> Tensor:
-    """|θ_t - θ_{t+1}|^2 for each epoch of a trajectory `[E+1, P]`: the curve of Fig. 9, `[E]` in float64."""
+    """|θ_t - θ_{t+1}|^2 for each epoch of an expert: the curve of Fig. 9.
+
+    Args:
+        trajectory: `[E + 1, P]`.
+
+    Returns:
+        The squared lengths `[E]`, computed in float64.
+
+    Example:
+        >>> step_lengths(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 5.0]])).tolist()
+        [25.0, 1.0]
+    """
     return torch.stack([(b.double() - a.double()).square().sum() for a, b in itertools.pairwise(trajectory)])
-
-
-def avg_var(trajectory: Tensor) -> float:
-    """Avg_Var = E_t[|θ_t - θ_{t+1}|^2]: small for a smooth trajectory (Tables I and VII)."""
-    return float(step_lengths(trajectory).mean())

@@ -1,4 +1,4 @@
-"""Training experts and recording their weight trajectories (paper Algorithm 1)."""
+"""Trains experts and records their weight trajectories (paper Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dstill.support.workers import Workers, choose_workers, spread
 from dstill.training.checkpoint import Beside, Bookmark, Training
 from dstill.training.fit import Batch, EpochReport, Objective, Schedule, accuracy, fit, step_at
 
-_WRITING_SECONDS = 3600.0  # longer than any file of an expert takes to write
+_WRITING_SECONDS = 3600.0  # longer than writing any expert file takes
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class ExpertTask:
 
     Attributes:
         real: the real data.
-        preprocess: fitted on its training part.
+        preprocess: the preprocessing, fitted on the training images.
         net: the network.
         config: the training settings.
-        augmentation: DSA strategy of the cross-entropy batch.
-        seed: master seed; expert i depends on it and i alone.
+        augmentation: DSA strategy for the batches of the cross-entropy.
+        seed: master seed. The random draws of an expert depend on the seed and the expert's index alone.
     """
 
     real: RealSet
@@ -50,19 +50,28 @@ class ExpertTask:
     seed: int
 
     def identity(self) -> dict[str, Any]:
-        """What the stored weights depend on. The number of experts and epochs and compilation are not part of it."""
+        """What the stored weights depend on. The numbers of experts and epochs, and compilation, are not part of it."""
         return expert_identity(self.real.fingerprint, self.preprocess.kind, self.net, self.config, self.augmentation, self.seed)
 
     def fingerprint(self) -> str:
-        """Name of the folder that holds these experts: 16 hex digits of the identity's SHA-256."""
+        """The name of the folder with these experts: 16 hex digits of the SHA-256 of their identity."""
         return digest(self.identity())
 
 
 def expert_identity(
     data: str, preprocess: str, net: NetConfig, config: ExpertConfig, augmentation: str, seed: int
 ) -> dict[str, Any]:
-    """See `ExpertTask.identity`; `data` is the real set's fingerprint, `preprocess` the kind."""
-    # A type that rounds is a part of it.
+    """The identity of experts without their data at hand, see `ExpertTask.identity`.
+
+    Args:
+        data: fingerprint of the real set.
+        preprocess: kind of the preprocessing.
+        net: the network.
+        config: the training settings.
+        augmentation: DSA strategy for the batches of the cross-entropy.
+        seed: master seed.
+    """
+    # `store` is part of the identity if it rounds the weights.
     apart = {"count", "epochs", "compile"} | ({"store"} if config.store == "float32" else set())
     return {
         "data": data,
@@ -75,14 +84,18 @@ def expert_identity(
 
 
 def optimiser(net: nn.Module, config: ExpertConfig) -> torch.optim.Optimizer:
-    """SGD or Adam, as the settings say."""
+    """The optimiser of the settings, SGD or Adam."""
     if config.optimiser == "adam":
         return torch.optim.Adam(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 def lr_schedule(config: ExpertConfig) -> Schedule | None:
-    """Paper: halved at epoch E/2. Released: times 0.6 after epoch E/2 + 1, the momentum forgotten."""
+    """The learning-rate schedule of the settings.
+
+    `paper`: the rate is halved at epoch E/2. `released`: it is multiplied by 0.6 after epoch E/2 + 1, and the momentum is
+    cleared. `off`: None.
+    """
     half = config.planned_epochs // 2
     match config.lr_step:
         case "paper":
@@ -100,22 +113,23 @@ def train_expert(
     observer: Callable[[EpochReport, float], None] | None = None,
     bookmark: Bookmark | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Trains one expert and records a copy of its weights at initialisation and after every epoch.
+    """Trains one expert and records a copy of its weights at initialisation and after each epoch.
 
     Args:
         task: what to train.
-        index: number of the expert; it alone, with the task's seed, decides every random draw.
-        device: where to train.
+        index: index of the expert. With the task's seed, it decides all random draws.
+        device: device to train on.
         observer: called after each epoch with the report and the accuracy on `task.real.test`.
-        bookmark: the expert's file, stored on the way and at the end. A training that was cut off there, or that had fewer
-            epochs, goes on.
+        bookmark: the expert's file, stored during the training and at its end. If it holds a training that was interrupted, or
+            one with fewer epochs, that training is resumed.
 
     Returns:
-        The trajectory `[epochs + 1, P]` and a record: per-epoch loss, accuracy on `real.test` (a diagnostic that nothing
-        chooses by) and |θ_t - θ_{t+1}|^2.
+        The trajectory `[epochs + 1, P]`, and a record with the loss, the accuracy on `real.test` (a diagnostic, which no
+        choice depends on) and |θ_t - θ_{t+1}|^2 of each epoch.
 
     Raises:
-        DstillError: the weights became non-finite.
+        DstillError: a weight is no longer finite.
+        ValueError: the number of epochs is not resolved.
     """
     real, config = task.real, task.config
     if config.epochs is None:
@@ -127,7 +141,7 @@ def train_expert(
     training = Training(net, optimiser(net, config), generator)
     begin, stored, header = bookmark.restore(training) if bookmark else (0, {}, {})
     snapshots = [_snapshot(net)]
-    if begin:  # the last one from the network: the file may round
+    if begin:  # the last snapshot comes from the network, since the trajectory in the file may be rounded
         snapshots = [*stored["trajectory"][:-1].float(), *snapshots]
     record: dict[str, list[float]] = header.get("record") or {"loss": [], "accuracy": [], "step_lengths": []}
 
@@ -141,7 +155,7 @@ def train_expert(
         snapshot = _snapshot(net)
         if not bool(torch.isfinite(snapshot).all()):
             raise DstillError(
-                f"expert {index} has non-finite weights after epoch {report.epochs_done}: lower experts.lr "
+                f"expert {index} has non-finite weights after epoch {report.epochs_done}: lower experts.lr, "
                 "or switch the gradient penalty on"
             )
         snapshots.append(snapshot)
@@ -171,7 +185,7 @@ def train_expert(
 
 
 def expert_objective(net: nn.Module, config: ExpertConfig) -> Objective:
-    """What an expert minimises, as the settings say."""
+    """The objective of the settings: the clipped loss with the gradient penalty, in GSAM if that is set."""
     objective = smooth_objective(
         net, config.clipped_loss, config.gradient_penalty, precision=config.precision, compiled=config.compile
     )
@@ -179,12 +193,12 @@ def expert_objective(net: nn.Module, config: ExpertConfig) -> Objective:
 
 
 def _snapshot(net: nn.Module) -> Tensor:
-    """A copy of the weights: an alias would follow the live tensors."""
+    """A copy of the weights `[P]` on the CPU. A view would change with the network."""
     return torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()]).clone().cpu()
 
 
 def expected_seconds(task: ExpertTask, device: torch.device) -> float:
-    """About how long one expert takes, from the time of one batch."""
+    """Roughly how long one expert takes, in seconds, from the time of one batch."""
     real, config = task.real, task.config
     generator = torch.Generator().manual_seed(0)
     net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
@@ -206,26 +220,29 @@ def train_missing(
     observer: Callable[[int, EpochReport, float], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Trains the experts that `folder` lacks, each written atomically as soon as it is done.
+    """Trains the experts that are missing in a folder. Each is written atomically as soon as it is finished.
 
-    An expert is the same whatever the number of workers. Files that are there are checked first; a damaged one is set aside
-    and its expert trained again. One of more epochs than asked for will do, and one of fewer is trained on: nothing but the
-    number of epochs tells them apart.
+    The number of workers does not change an expert. Existing files are checked first; a damaged file is set aside and its
+    expert is trained again. An expert with more epochs than needed is used as it is, and one with fewer is trained further,
+    since the two differ in nothing else.
 
     Args:
         task: what to train.
-        folder: one folder a task (named after its fingerprint).
-        device: where to train.
-        only: train just these indices, for a share of the work on another machine.
-        workers: processes; `auto`: one a core where the work is worth it.
-        observer: called after each epoch with the expert's index, the report and the accuracy.
-        note: told of files that were set aside.
+        folder: the folder of this task (named after its fingerprint).
+        device: device to train on.
+        only: indices of the experts to train, if other machines train the rest; all if left out.
+        workers: number of processes; `auto` for one for each core if there is enough work.
+        observer: called after each epoch with the index of the expert, the report and the accuracy.
+        note: called with a message for each file that was set aside.
 
     Returns:
-        `folder`.
+        The folder.
+
+    Raises:
+        DstillError: a weight is no longer finite, or a process died.
     """
     wanted = range(task.config.count) if only is None else only
-    files.remove_leftovers(folder, older_than=_WRITING_SECONDS)  # others may be writing here
+    files.remove_leftovers(folder, older_than=_WRITING_SECONDS)  # other processes may be writing here
     for index in wanted:
         files.set_aside_if_damaged(expert_path(folder, index), KIND, note)
     missing = missing_experts(folder, wanted, task.config.epochs or 1)

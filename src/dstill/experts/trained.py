@@ -1,4 +1,4 @@
-"""One network trained on the real images, with what it got wrong on the way: what selection methods look through."""
+"""A network trained on the real images, and what it forgot during training: the basis of selection methods."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ _KIND = "trained network"
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """Weights `[P]` after training, and for each training image how often it was forgotten (int64 `[N]`).
+    """A network after its training.
 
-    `forgotten` counts the passes in which an image that the pass before had right was wrong; images that were never right
-    have the number of passes, more than any other can have.
+    Attributes:
+        weights: its weights `[P]`.
+        forgotten: for each training image, the number of passes in which it was classified wrongly after being classified
+            correctly in the pass before; int64 `[N]`. An image that was never classified correctly gets the number of passes,
+            which is more than any other image can have.
     """
 
     weights: Tensor
@@ -38,7 +41,15 @@ class TrainedNetwork:
 
 @dataclass(frozen=True)
 class NetworkTask:
-    """Everything that determines a trained network; see `ExpertTask`."""
+    """Everything that determines a trained network.
+
+    Attributes:
+        real: the real data.
+        preprocess: the preprocessing, fitted on the training images.
+        net: the network.
+        config: the training settings.
+        seed: master seed.
+    """
 
     real: RealSet
     preprocess: Preprocess
@@ -57,12 +68,12 @@ class NetworkTask:
         }
 
     def fingerprint(self) -> str:
-        """16 hex digits of the identity's SHA-256."""
+        """The name of the network's file: 16 hex digits of the SHA-256 of its identity."""
         return digest(self.identity())
 
 
 class _Events:
-    """Counts, for each training image, the changes from right to wrong between its presentations."""
+    """Counts, for each training image, how often it turns from right to wrong between one pass and the next."""
 
     def __init__(self, count: int) -> None:
         self.right = torch.zeros(count, dtype=torch.bool)
@@ -82,10 +93,15 @@ def train_network(
     observer: Callable[[EpochReport], None] | None = None,
     bookmark: Bookmark | None = None,
 ) -> TrainedNetwork:
-    """Trains on the whole real training set without augmentation, and records forgetting events (Toneva et al. 2019).
+    """Trains on all real training images without augmentation, and counts forgetting events (Toneva et al. 2019).
 
-    An image is judged as it is presented, before the step that its batch takes. `bookmark` is where the state is stored on
-    the way, and where one that was stored is found.
+    An image is judged when its batch is presented, before the optimiser's step.
+
+    Args:
+        task: what to train.
+        device: device to train on.
+        observer: called after each epoch.
+        bookmark: the file in which the state is stored during the training. If it holds a state, the training is resumed.
 
     Raises:
         DstillError: the network has running statistics or dropout.
@@ -93,7 +109,7 @@ def train_network(
     real, config = task.real, task.config
     generator = seeding.generator(task.seed, "trained-network")
     net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
-    Student(net)  # refuses running statistics, which the stored weights would lack
+    Student(net)  # refuses running statistics, since only the weights are stored
     images = from_bytes(task.preprocess, real.train.images, device)
     events = _Events(len(real.train))
     sgd = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -126,7 +142,17 @@ def train_network(
 def trained_network(
     task: NetworkTask, folder: Path, device: torch.device, observer: Callable[[EpochReport], None] | None = None
 ) -> TrainedNetwork:
-    """The task's network from `folder`, trained and stored there first where it is missing."""
+    """The network of a task from a folder. If it is missing there, it is trained and stored first.
+
+    Args:
+        task: what to train.
+        folder: the folder of trained networks.
+        device: device to train on.
+        observer: called after each epoch of a training.
+
+    Raises:
+        DstillError: the network has running statistics or dropout.
+    """
     path = folder / f"{task.fingerprint()}.safetensors"
 
     def make() -> None:

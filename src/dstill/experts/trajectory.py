@@ -1,4 +1,4 @@
-"""The store of expert trajectories: one memory-mapped safetensors file an expert."""
+"""The store of expert trajectories: one memory-mapped safetensors file for each expert."""
 
 from __future__ import annotations
 
@@ -13,32 +13,41 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dstill.artifacts import files
+from dstill.artifacts.record import avg_var
 from dstill.config.settings import digest
 from dstill.errors import DamagedFileError, DstillError
 
 KIND = "expert trajectory"
-# The keys of `dstill.experts.train.expert_identity`, as headers have them.
+# The keys of `dstill.experts.train.expert_identity` in the headers of files.
 _IDENTITY = ("data", "preprocess", "net", "experts", "augmentation", "seed")
 
 
 class _Record(BaseModel):
-    """What is read of the record of a training; accuracies are missing where a foreign buffer does not tell them."""
+    """The parts of a training's record that are read. An imported buffer has no accuracies."""
 
     accuracy: list[float]
     step_lengths: Annotated[list[float], Field(min_length=1)]
 
 
 def expert_path(folder: Path, index: int) -> Path:
+    """The file of an expert in a folder."""
     return folder / f"expert-{index:03d}.safetensors"
 
 
 def save_expert(folder: Path, index: int, trajectory: Tensor, header: Mapping[str, Any]) -> None:
-    """Writes one trajectory `[epochs + 1, P]` atomically, with its settings and per-epoch records as header."""
+    """Writes one trajectory `[epochs + 1, P]` atomically.
+
+    Args:
+        folder: the folder of the experts.
+        index: index of the expert.
+        trajectory: the weights at initialisation and after each epoch.
+        header: the settings and the record of the training.
+    """
     files.save(expert_path(folder, index), KIND, {"trajectory": trajectory}, header)
 
 
 def recorded_epochs(path: Path) -> int:
-    """Epochs that an expert's file records; 0 where there is none that can be read."""
+    """The number of epochs in the file of an expert; 0 if there is no file or it cannot be read."""
     if not path.exists():
         return 0
     try:
@@ -49,19 +58,19 @@ def recorded_epochs(path: Path) -> int:
 
 
 def missing_experts(folder: Path, wanted: Iterable[int], epochs: int) -> list[int]:
-    """Those of the wanted experts that the folder lacks, or has with fewer epochs."""
+    """The indices in `wanted` whose experts are missing in the folder or have fewer than `epochs` epochs."""
     return [index for index in wanted if recorded_epochs(expert_path(folder, index)) < epochs]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one trajectory in float32: where the student starts, and what it must reach.
+    """A segment of one trajectory: where the student starts, and what it is to reach.
 
     Attributes:
         expert: index of the expert.
         epoch: start epoch t.
-        start: θ*_t, `[P]`.
-        targets: θ*_{t+1} … θ*_{t+M}, `[M, P]`.
+        start: θ*_t, float32 `[P]`.
+        targets: θ*_{t+1} … θ*_{t+M}, float32 `[M, P]`.
     """
 
     expert: int
@@ -71,15 +80,28 @@ class Segment:
 
 
 class Trajectories:
-    """A folder of experts, read row by row.
+    """A folder of experts, of which single rows are read from disk.
 
     Args:
-        folder: where `train_experts` wrote.
-        count: use the first `count` experts only.
-        epochs: use the first `epochs` epochs only; all that every expert has if left out.
+        folder: the folder that `train_experts` or `import_experts` wrote.
+        count: use only the first `count` experts; all if left out.
+        epochs: use only the first `epochs` epochs; as many as every expert has if left out.
 
     Raises:
-        DstillError: the folder has no experts, or fewer than `count`, or a file is damaged, or they are too short.
+        DstillError: the folder has no experts or fewer than `count`, an expert has fewer epochs than `epochs`, or a file is
+            damaged.
+
+    Example:
+        >>> import tempfile
+        >>> record = {"accuracy": [0.5, 0.75], "loss": [1.0, 0.5], "step_lengths": [3.0, 3.0]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_expert(Path(folder), 0, torch.arange(3.0).outer(torch.ones(3)), {"record": record})
+        ...     experts = Trajectories(Path(folder))
+        ...     segment = experts.segment(0, epoch=1, span=1)
+        >>> len(experts), experts.epochs, experts.numel
+        (1, 2, 3)
+        >>> segment.targets
+        tensor([[2., 2., 2.]])
     """
 
     def __init__(self, folder: Path, count: int | None = None, epochs: int | None = None) -> None:
@@ -114,44 +136,54 @@ class Trajectories:
 
     @property
     def identity(self) -> str:
-        """What these experts are, wherever they lie: their folder's name in the cache; a digest of the weights of others."""
+        """A text of 16 hex digits that identifies these experts, whatever their folder is called.
+
+        It is the fingerprint of their `ExpertTask`, which names their folder in the cache, or a digest of the weights for
+        imported experts and for folders that mix experts of several tasks.
+        """
         parts = [{key: header.get(key) for key in _IDENTITY} for header in self.headers]
         own = parts[0]["data"] is not None and all(part == parts[0] for part in parts)
         return digest(parts[0] if own else {"weights": [header["sha256"] for header in self.headers]})
 
     @property
     def epochs(self) -> int:
-        """Epochs that can be read of every expert; record 0 is the initialisation."""
+        """The number of epochs E that can be read from every expert; records are numbered from 0, the initialisation, to E."""
         return self._epochs
 
     @property
     def numel(self) -> int:
-        """Number of parameters P."""
+        """The number of parameters P."""
         return self.headers[0]["shape"][1]
 
     def rows(self, expert: int, start: int, stop: int) -> Tensor:
-        """Records `start … stop-1` of one expert, float32 `[stop - start, P]`, read from disk."""
+        """Reads the records `start` to `stop - 1` of one expert from disk, float32 `[stop - start, P]`."""
         with files.opened(self.paths[expert], KIND) as (_, file):
             return file.get_slice("trajectory")[start:stop].to(torch.float32)
 
     def curves(self) -> dict[str, list[list[float]]]:
-        """By epoch, a list an expert: `accuracy`, a diagnostic, and `step_lengths`, |θ_t - θ_{t+1}|²."""
+        """The curves of all experts, one list for each expert, with one number for each epoch.
+
+        Returns:
+            `accuracy`, a diagnostic (empty for imported experts), and `step_lengths`, |θ_t - θ_{t+1}|².
+        """
         records = [header["record"] for header in self.headers]
         return {key: [record[key][: self.epochs] for record in records] for key in ("accuracy", "step_lengths")}
 
     def summary(self) -> str:
-        """One line an expert, whole: accuracy and |θ_t - θ_{t+1}|² after its last epoch, and Avg_Var."""
+        """A text with one line for each expert: the accuracy and |θ_t - θ_{t+1}|² of its last epoch, and its Avg_Var.
+
+        All epochs in the files count, also those beyond `epochs`.
+        """
         lines = [f"{self.folder}: {len(self)} expert(s), {self.epochs} epochs, {self.numel:,} parameters"]
         for path, header in zip(self.paths, self.headers, strict=True):
             accuracies, lengths = header["record"]["accuracy"], header["record"]["step_lengths"]
-            average = sum(lengths) / len(lengths)
             accuracy = f"accuracy {accuracies[-1]:.1%}, " if accuracies else ""
-            numbers = f"{accuracy}last step {lengths[-1]:.3g}, Avg_Var {average:.3g}"
+            numbers = f"{accuracy}last step {lengths[-1]:.3g}, Avg_Var {avg_var(lengths):.3g}"
             lines.append(f"  {path.stem}: {header['shape'][0] - 1} epochs, {numbers}")
         return "\n".join(lines)
 
     def check_fits(self, numel: int, epochs: int) -> None:
-        """Raises `DstillError` for experts of another network than one with `numel` parameters, or of fewer epochs."""
+        """Raises `DstillError` if the experts do not have `numel` parameters or have fewer than `epochs` epochs."""
         if self.numel != numel:
             raise DstillError(
                 f"the experts of {self.folder} have {self.numel} parameters, the recipe's network {numel}: they were trained "
@@ -164,7 +196,12 @@ class Trajectories:
             )
 
     def segment(self, expert: int, epoch: int, span: int) -> Segment:
-        """The start at `epoch` and the `span` records after it.
+        """The record at a start epoch and the records after it.
+
+        Args:
+            expert: index of the expert.
+            epoch: start epoch t.
+            span: number M of records after it.
 
         Raises:
             DstillError: the trajectory is too short.

@@ -1,4 +1,4 @@
-"""Networks by name, and what is read of them: features and maps.
+"""Networks by name, and their features and feature maps.
 
-Derivatives written by hand are in `derivatives`, training is in `training`.
+Hand-written derivatives are in `derivatives`, training is in `training`.
 """

@@ -9,9 +9,9 @@ _SMALLEST = 8  # three halvings
 
 
 class AlexNet(nn.Module):
-    """5x5 128, pool, 5x5 192, pool, 3x3 256-192-192, pool; then one linear layer. No norm, no dropout.
+    """Convolutions 5x5 128, pool, 5x5 192, pool, 3x3 256, 192, 192, pool; then one linear layer. No norm, no dropout.
 
-    The small-image variant of DC (Zhao and Bilen 2021), with ReLU after each convolution and 2x2 max-pooling. At
+    This is DC's variant for small images (Zhao and Bilen 2021), with ReLU after each convolution and 2x2 max-pooling. At
     32x32x3 and 10 classes the last map is `[B, 192, 4, 4]` and there are 1,872,202 parameters; at 8x8 the last map is
     `[B, 192, 1, 1]`.
 
@@ -26,9 +26,9 @@ class AlexNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, size: tuple[int, int]) -> None:
         super().__init__()
-        height, breadth = size
+        height, width = size
         if min(size) < _SMALLEST:
-            raise ValueError(f"AlexNet needs images of at least {_SMALLEST} pixels a side, got {height}x{breadth}")
+            raise ValueError(f"AlexNet needs images of at least {_SMALLEST} pixels a side, got {height}x{width}")
         self.body = nn.Sequential(
             nn.Conv2d(channels, 128, 5, padding=2),
             nn.ReLU(),
@@ -44,7 +44,7 @@ class AlexNet(nn.Module):
             nn.ReLU(),
             nn.MaxPool2d(2),
         )
-        self.classifier = nn.Linear(192 * (height // 8) * (breadth // 8), classes)
+        self.classifier = nn.Linear(192 * (height // 8) * (width // 8), classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, classes]` of preprocessed images `[B, channels, H, W]`."""

@@ -1,6 +1,8 @@
-"""ConvNet-D: the network of the field's tables, and its hand-written derivatives in `dstill.derivatives.tangent`."""
+"""ConvNet-D, the standard network of the field. Its hand-written derivatives are in `dstill.derivatives.tangent`."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from dstill.nets.norm import Norm, norm_layer
 
 
 def check_depth(depth: int, size: tuple[int, int]) -> None:
-    """Raises `ValueError` where so many halvings leave less than a pixel of a side."""
+    """Raises `ValueError` if `depth` halvings would leave less than one pixel on a side."""
     if min(size) >> depth < 1:
         raise ValueError(
             f"a ConvNet of depth {depth} needs images of at least {2**depth} pixels a side, "
@@ -20,7 +22,7 @@ def check_depth(depth: int, size: tuple[int, int]) -> None:
 class ConvNet(nn.Module):
     """D blocks of convolution 3x3 (padding 1), norm, ReLU, average pooling 2x2; then one linear layer.
 
-    The parameter count at width 128 is 320,010 for depth 3, 32x32x3 input and 10 classes (MTT, DC).
+    At width 128 and depth 3, with 32x32x3 input and 10 classes, there are 320,010 parameters, as in MTT and DC.
 
     Args:
         channels: colour channels of the input.
@@ -32,6 +34,11 @@ class ConvNet(nn.Module):
 
     Raises:
         ValueError: the image is too small for this depth, or `norm` is unknown.
+
+    Example:
+        >>> net = ConvNet(3, 10, (32, 32))
+        >>> sum(parameter.numel() for parameter in net.parameters())
+        320010
     """
 
     def __init__(
@@ -45,19 +52,18 @@ class ConvNet(nn.Module):
         norm: Norm = "instance",
     ) -> None:
         super().__init__()
-        height, breadth = size
         check_depth(depth, size)
         self.norm, self.width = norm, width
-        # Input channels and side lengths of every convolution.
+        # Input channels, height and width of each convolution.
         self.geometry: list[tuple[int, tuple[int, int]]] = []
         blocks: list[nn.Module] = []
         for _ in range(depth):
-            self.geometry.append((channels, (height, breadth)))
-            blocks += [nn.Conv2d(channels, width, 3, padding=1), norm_layer(norm, width, (height, breadth))]
+            self.geometry.append((channels, size))
+            blocks += [nn.Conv2d(channels, width, 3, padding=1), norm_layer(norm, width, size)]
             blocks += [nn.ReLU(), nn.AvgPool2d(2)]
-            channels, height, breadth = width, height // 2, breadth // 2
+            channels, size = width, (size[0] // 2, size[1] // 2)
         self.body = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(width * height * breadth, classes)
+        self.classifier = nn.Linear(width * math.prod(size), classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, classes]` of preprocessed images `[B, channels, H, W]`."""

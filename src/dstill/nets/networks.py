@@ -1,6 +1,6 @@
-"""Networks: a table of names, one builder, and the features that enter the last layer.
+"""The table of networks, the function that builds one, and access to features and feature maps.
 
-Importing this module does not import torch, so `dstill ls networks` stays instant.
+Importing this module does not import torch, so that `dstill ls networks` answers at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from dstill.config.settings import NetConfig
 
-# A new network is one file and one line here. The class takes (channels, classes, size, **options).
+# To add a network, write its module and add a line here. The class takes (channels, classes, size, **options).
 NETWORKS: dict[str, str] = {
     "convnet": "dstill.nets.convnet:ConvNet",
     "convnet-widening": "dstill.nets.widening:WideningConvNet",
@@ -29,7 +29,10 @@ NETWORKS: dict[str, str] = {
 
 
 def network_class(name: str) -> type[nn.Module]:
-    """The class behind a name of `NETWORKS` or behind the user's own `package.module:Class`.
+    """The class of a network.
+
+    Args:
+        name: a name in `NETWORKS`, or `package.module:Class` for a class of the user's own.
 
     Raises:
         DstillError: the name is unknown, or the module or class cannot be imported.
@@ -56,10 +59,10 @@ def network_name(net: Any) -> str:
 
 
 def build(config: NetConfig, channels: int, classes: int, size: tuple[int, int], generator: torch.Generator) -> nn.Module:
-    """A freshly initialised network, whose initial weights depend on `generator` alone.
+    """A freshly initialised network. Its initial weights depend on `generator` alone.
 
     Args:
-        config: name and options; an option left at None takes the class's own default.
+        config: name and options; an option that is None takes the default of the class.
         channels: colour channels of the images.
         classes: number of logits.
         size: height and width of the images in pixels.
@@ -78,8 +81,8 @@ def build(config: NetConfig, channels: int, classes: int, size: tuple[int, int],
     if refused:
         raise DstillError(f"network {config.name!r} takes no option {', '.join(refused)}: remove it from the recipe's net")
     with torch.random.fork_rng(devices=[]):
-        # Modules are built on the CPU, from torch's global generator there, which fork_rng restores; those of accelerators keep
-        # their state.
+        # Modules are built on the CPU and draw from torch's global CPU generator, which fork_rng restores afterwards. The
+        # generators of accelerators are not used.
         torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         try:
             return cls(channels, classes, size, **options)
@@ -88,7 +91,11 @@ def build(config: NetConfig, channels: int, classes: int, size: tuple[int, int],
 
 
 def features(net: nn.Module, images: Tensor) -> Tensor:
-    """What enters the network's last linear layer, `[B, F]`; works for any module that ends in one.
+    """The inputs of the network's last linear layer, `[B, F]`.
+
+    Args:
+        net: any module that ends in an `nn.Linear`.
+        images: preprocessed images `[B, C, H, W]`.
 
     Raises:
         DstillError: the module has no `nn.Linear`.
@@ -108,10 +115,10 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def layers(net: nn.Module, images: Tensor) -> list[Tensor]:
-    """The maps of each block of a network, first to last, and at the end the features before its last linear layer.
+    """The feature maps of each block of a network, from first to last, then the inputs of its last linear layer.
 
-    A block's maps are what enters its pooling layer, or what leaves a module of its own that holds convolutions, such as a
-    residual block.
+    The maps of a block are the inputs of its pooling layer or, if the block is a module of its own that holds convolutions,
+    such as a residual block, its outputs.
     """
     seen: list[Tensor] = []
     pools, blocks = _block_ends(net)
@@ -126,7 +133,7 @@ def layers(net: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _block_ends(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Pooling layers, and modules with convolutions inside."""
+    """Pooling layers, and modules that hold convolutions."""
     from torch import nn
 
     pools: list[nn.Module] = []

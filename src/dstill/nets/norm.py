@@ -17,7 +17,7 @@ def norm_layer(kind: Norm, channels: int, size: tuple[int, int]) -> nn.Module:
     """
     match kind:
         case "instance":
-            # One group a channel is instance normalisation with an affine part and no running statistics.
+            # With one group for each channel, this is instance normalisation with an affine part, without running statistics.
             return nn.GroupNorm(channels, channels)
         case "group":
             return nn.GroupNorm(4, channels)
@@ -31,14 +31,17 @@ def norm_layer(kind: Norm, channels: int, size: tuple[int, int]) -> nn.Module:
 
 
 def halved(size: tuple[int, int]) -> tuple[int, int] | None:
-    """Half of a feature map's size, or None where fewer than two pixels a side would be left.
+    """Half the size of a feature map, or None if fewer than two pixels would be left on a side.
 
-    An instance norm over a single pixel returns its shift whatever the image shows. Networks that normalise after
-    halving therefore leave a halving out where it would come to that, which lets them work on 8x8 images.
+    An instance norm over a single pixel returns its shift, whatever the image shows. Networks that normalise after halving
+    therefore skip a halving for which this is None. That lets them work on 8x8 images.
+
+    Args:
+        size: height and width of the feature map.
 
     Example:
         >>> halved((8, 9)), halved((3, 16))
         ((4, 4), None)
     """
-    height, breadth = size[0] // 2, size[1] // 2
-    return (height, breadth) if min(height, breadth) >= 2 else None
+    height, width = size[0] // 2, size[1] // 2
+    return (height, width) if min(height, width) >= 2 else None

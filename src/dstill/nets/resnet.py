@@ -1,4 +1,4 @@
-"""ResNet18 for small images, with strides or with average pooling, as in the cross-architecture tables of the field."""
+"""ResNet18 for small images, with strides or with average pooling, as used in the field's cross-architecture tables."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _SMALLEST = 2
 
 
 class _Block(nn.Module):
-    """relu(norm(conv(relu(norm(conv x)))) + shortcut x), 3x3 convolutions without bias.
+    """relu(norm(conv(relu(norm(conv x)))) + shortcut x), with 3x3 convolutions without bias.
 
-    The shortcut is the identity where neither width nor size changes, else a 1x1 convolution and a norm.
+    The shortcut is the identity if neither the number of channels nor the size changes, else a 1x1 convolution and a norm.
 
     Args:
         inputs: channels of the input.
         outputs: channels of the output.
         size: height and width of the input.
         smaller: height and width of the output.
-        halving: where `smaller` is not `size`: `stride` in the first convolution and in the shortcut's, or `pool`: 2x2
-            average pooling after them.
+        halving: how `size` becomes `smaller` where they differ. `stride`: by strides in the first convolution and in the
+            shortcut's. `pool`: by 2x2 average pooling after these two.
         norm: kind of normalisation.
     """
 
@@ -60,7 +60,7 @@ class _Block(nn.Module):
 def _body(
     name: str, channels: int, size: tuple[int, int], halving: Halving, norm: Norm
 ) -> tuple[nn.Sequential, tuple[int, int]]:
-    """Stem and eight blocks, and the size of their output; each width after the first halves the side where it can."""
+    """Stem and eight blocks, and the size of their output. Each width after the first halves the side if it can."""
     if min(size) < _SMALLEST:
         raise ValueError(f"{name} needs images of at least {_SMALLEST} pixels a side, got {size[0]}x{size[1]}")
     layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), norm_layer(norm, 64, size), nn.ReLU()]
@@ -80,13 +80,13 @@ def _body(
 class ResNet18(nn.Module):
     """3x3 stem, two residual blocks each of width 64, 128, 256 and 512, global average; then one linear layer.
 
-    The small-image variant of DC (Zhao and Bilen 2021): the stem has stride 1 and no pool, each width after the first
-    halves the side by a stride. At 32x32x3 and 10 classes the maps are 32, 16, 8, 4 pixels a side, the features are
-    `[B, 512]` and there are 11,173,962 parameters.
+    This is DC's variant for small images (Zhao and Bilen 2021): the stem has stride 1 and no pool, and each width after the
+    first halves the side by a stride. At 32x32x3 and 10 classes the maps have sides of 32, 16, 8 and 4 pixels, the features
+    are `[B, 512]` and there are 11,173,962 parameters.
 
-    Images below 16 pixels a side: a stride is left out where it would leave fewer than two pixels a side, since the
-    norm after it would erase a single pixel. At 8x8 the maps are 8, 4, 2, 2 pixels a side. The parameters keep their
-    number and shapes.
+    For images with a side below 16 pixels, a stride is left out if it would leave fewer than two pixels on a side, since the
+    norm after it would erase a single pixel. At 8x8 the maps have sides of 8, 4, 2 and 2 pixels. The number and the shapes of
+    the parameters do not change.
 
     Args:
         channels: colour channels of the input.
@@ -112,8 +112,8 @@ class ResNet18(nn.Module):
 class ResNet18AvgPool(nn.Module):
     """ResNet18 with 2x2 average pooling in place of each stride and no global average before the linear layer.
 
-    DC's ResNet18_AP (Zhao and Bilen 2021). At 32x32x3 and 10 classes the features are `[B, 512 * 4 * 4]` and there are
-    11,250,762 parameters. Images below 16 pixels a side: as for `ResNet18`, with pools for strides.
+    This is DC's ResNet18_AP (Zhao and Bilen 2021). At 32x32x3 and 10 classes the features are `[B, 512 * 4 * 4]` and there
+    are 11,250,762 parameters. For images with a side below 16 pixels, pools are left out as strides are in `ResNet18`.
 
     Args:
         channels: colour channels of the input.
@@ -127,8 +127,8 @@ class ResNet18AvgPool(nn.Module):
 
     def __init__(self, channels: int, classes: int, size: tuple[int, int], *, norm: Norm = "instance") -> None:
         super().__init__()
-        self.body, (height, breadth) = _body("ResNet18AvgPool", channels, size, "pool", norm)
-        self.classifier = nn.Linear(_WIDTHS[-1] * height * breadth, classes)
+        self.body, (height, width) = _body("ResNet18AvgPool", channels, size, "pool", norm)
+        self.classifier = nn.Linear(_WIDTHS[-1] * height * width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, classes]` of preprocessed images `[B, channels, H, W]`."""

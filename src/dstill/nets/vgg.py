@@ -1,4 +1,4 @@
-"""VGG11 for small images, as in the cross-architecture tables of the field."""
+"""VGG11 for small images, as used in the field's cross-architecture tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dstill.nets.norm import Norm, halved, norm_layer
 
-# Widths of the convolutions before each of the five pools.
+# Channels of the convolutions before each of the five pools.
 _PLAN = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 _SMALLEST = 2
 
@@ -15,12 +15,13 @@ _SMALLEST = 2
 class VGG11(nn.Module):
     """Eight 3x3 convolutions with norm and ReLU, in five stages that end in a 2x2 max-pool; then one linear layer.
 
-    The small-image variant of DC (Zhao and Bilen 2021): 64, 128, 256-256, 512-512, 512-512. At 32x32x3 and 10 classes
-    the last map is `[B, 512, 1, 1]` and there are 9,231,114 parameters.
+    This is DC's variant for small images (Zhao and Bilen 2021), with 64, 128, 256-256, 512-512 and 512-512 channels. At
+    32x32x3 and 10 classes the last map is `[B, 512, 1, 1]` and there are 9,231,114 parameters.
 
-    Images below 32 pixels a side: any of the first four pools is left out where it would leave fewer than two pixels a
-    side, since the norm of the next stage would erase a single pixel. At 8x8 the maps of the five stages are 8, 4, 2, 2
-    and 2 pixels a side; the last pool, which no norm follows, leaves 1. The parameters keep their number and shapes.
+    For images with a side below 32 pixels, any of the first four pools is left out if it would leave fewer than two pixels on
+    a side, since the norm of the next stage would erase a single pixel. At 8x8 the maps of the five stages have sides of 8, 4,
+    2, 2 and 2 pixels; the last pool, which no norm follows, leaves 1. The number and the shapes of the parameters do not
+    change.
 
     Args:
         channels: colour channels of the input.

@@ -14,15 +14,17 @@ from dstill.nets.norm import Norm, norm_layer
 class WideningConvNet(nn.Module):
     """D blocks of norm (from the second on), convolution 3x3, ReLU, average pooling 2x2; then one linear layer.
 
-    The channels are width, 2 width, 4 width ...; weights are drawn as LeCun does, N(0, 1 / fan-in), and biases are zero.
+    The blocks have width, 2 width, 4 width ... channels. Weights are drawn from N(0, 1 / fan-in) (LeCun's initialisation), and
+    biases are zero.
 
     Args:
         channels: colour channels of the input.
         classes: number of outputs.
         size: height and width of the input in pixels.
         width: channels of the first convolution.
-        depth: number of blocks; each halves the side, which must stay at least 1 pixel.
-        norm: normalisation before the second and later convolutions: `batch` while distilling, `none` in the evaluation.
+        depth: number of blocks; each halves the side, which must stay at least 1 pixel. If left out, 3 or as many as fit.
+        norm: normalisation before the second and later convolutions: `batch` in FRePo's distillation, `none` in
+            its evaluation.
 
     Raises:
         ValueError: the image is too small for this depth, or `norm` is unknown.
@@ -39,17 +41,16 @@ class WideningConvNet(nn.Module):
         norm: Norm = "none",
     ) -> None:
         super().__init__()
-        height, breadth = size
         depth = depth or min(3, int(math.log2(min(size))))
         check_depth(depth, size)
         blocks: list[nn.Module] = []
         for block in range(depth):
             if block:
-                blocks.append(norm_layer(norm, channels, (height, breadth)))
+                blocks.append(norm_layer(norm, channels, size))
             blocks += [nn.Conv2d(channels, width << block, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
-            channels, height, breadth = width << block, height // 2, breadth // 2
+            channels, size = width << block, (size[0] // 2, size[1] // 2)
         self.body = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(channels * height * breadth, classes)
+        self.classifier = nn.Linear(channels * math.prod(size), classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 assert module.bias is not None

@@ -1,4 +1,4 @@
-"""Figures and the HTML page, drawn from what `artifacts` holds.
+"""The figures and the HTML page of a run, made from the records in `artifacts`.
 
 Nothing here computes a result.
 """

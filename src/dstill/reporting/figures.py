@@ -1,4 +1,4 @@
-"""Figures of runs as matplotlib objects: those of the paper, for any number of runs side by side."""
+"""The paper's figures as matplotlib objects, for any number of runs side by side."""
 
 from __future__ import annotations
 
@@ -22,12 +22,18 @@ LABELS = {
     "validation_accuracy": "validation accuracy",
     "inner_loss_first": "student's first loss",
 }
-# Distinct also for readers who do not tell red from green, and on light and dark ground.
+# Readers who cannot tell red from green can distinguish them, on a light and on a dark background.
 COLOURS = ("#2f6fde", "#e07b00", "#12936a", "#c23b80", "#7a5cd6", "#8a8a8a", "#b8860b", "#0f8fa8")
 
 
 def curves(records: Records, key: str, against: Literal["iterations", "seconds"] = "iterations") -> Figure:
-    """A column of the metrics over iterations or seconds, a line a run, thinner ones for its further sets (Figs. 6 to 8)."""
+    """A column of the metrics over iterations or seconds, for several runs (Figs. 6 to 8).
+
+    Args:
+        records: the runs by name. The first set of a run gets a thick line, its other sets get thin ones.
+        key: the column.
+        against: what the x-axis shows.
+    """
     figure, (axes,) = _figure(1)
     for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
         for k, one in enumerate(record.sets):
@@ -43,14 +49,19 @@ def curves(records: Records, key: str, against: Literal["iterations", "seconds"]
             axes.plot(
                 x, curve.values, color=colour, linewidth=width, marker=marker, markersize=3, label=None if k else _plain(name)
             )
-    axes.set_xlabel("iteration" if against == "iterations" else "seconds of distilling")
+    axes.set_xlabel("iteration" if against == "iterations" else "seconds of distillation")
     axes.set_ylabel(LABELS.get(key, key))
     _legend(axes, len(records))
     return figure
 
 
 def run_curves(record: SetRecord, title: str) -> Figure | None:
-    """Objective, α and validation accuracy of one set over its iterations, whichever there are; None where there is none."""
+    """The objective, α and validation accuracy of one set over its iterations; None if it has none of these curves.
+
+    Args:
+        record: the set.
+        title: the title of the figure.
+    """
     shown = {key: curve for key in ("loss", "alpha", "validation_accuracy") if (curve := record.curves.get(key))}
     if not shown:
         return None
@@ -81,7 +92,7 @@ def expert_curves(records: Records) -> Figure:
 
 
 def inner_loss(records: Records) -> Figure:
-    """The student's loss at the start of a segment by its start epoch, of each run's first set (Fig. 3)."""
+    """The student's loss at the start of a segment over the start epoch, for the first set of each run (Fig. 3)."""
     figure, (axes,) = _figure(1)
     for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
         if record.sets and record.sets[0].inner_loss:
@@ -89,13 +100,13 @@ def inner_loss(records: Records) -> Figure:
             axes.plot(list(points), list(points.values()), color=colour, marker="o", markersize=3, label=_plain(name))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("start epoch of the segment")
-    axes.set_ylabel("inner loss, as weighted")
+    axes.set_ylabel("inner loss, weighted")
     _legend(axes, len(records))
     return figure
 
 
 def initialisation(record: RunRecord) -> Figure:
-    """Real images of a few classes on their first two principal components, and those that were chosen (Fig. 10)."""
+    """The real images of a few classes on their first two principal components; stars mark the chosen ones (Fig. 10)."""
     figure, panels = _figure(max(1, len(record.map)))
     for axes, one in zip(panels, record.map, strict=False):
         for key, style in (("points", {"s": 5, "alpha": 0.4}), ("chosen", {"s": 60, "marker": "*"})):
@@ -108,7 +119,12 @@ def initialisation(record: RunRecord) -> Figure:
 
 
 def bars(values: Mapping[str, tuple[float, float]], label: str) -> Figure:
-    """Means with their standard deviations, a bar a name (Fig. 11)."""
+    """A bar chart of means with their standard deviations (Fig. 11).
+
+    Args:
+        values: mean and standard deviation by name.
+        label: what the x-axis shows.
+    """
     figure, (axes,) = _figure(1, height=0.9 + 0.32 * max(len(values), 1))
     means, spreads = [mean for mean, _ in values.values()], [spread for _, spread in values.values()]
     axes.barh([_plain(name) for name in values], means, xerr=spreads, color=COLOURS[0], height=0.6, capsize=3)
@@ -120,7 +136,12 @@ def bars(values: Mapping[str, tuple[float, float]], label: str) -> Figure:
 
 
 def sheet(pictures: Mapping[str, Path], path: Path) -> None:
-    """Pictures under one another, each under its name (Figs. 4 and 5)."""
+    """Writes pictures below one another, each below its name, as one PNG file (Figs. 4 and 5).
+
+    Args:
+        pictures: the files of the pictures by name.
+        path: the file to write, atomically.
+    """
     images = {name: Image.open(picture).convert("RGB") for name, picture in pictures.items()}
     width = max(image.width for image in images.values())
     canvas = Image.new("RGB", (width, sum(image.height + 18 for image in images.values())), "white")
@@ -134,13 +155,13 @@ def sheet(pictures: Mapping[str, Path], path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, atomically."""
+    """Writes a figure as a PNG file, atomically."""
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
 def _plain(text: str) -> str:
-    """A name that matplotlib does not take for a formula, or for one to leave out of the legend."""
+    """A name that matplotlib shows as it is: not as a formula, and not left out of the legend for a leading underscore."""
     return text.replace("$", r"\$").lstrip("_")
 
 

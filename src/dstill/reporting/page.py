@@ -1,4 +1,4 @@
-"""A page about runs: one HTML file that needs no script, no network and nothing beside it."""
+"""A page about runs: one HTML file without scripts that needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from dstill.version import __version__
 
 REPORT_NAME = "report.html"
 MOST_IMAGES = 200
-MOST_CLASSES = 20  # of a confusion matrix
+MOST_CLASSES = 20  # for more classes, no confusion matrix is shown
 _TEMPLATE = Path(__file__).parent / "page.html.j2"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One distilled image as the page shows it.
+    """One distilled image on the page.
 
     Attributes:
-        source: a data URI.
-        before: that of the image it started from; empty where it is not known.
+        source: the image as a data URI.
+        before: the image that it started from, as a data URI; empty if that is not known.
         name: name of the class.
-        label: the likeliest classes of a soft label with their probabilities; empty for class ids.
+        label: the most likely classes of a soft label with their probabilities; empty for class ids.
     """
 
     source: str
@@ -50,16 +50,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Shown:
-    """A run as the page shows it.
+    """One run on the page.
 
     Attributes:
-        name: short and unique.
-        record: what it left.
+        name: a short, unique name.
+        record: the record of the run.
         distilled: its first set.
-        pictures: of that set.
-        left_out: how many images are not shown.
+        pictures: images of this set.
+        left_out: number of images that are not shown.
         settings: the recipe as YAML.
-        map: the initialisation map as SVG; empty where there is none.
+        map: the initialisation map as SVG; empty if there is none.
     """
 
     name: str
@@ -72,14 +72,23 @@ class Shown:
 
 
 def report(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """Writes a page about one run, or about several side by side.
+    """Writes an HTML page about one run, or about several runs side by side.
 
     Args:
-        runs: run folders, or folders of single sets.
-        out: the HTML file.
+        runs: folders of runs, or of single sets.
+        out: the HTML file to write.
+
+    Returns:
+        The HTML file.
 
     Raises:
-        DstillError: a folder holds no finished run.
+        DstillError: a folder holds no finished run, or no folder is given.
+
+    Example:
+        >>> report([], "page.html")
+        Traceback (most recent call last):
+        ...
+        dstill.errors.DstillError: there is no run to report on: pass the folder of at least one
     """
     if not runs:
         raise DstillError("there is no run to report on: pass the folder of at least one")
@@ -101,7 +110,7 @@ def report(runs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
-    """The folders by their last names, as many of them as it takes to tell them apart."""
+    """The folders by name: the last parts of their paths, as many as it takes to tell the folders apart."""
     parts = {folder: folder.resolve().parts for folder in folders}
     for length in range(1, max(len(part) for part in parts.values()) + 1):
         names = {"/".join(part[-length:]): folder for folder, part in parts.items()}
@@ -137,12 +146,12 @@ def _shown(name: str, folder: Path) -> Shown:
 
 
 def _map(name: str, record: RunRecord) -> Markup:
-    title = f"Real images, and those chosen to start from, {name}"
+    title = f"Real images and those chosen for the initialisation, {name}"
     return svg(figures.initialisation(record), title) if record.map else Markup("")
 
 
 def _rows(distilled: DistilledSet) -> Tensor:
-    """The images to show, class by class, as many of each class as there is room for."""
+    """The rows of the images to show, class by class, with the same number of images for each class."""
     ids = distilled.class_ids
     order = ids.argsort(stable=True)
     if len(order) <= MOST_IMAGES:
@@ -172,7 +181,7 @@ def _uris(distilled: DistilledSet, rows: Tensor) -> list[str]:
 
 
 def _figures(records: Mapping[str, RunRecord]) -> list[tuple[str, Markup]]:
-    """Titles and SVGs of whatever the runs have curves of."""
+    """The titles and SVGs of all figures for which a run has curves."""
     found: list[tuple[str, Figure]] = []
     for key, title in (
         ("validation_accuracy", "Validation accuracy"),
@@ -189,7 +198,12 @@ def _figures(records: Mapping[str, RunRecord]) -> list[tuple[str, Markup]]:
 
 
 def svg(figure: Figure, title: str) -> Markup:
-    """A figure as inline SVG that takes the colours of the page around it; the title, unique there, is its alternative."""
+    """A figure as inline SVG in the colours of the page around it.
+
+    Args:
+        figure: the figure.
+        title: the alternative text; it must be unique on the page.
+    """
     import matplotlib as mpl
 
     buffer = io.StringIO()
@@ -199,11 +213,11 @@ def svg(figure: Figure, title: str) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"', r"\1\2", text, count=1)
-    # Text in the reader's colour, whatever the ground; ids of several figures on one page apart.
+    # Text gets the colour of the page's text, and ids get a prefix, so that several figures on one page do not share ids.
     text = re.sub(r"fill: ?#000000|stroke: ?#000000", lambda m: m.group().split(":")[0] + ": currentColor", text)
     text = text.replace('<text style="', '<text style="fill: currentColor; ')
     prefix = re.sub(r"\W+", "-", title.lower())
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     label = Markup("{}").format(title)
-    # What matplotlib writes is escaped already.
+    # Matplotlib has escaped its text already.
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))  # noqa: S704

@@ -1,4 +1,4 @@
-"""What every room may use: console, devices, seeds, signals, worker processes, plugins, tables of text.
+"""Helpers for every room: console, devices, seeds, signals, worker processes, plugins and tables of text.
 
-Nothing here knows of images, networks or methods.
+Nothing here knows about images, networks or methods.
 """

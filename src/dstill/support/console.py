@@ -1,4 +1,4 @@
-"""What a user sees while something runs: a progress line on a terminal, plain lines elsewhere, nothing from Python."""
+"""What users see while something runs: a progress line on a terminal, plain lines elsewhere; nothing from Python functions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ _PLAIN_SECONDS = 15.0
 
 
 class Reporter(Protocol):
-    """Receives what happens; never changes a number."""
+    """Is told what happens during a run. It has no effect on any number."""
 
     def note(self, text: str) -> None:
-        """A sentence worth keeping."""
+        """Shows a message that should stay visible."""
         ...
 
     def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        """`done` of `total` parts of a stage are finished."""
+        """Shows that `done` of `total` parts of a stage are finished.
+
+        Args:
+            stage: name of the stage.
+            done: parts that are finished.
+            total: all parts.
+            detail: more about the stage, such as the current loss.
+        """
         ...
 
 
 class Silent:
-    """Reports nothing: the default of the Python functions."""
+    """Shows nothing: the default of the Python functions."""
 
     def note(self, text: str) -> None:
         pass
@@ -92,11 +99,11 @@ class NotebookReporter:
 
 
 class ConsoleReporter:
-    """A line that is rewritten on a terminal; elsewhere a plain line every 15 seconds and at the end of a stage.
+    """Shows progress: on a terminal one line that is rewritten, elsewhere a line every 15 seconds and at the end of a stage.
 
     Args:
         stream: where to write.
-        quiet: print nothing.
+        quiet: write nothing.
     """
 
     def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
@@ -113,7 +120,7 @@ class ConsoleReporter:
 
     def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
         now = time.monotonic()
-        if stage != self._stage or done < self._done:  # another, or the same once more
+        if stage != self._stage or done < self._done:  # another stage, or the same stage again
             self._close_line()
             self._stage, self._begun, self._last, self._first = stage, now, -1e9, done
         self._done = done
@@ -142,7 +149,7 @@ class ConsoleReporter:
 
 
 def printable(text: str) -> str:
-    """Text whose control characters are spelled out: a name that came from a file cannot steer the terminal.
+    """The text with control characters spelled out, so that a name from a file cannot control the terminal.
 
     Example:
         >>> print(printable("grey\\x1b[2J"))
@@ -152,7 +159,7 @@ def printable(text: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """A duration in seconds as people read it.
 
     Example:
         >>> duration(42.4), duration(61), duration(7260)
@@ -167,7 +174,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as people say them.
+    """A number of bytes as people read it.
 
     Example:
         >>> size(0), size(300_000), size(5 * 2**30)

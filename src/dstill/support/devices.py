@@ -1,4 +1,4 @@
-"""Devices, memory and threads."""
+"""Devices, their precision and their memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ _NAMES = ("auto", "cpu", "cuda", "mps")
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` takes CUDA, else Apple's MPS, else the CPU.
+    """The device with a name.
+
+    Args:
+        name: `cpu`, `cuda`, `cuda:<number>` or `mps`; or `auto` for CUDA if there is a card, else Apple's MPS, else the CPU.
 
     Raises:
-        DstillError: an unknown name, or a device that this machine lacks.
+        DstillError: the name is unknown, or this machine has no such device.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -37,26 +44,26 @@ def resolve_device(name: str) -> torch.device:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, without waiting for the work that a card was given before."""
+    """The tensor on the device. The copy to a card does not wait for work that the card still has to do."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)  # from other memory it copies only when all is done
+        return tensor.pin_memory().to(device, non_blocking=True)  # unpinned memory would wait
     return tensor.to(device)
 
 
 def ask_for_determinism() -> None:
-    """Makes torch choose deterministic algorithms in this process, and warn of operations that have none.
+    """Makes torch use deterministic algorithms in this process, and warn about operations that have none.
 
-    For GPUs, and before the first of their kernels runs. Rotation and scaling (the gradient of `grid_sample`) have no
+    This matters on GPUs and must come before their first kernel. Rotation and scaling (the gradient of `grid_sample`) have no
     deterministic algorithm there.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses otherwise
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Within it, float32 convolutions of NVIDIA cards multiply float32, not TF32 as is torch's default."""
+    """While active, float32 convolutions on NVIDIA cards multiply in float32, not in TF32, torch's default."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -66,9 +73,9 @@ def full_precision() -> Iterator[None]:
 
 
 def total_memory(device: torch.device) -> float:
-    """Bytes of memory of the device; infinite where it cannot be told.
+    """Bytes of memory that the device has; infinite if that is not known.
 
-    The total and not the free bytes, so that settings derived from it are the same when a run is continued.
+    This is the total and not what is free, so that settings derived from it are the same when a run is resumed.
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[1])
@@ -79,7 +86,7 @@ def total_memory(device: torch.device) -> float:
 
 
 def processor() -> str:
-    """What the CPU calls itself."""
+    """The name of the CPU's model."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -88,9 +95,9 @@ def processor() -> str:
 
 
 def available_memory(device: torch.device) -> float:
-    """Bytes that can be allocated on the device now; half of the machine's memory where that cannot be told."""
+    """Bytes that can be allocated on the device now; half of the machine's memory if that is not known."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch for the next tensor
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps it for new tensors
         return float(torch.cuda.mem_get_info(device)[0] + unused)
     return min(_machine_available(), _group_available())
 
@@ -106,19 +113,20 @@ def _machine_available() -> float:
 
 
 def _group_available() -> float:
-    """What a container's limit leaves (Linux control groups, version 2)."""
+    """Bytes that the memory limit of a container leaves (Linux control groups, version 2)."""
     folder = Path("/sys/fs/cgroup")
     try:
         return float((folder / "memory.max").read_text()) - float((folder / "memory.current").read_text())
-    except (OSError, ValueError):  # no such limit, or the word "max"
+    except (OSError, ValueError):  # there is no limit: no such file, or the word "max"
         return float("inf")
 
 
 @contextlib.contextmanager
 def watching_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Yields a function that tells by how many bytes memory has grown at its peak since here.
+    """Yields a function that returns by how many bytes the peak of memory has exceeded the level at the start.
 
-    On a CPU this is the process's resident memory, whose peak Linux alone lets one reset; None elsewhere.
+    On a CPU this is the resident memory of the process. Only Linux can reset its peak; on other systems the function returns
+    None.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -126,7 +134,7 @@ def watching_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
         yield lambda: torch.cuda.max_memory_allocated(device) - level
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew from the present level
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak to the present level
         before = _resident_peak()
     except (OSError, StopIteration):
         yield lambda: None
@@ -135,7 +143,7 @@ def watching_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
 
 
 def resident_memory() -> int | None:
-    """Bytes of memory that this process holds; None where the system does not say."""
+    """Bytes of resident memory of this process; None if the system does not tell."""
     try:
         return _status("VmRSS:")
     except (OSError, StopIteration):

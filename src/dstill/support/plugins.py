@@ -1,4 +1,4 @@
-"""Classes named as text, `package.module:Class`: dstill's own tables and the user's own code alike."""
+"""Classes given as text, `package.module:Class`: those in dstill's own tables and those that users write."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ def load_class(path: str, what: str) -> Any:
     """The class at `package.module:Class`.
 
     Args:
-        path: where it is.
-        what: how the error calls it, such as `network`.
+        path: the module and the class.
+        what: what the class is, for the error; for example `network`.
 
     Raises:
         DstillError: the module or the class cannot be imported.
+
+    Example:
+        >>> load_class("collections:Counter", "class")
+        <class 'collections.Counter'>
     """
     module, _, attribute = path.partition(":")
     try:

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end, answered between two steps and not in the middle of one."""
+"""Signals that ask a process to stop, handled between two steps and not in the middle of one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(BaseException):
-    """SIGTERM; like KeyboardInterrupt, nothing but the command line catches it."""
+    """SIGTERM was received. Like KeyboardInterrupt, only the command line catches it."""
 
 
 def raise_on_sigterm() -> None:
-    """From now on SIGTERM raises `Terminated`, so that files are closed and workers stopped on the way out."""
+    """Makes SIGTERM raise `Terminated`, so that files are closed and workers are stopped before the process ends."""
 
     def handler(_number: int, _frame: FrameType | None) -> None:
         raise Terminated
@@ -26,9 +26,12 @@ def raise_on_sigterm() -> None:
 
 @contextlib.contextmanager
 def between_steps() -> Iterator[Callable[[], bool]]:
-    """Holds back the first SIGINT or SIGTERM; the yielded function says whether one has come. A second one acts at once.
+    """Delays the first SIGINT or SIGTERM until the end of the block. A second signal acts at once.
 
-    On leaving, what was held back is delivered. Outside the main thread, where Python handles no signals, nothing is held back.
+    Python handles signals in the main thread only, so in other threads nothing is delayed.
+
+    Yields:
+        A function that tells whether a signal is waiting.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

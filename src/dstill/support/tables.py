@@ -1,4 +1,4 @@
-"""Tables of text in the forms that people paste: the first line is the heading."""
+"""Tables as Markdown and LaTeX. The first line of a table is its heading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ _LATEX = str.maketrans(
 
 
 def markdown(lines: Lines, left: Collection[str] = ("",)) -> str:
-    """Markdown; the columns of these headings are set to the left, all others to the right."""
+    """A table in Markdown.
+
+    Args:
+        lines: the heading and the rows, as cells of text.
+        left: headings of the columns that are aligned to the left; the others are aligned to the right.
+
+    Example:
+        >>> print(markdown([["", "accuracy"], ["ast", "65.1"]]), end="")
+        |  | accuracy |
+        | --- | ---: |
+        | ast | 65.1 |
+    """
     heading, *rows = lines
     ruled = [heading, ["---" if name in left else "---:" for name in heading], *rows]
     plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in ruled]
@@ -21,7 +32,7 @@ def markdown(lines: Lines, left: Collection[str] = ("",)) -> str:
 
 
 def latex(lines: Lines, left: Collection[str] = ("",)) -> str:
-    """A LaTeX `tabular` with the rules of booktabs."""
+    """A table as a LaTeX `tabular` with the rules of booktabs; the arguments are those of `markdown`."""
     columns = "".join("l" if name in left else "r" for name in lines[0])
     heading, *rows = [" & ".join(" ".join(cell.split()).translate(_LATEX) for cell in line) + r" \\" for line in lines]
     ruled = [r"\toprule", heading, r"\midrule", *rows, r"\bottomrule"]

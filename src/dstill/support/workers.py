@@ -1,4 +1,4 @@
-"""Independent pieces of work, one process a core: experts, and networks that are trained to be measured."""
+"""Independent pieces of work in several processes: the training of experts and of networks for the evaluation."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 Workers = int | Literal["auto"]
-# Work on one item: function(item, report), where report(anything) reaches `progress` of `spread`.
+# Works on one item: function(item, report). What is passed to `report` reaches the `progress` of `spread`.
 Work = Callable[[_Item, Callable[[Any], None]], _Result]
 
-# A process that imports torch and receives the data takes a few seconds to start.
+# Starting a process, which imports torch and receives the data, takes a few seconds. Shorter work stays in this process.
 _WORTH_SECONDS = 20.0
-_DIED = "a process died, perhaps for lack of memory (then try fewer --workers), or as it says above"
+_DIED = "a process died, perhaps for lack of memory (then try fewer --workers); its own message, if any, is above"
 
 
 def refuse_import(what: str) -> None:
-    """Raises `DstillError` where `what` is about to start processes while a process of its own imports the user's script."""
-    # The mark that multiprocessing itself goes by; the standard library has no public one.
+    """Raises `DstillError` if this process is a worker that is importing the user's script, which must not start workers.
+
+    Args:
+        what: what was called, for the error.
+    """
+    # multiprocessing itself checks this attribute; there is no public one.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise DstillError(f'{what} was called while a script was imported: put the call under if __name__ == "__main__":')
 
@@ -42,12 +46,21 @@ def cores() -> int:
 
 
 def choose_workers(asked: Workers, items: int, device: torch.device, seconds: float) -> int:
-    """How many processes work on `items`, of which all together would take about `seconds` in one.
+    """How many processes to use.
 
-    `auto` takes one a core, and this process alone for little work, for a single item, or on an accelerator.
+    Args:
+        asked: a number of processes; or `auto` for one for each core, but this process alone on an accelerator, for a single
+            item or for little work.
+        items: number of items to work on.
+        device: where the work is done.
+        seconds: how long all items would take in one process, roughly.
 
     Raises:
-        DstillError: fewer than one is asked for.
+        DstillError: fewer than one process is asked for.
+
+    Example:
+        >>> choose_workers("auto", 10, torch.device("cpu"), seconds=1.0), choose_workers(4, 2, torch.device("cpu"), 1.0)
+        (1, 2)
     """
     if asked != "auto":
         if asked < 1:
@@ -61,19 +74,27 @@ def choose_workers(asked: Workers, items: int, device: torch.device, seconds: fl
 def spread(
     function: Work[_Item, _Result], items: Sequence[_Item], workers: int, progress: Callable[[_Item, Any], None] | None = None
 ) -> list[_Result]:
-    """`[function(item, report) for item in items]`, in `workers` processes of `cores() / workers` threads each.
+    """`[function(item, report) for item in items]`, in `workers` processes with `cores() / workers` threads each.
 
-    With one worker everything happens in this process.
+    With one worker, everything runs in this process. If this process is interrupted, the workers are stopped; a worker that
+    distils finishes its step and stores it first.
 
     Args:
-        function: picklable, as are the items, the results and whatever is reported.
-        items: worked on in this order.
-        workers: processes.
-        progress: called here with the item and what was reported.
+        function: must be picklable, as must the items, the results and whatever is reported.
+        items: what to work on, in this order.
+        workers: number of processes.
+        progress: called in this process with an item and what was reported for it.
+
+    Returns:
+        The results, in the order of the items.
 
     Raises:
-        DstillError: a process died, of lacking memory for instance. What `function` raises is raised here; the others are
-            stopped. So they are when this process is interrupted: what distils finishes its step and stores it.
+        DstillError: a process died, for example for lack of memory. An exception that `function` raises is raised here, and
+            the other workers are stopped.
+
+    Example:
+        >>> spread(lambda item, report: item + 1, [1, 2], workers=1)
+        [2, 3]
     """
     tell = progress or (lambda item, report: None)
     if workers == 1:
@@ -82,17 +103,22 @@ def spread(
 
 
 def threads_each(workers: int) -> int:
-    """Threads of each of so many processes: the cores are shared among several, and a single one is this process."""
+    """Threads of each of `workers` processes. They share the cores; a single one is this process and keeps its threads."""
     return torch.get_num_threads() if workers == 1 else max(1, cores() // workers)
 
 
 def apart(function: Work[_Item, _Result], item: _Item, progress: Callable[[_Item, Any], None] | None = None) -> _Result:
-    """`function(item, report)` in a fresh process with this one's number of threads, which may have workers of its own.
+    """`function(item, report)` in a fresh process with as many threads as this one. It may have workers of its own.
 
-    Its memory starts from nothing, and whatever happens to it, this process goes on.
+    Nothing of this process's memory counts for it, and if it dies, this process goes on.
+
+    Args:
+        function: must be picklable, as must the item, the result and whatever is reported.
+        item: what to work on.
+        progress: called in this process with the item and what was reported.
 
     Raises:
-        DstillError: the process died. What `function` raises is raised here.
+        DstillError: the process died. An exception that `function` raises is raised here.
     """
     tell = progress or (lambda item, report: None)
     return _in_processes(function, [item], 1, torch.get_num_threads(), tell, daemon=False)[0]
@@ -107,8 +133,8 @@ def _in_processes(
     *,
     daemon: bool,
 ) -> list[_Result]:
-    refuse_import("what starts processes")
-    payload = pickle.dumps(function)  # by value and not through shared memory, of which containers have little
+    refuse_import("a function that starts processes")
+    payload = pickle.dumps(function)  # by value: containers often have little shared memory
     context = multiprocessing.get_context("spawn")
     results: dict[int, _Result] = {}
     busy: dict[Connection, int] = {}
@@ -169,7 +195,10 @@ def _received(connection: Connection) -> tuple[str, Any]:
 
 
 def _serve(connection: Connection, threads: int, deterministic: bool) -> None:
-    """What a worker process runs. A Ctrl-C reaches it as the SIGTERM of its parent alone, or it would count as two."""
+    """The main function of a worker process.
+
+    It ignores SIGINT: Ctrl-C reaches all processes, and the parent's SIGTERM would then be the second signal.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise_on_sigterm()
     torch.set_num_threads(threads)
@@ -177,18 +206,18 @@ def _serve(connection: Connection, threads: int, deterministic: bool) -> None:
         ask_for_determinism()
     with contextlib.suppress(Terminated):
         _work_on(connection)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be put in order on the way out
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to clean up
 
 
 def _work_on(connection: Connection) -> None:
-    """The function comes first, then item after item."""
+    """Receives the function, then one item after another, and sends back results and reports."""
 
     def send(kind: str, content: Any) -> None:
         packed = pickle.dumps((kind, content))
         try:
             connection.send_bytes(packed)
         except OSError as error:
-            raise Terminated from error  # the parent is gone
+            raise Terminated from error  # the parent has ended
 
     try:
         packed, function = connection.recv_bytes(), None
@@ -200,11 +229,11 @@ def _work_on(connection: Connection) -> None:
             except Exception as error:  # the parent raises it again
                 send("failed", _portable(error))
     except (EOFError, OSError):
-        return  # there are no more items, or the parent is gone
+        return  # there are no more items, or the parent has ended
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself where it survives being sent, else its text."""
+    """The error itself if it can be pickled, else a `RuntimeError` with its type and text."""
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 - what was pickled in the same line
     except Exception:

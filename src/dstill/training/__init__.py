@@ -1,4 +1,4 @@
-"""The only loop that trains a network, and the checkpoint that a training resumes from.
+"""The only loop that trains a network, and the checkpoint from which an interrupted training resumes.
 
-What is trained, and on what, the caller says.
+The callers decide what is trained and on which data.
 """

@@ -1,4 +1,4 @@
-"""Where the training of a network stands, on disk, so that one that was cut off goes on after the last epoch stored."""
+"""The state of a training on disk, so that an interrupted training resumes after the last epoch that was stored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Beside = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
 @dataclass
 class Training:
-    """What decides how a training goes on: the network, its optimiser and the generator of every draw."""
+    """Everything that the rest of a training depends on: the network, its optimiser, and the generator of all random draws."""
 
     net: nn.Module
     optimiser: torch.optim.Optimizer
@@ -32,12 +32,12 @@ class Training:
 
 
 class Bookmark:
-    """The state of one training in one file, beside whatever the training has made so far.
+    """A file with the state of one training and with what the training has produced so far.
 
     Args:
         path: the file.
-        kind: what its header calls it.
-        seconds: store no more often than this.
+        kind: the kind of file that its header states.
+        seconds: least time between two stores.
     """
 
     def __init__(self, path: Path, kind: str = "training under way", seconds: float = SECONDS) -> None:
@@ -45,9 +45,17 @@ class Bookmark:
         self._last = time.monotonic()
 
     def restore(self, training: Training) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-        """Puts the training where it was; returns the epochs done and what was stored beside: 0 and nothing at its start.
+        """Restores the state of a training.
 
-        A damaged file is removed, and the training starts anew, as it does from a file without a training's state.
+        If there is no file, or a file without a state, the training starts from the beginning. So it does if the file is
+        damaged, which is then removed.
+
+        Args:
+            training: the training, which is changed in place.
+
+        Returns:
+            The number of epochs done, and the tensors and the header that were stored with the state; 0 and nothing for a
+            training that starts from the beginning.
         """
         if not self.path.exists():
             return 0, {}, {}
@@ -65,9 +73,15 @@ class Bookmark:
         return int(state["epochs"]), {name: t for name, t in tensors.items() if not _is_state(name)}, header
 
     def store(self, epochs: int, training: Training, beside: Callable[[], Beside], *, last: bool = False) -> None:
-        """Stores the state after so many epochs, if that is due or the `last` time, and what `beside` gives.
+        """Stores the state of a training, if the last store is long enough ago or if this is the last one.
 
-        Nothing is stored where another process has come further.
+        Nothing is stored if another process has stored more epochs in the file.
+
+        Args:
+            epochs: number of epochs done.
+            training: the training.
+            beside: returns the tensors and the values that are stored with the state; called only if something is stored.
+            last: store in any case.
         """
         if not last and time.monotonic() - self._last < self.seconds:
             return
@@ -80,7 +94,7 @@ class Bookmark:
             **{_OPTIMISER + name: tensor for name, tensor in _tensors_of(state).items()},
             **made,
         }
-        # A network may tie weights, and safetensors stores no memory twice: each is a copy.
+        # Copies, since a network may tie weights and safetensors refuses tensors that share memory.
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         files.save(self.path, self.kind, copies, {**header, _STATE: {"epochs": epochs, "optimiser": state["param_groups"]}})
         self._last = time.monotonic()
@@ -117,7 +131,7 @@ def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _with_tensors(groups: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The inverse of `_tensors_of`."""
+    """The state of an optimiser from its parameter groups and its tensors; the inverse of `_tensors_of`."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")

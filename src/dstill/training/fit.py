@@ -16,17 +16,17 @@ from dstill.derivatives.engine import Derivatives, derivatives_of
 from dstill.nets import networks as nets
 from dstill.support.devices import sent
 
-_BLOCK = 512  # images at a time where nothing has to be remembered
+_BLOCK = 512  # images at a time where no gradient is needed
 
-# Computes the loss of a batch, leaves its gradients in `parameter.grad`, returns the detached loss.
+# Computes the loss of a batch, stores its gradients in `parameter.grad`, and returns the detached loss.
 Objective = Callable[[nn.Module, "Batch"], Tensor]
-# Called before each epoch; may change learning rates or clear the optimiser's state.
+# Called with the optimiser and the epoch before each epoch. It may change learning rates or clear the optimiser's state.
 Schedule = Callable[[torch.optim.Optimizer, int], None]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What an objective sees.
+    """The input of an objective.
 
     Attributes:
         images: augmented images `[B, C, H, W]`.
@@ -45,7 +45,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """Mean loss of one pass, the number of passes done, and images trained on per second."""
+    """The outcome of one epoch.
+
+    Attributes:
+        epochs_done: number of epochs done, this one included.
+        loss: mean loss of the epoch.
+        images_per_second: training images per second.
+    """
 
     epochs_done: int
     loss: float
@@ -53,7 +59,16 @@ class EpochReport:
 
 
 def probabilities(labels: Tensor, classes: int) -> Tensor:
-    """Target probabilities `[B, K]` of class ids `[B]` (float32), or the softmax of label logits `[B, K]`."""
+    """Target probabilities `[B, K]` of labels.
+
+    Args:
+        labels: class ids `[B]`, which become one-hot rows in float32, or label logits `[B, K]`, whose softmax is taken.
+        classes: number of classes K.
+
+    Example:
+        >>> probabilities(torch.tensor([1, 0]), 2).tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
+    """
     if labels.is_floating_point():
         return labels.softmax(1)
     return torch.zeros(len(labels), classes, device=labels.device).scatter_(1, labels.unsqueeze(1), 1.0)
@@ -67,9 +82,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cross_entropy_objective(written: Derivatives | None, watch: Callable[[Batch, Tensor], None] | None = None) -> Objective:
-    """Mean cross-entropy of the augmented batch, by the network's hand-written derivatives; by the library's without.
+    """The mean cross-entropy of the augmented batch, as an objective.
 
-    `watch` is called with each batch and its logits `[B, K]`, before the step that they lead to.
+    Args:
+        written: the network's hand-written derivatives; None to use autograd.
+        watch: called with each batch and its logits `[B, K]`, before the optimiser's step.
     """
 
     def by_hand(net: nn.Module, batch: Batch) -> Tensor:
@@ -96,21 +113,36 @@ def cross_entropy_objective(written: Derivatives | None, watch: Callable[[Batch,
 
 
 def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers of one pass in random order, in batches of `size`; the last one may be smaller."""
+    """Row numbers of one pass over `count` images in random order, in batches of `size`; the last batch may be smaller."""
     yield from torch.randperm(count, generator=generator).split(size)
 
 
 def student_batches(count: int, size: int | None, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers of the N steps of a student: fresh permutations one after another, in batches of `size` (all if None).
+    """Row numbers for the steps of a student: one fresh permutation after another, so that all images are used equally often.
 
-    Every image is used once before any is used twice.
+    Args:
+        count: number of images.
+        size: images in a batch; None for all of them.
+        steps: number of steps.
+        generator: draws the permutations.
+
+    Example:
+        >>> batches = student_batches(4, 2, 3, torch.Generator().manual_seed(0))
+        >>> [len(rows) for rows in batches]
+        [2, 2, 2]
     """
     passes = (shuffled_batches(count, size or count, generator) for _ in itertools.count())
     return itertools.islice(itertools.chain.from_iterable(passes), steps)
 
 
 def step_at(epoch: int, factor: float, *, reset: bool = False) -> Schedule:
-    """Multiplies the learning rate once, before the pass number `epoch`; `reset` also forgets the momentum."""
+    """A schedule that changes the learning rate once.
+
+    Args:
+        epoch: the change comes before this epoch, counted from 0.
+        factor: the learning rate is multiplied by this factor.
+        reset: also clear the optimiser's state, such as its momentum.
+    """
 
     def schedule(optimiser: torch.optim.Optimizer, current: int) -> None:
         if current == epoch:
@@ -123,7 +155,13 @@ def step_at(epoch: int, factor: float, *, reset: bool = False) -> Schedule:
 
 
 def warm_cosine(lr: float, warmup: int, total: int) -> Schedule:
-    """Grows the learning rate linearly to `lr` over `warmup` passes; then it falls to 0 at `total` along half a cosine."""
+    """A schedule with linear warm-up and cosine decay.
+
+    Args:
+        lr: the highest learning rate.
+        warmup: number of epochs in which the learning rate grows to `lr`.
+        total: number of epochs after which it has fallen to 0 along half a cosine.
+    """
 
     def schedule(optimiser: torch.optim.Optimizer, current: int) -> None:
         falling = math.cos(math.pi * (current - warmup) / max(1, total - warmup))
@@ -135,7 +173,7 @@ def warm_cosine(lr: float, warmup: int, total: int) -> Schedule:
 
 
 def squared_objective(net: nn.Module, batch: Batch) -> Tensor:
-    """Mean squared error of the outputs to the label probabilities minus 1/K, divided by √(K/10): FRePo's targets."""
+    """FRePo's objective: the mean squared error of the outputs, with (probabilities - 1/K) / √(K/10) as targets."""
     outputs = net(batch.images)
     classes = outputs.shape[1]
     targets = (probabilities(batch.labels, classes) - 1 / classes) / math.sqrt(classes / 10)
@@ -159,21 +197,29 @@ def fit(
     observer: Callable[[EpochReport], None] | None = None,
     begin: int = 0,
 ) -> None:
-    """Trains `net` in place.
+    """Trains a network in place.
 
     Args:
-        net: on the device of `images`.
+        net: the network, on the device of `images`.
         images: preprocessed training images `[N, C, H, W]`.
-        labels: class ids `[N]`, or label logits `[N, K]`, on the same device.
+        labels: class ids `[N]` or label logits `[N, K]`, on the same device.
         epochs: passes over the images.
-        batch_size: images a step.
-        optimiser: over `net.parameters()`.
+        batch_size: images in a batch.
+        optimiser: the optimiser of `net.parameters()`.
         generator: CPU generator for the order of the images and for augmentation.
-        objective: what is minimised; cross-entropy if left out.
-        augmentation: a strategy of `dstill.data.siamese`, drawn anew for every batch.
+        objective: what is minimised; the cross-entropy if left out.
+        augmentation: a strategy of `dstill.data.siamese`, drawn anew for each batch.
         schedule: called before each epoch.
         observer: called after each epoch.
-        begin: epochs that were done before (see `dstill.training.checkpoint`).
+        begin: number of epochs that are already done (see `dstill.training.checkpoint`).
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> images, labels = torch.eye(4).view(4, 1, 2, 2), torch.arange(4) % 2
+        >>> sgd, generator = torch.optim.SGD(net.parameters(), lr=10.0), torch.Generator().manual_seed(0)
+        >>> fit(net, images, labels, epochs=20, batch_size=4, optimiser=sgd, generator=generator)
+        >>> accuracy(net, images, labels)
+        1.0
     """
     net.train()
     objective = objective or cross_entropy_objective(derivatives_of(net))
@@ -188,7 +234,7 @@ def fit(
             optimiser.zero_grad(set_to_none=True)
             loss = objective(net, Batch(augmented, raw, labels[here], rows, epoch))
             optimiser.step()
-            losses.append(loss)  # read at the end: until then the device need not be waited for
+            losses.append(loss)  # read after the epoch, so that no step waits for the device
             counts.append(len(rows))
         if observer is not None:
             total = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True))
@@ -198,7 +244,7 @@ def fit(
 
 @torch.no_grad()
 def predictions(net: nn.Module, images: Tensor) -> Tensor:
-    """Class ids predicted for `[N, C, H, W]`, in evaluation mode; the network's mode is restored."""
+    """Class ids `[N]` predicted for images `[N, C, H, W]`, in evaluation mode; the network's mode is restored."""
     written = derivatives_of(net)
     if written is not None and written.native:
         return written.logits(list(net.parameters()), images).argmax(1)
@@ -207,7 +253,7 @@ def predictions(net: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def described(net: nn.Module, images: Tensor) -> Tensor:
-    """Features `[N, F]` before the last linear layer of `[N, C, H, W]`, in evaluation mode; no gradient."""
+    """Inputs `[N, F]` of the last linear layer for images `[N, C, H, W]`, in evaluation mode and without a gradient."""
     written = derivatives_of(net)
     if written is not None and written.native:
         return written.features(list(net.parameters()), images)
@@ -224,5 +270,5 @@ def _in_blocks(net: nn.Module, images: Tensor, work: Callable[[Tensor], Tensor])
 
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images whose class is predicted, in [0, 1]."""
+    """Share of the images whose class is predicted correctly, in [0, 1]."""
     return float((predictions(net, images) == labels).cpu().double().mean())

@@ -1,13 +1,13 @@
-"""The exact gradient through an unrolled student in the memory of one step (reverse mode after Maclaurin et al. 2015).
+"""The exact gradient through an unrolled student, in the memory of one step (reverse mode after Maclaurin et al. 2015).
 
-Forward, the sweep keeps the parameters θ_0 … θ_N: P numbers a step, no graph. Of the last steps it may also keep what the
-backward sweep would have to recompute; the numbers are the same. Backward, with v = ∂L/∂θ_{n+1}, one
-directional derivative of one gradient gives everything step n needs:
+The forward sweep keeps the parameters θ_0 … θ_N, which are P numbers for each step, and no graph. For the last steps it may
+also keep what the backward sweep would otherwise recompute; the numbers are the same. In the backward sweep, v = ∂L/∂θ_{n+1},
+and one directional derivative of one gradient gives everything that step n needs:
 
     ∂L/∂x_n = -α ∂<g_n, v>/∂x_n      ∂L/∂α -= <g_n, v>      v <- v - α H_n v (+ the matching term of step n)
 
-With inner momentum γ, where b' = γ b + g and θ' = θ - α b', the gradient g_n receives p = ∂L/∂b - α v in place of -α v,
-and γ p is handed on to the buffer of the step before: one more adjoint vector.
+With inner momentum γ, b' = γ b + g and θ' = θ - α b'. Then p = ∂L/∂b - α v takes the place of -α v, and γ p is passed on to
+the buffer of the step before: one more adjoint vector.
 """
 
 from __future__ import annotations
@@ -38,9 +38,20 @@ def adjoint(
     hessian: bool = True,
     keep: int = 0,
 ) -> Unrolled:
-    """See `dstill.unrolling.unroll.unroll`.
+    """The unrolled gradient by a forward and a backward sweep; see `dstill.unrolling.unroll.unroll`.
 
-    `hessian=False` drops H_n v: TESLA's published approximation. The last `keep` steps are not recomputed.
+    Args:
+        student: the network as pure functions.
+        theta0: start `[P]`.
+        images: the synthetic set `[S, C, H, W]`, preprocessed.
+        labels: class ids `[S]` or label logits `[S, K]`.
+        steps: rows and augmentation of each step.
+        alpha: the student's learning rate.
+        targets: step number to (expert vector `[P]`, weight).
+        loss_scale: ν of Eq. 21.
+        momentum: momentum of the student's SGD.
+        hessian: False to drop H_n v, TESLA's published approximation.
+        keep: number of last steps that are not recomputed.
     """
     swept = _forward(student, theta0, images, labels, steps, alpha, loss_scale, momentum, keep)
     thetas, buffers = swept.thetas, swept.buffers
@@ -63,7 +74,7 @@ def adjoint(
             chosen = images.detach()[rows].requires_grad_()
             augmented = siamese.apply(chosen, params)
         t = student.tangents(thetas[n - 1], p, augmented, labels[rows], swept.kept.pop(n, None))
-        # Without momentum p = -α v, so h = <g, p> already holds <g, v>.
+        # Without momentum, p = -α v, so h = <g, p> also gives <g, v>.
         by_alpha -= buffers[n] @ v if momentum else -loss_scale * t.h / alpha
         (pulled_back,) = torch.autograd.grad(augmented, chosen, t.images) if params else (t.images,)
         by_images.index_add_(0, rows, loss_scale * pulled_back)
@@ -78,7 +89,7 @@ def adjoint(
 
 
 class _Swept(NamedTuple):
-    """θ_0 … θ_N, the momentum buffers (where there is momentum), the inner losses, and what was kept of the last steps."""
+    """θ_0 … θ_N, the momentum buffers (if there is momentum), the inner losses, and what was kept of the last steps."""
 
     thetas: list[Tensor]
     buffers: list[Tensor]

@@ -1,4 +1,4 @@
-"""The reference: plain autograd through all steps. Memory grows with every step; the adjoint is tested against it."""
+"""The unrolled gradient by plain autograd: the reference that `adjoint` is tested against. Its memory grows with every step."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def graph(
     loss_scale: float = 1.0,
     momentum: float = 0.0,
 ) -> Unrolled:
-    """See `dstill.unrolling.unroll.unroll`."""
+    """The unrolled gradient by autograd; the arguments are those of `dstill.unrolling.unroll.unroll`."""
     soft = labels.is_floating_point()
     with torch.enable_grad():
         images, alpha = images.detach().requires_grad_(), alpha.detach().requires_grad_()
         labels = labels.detach().requires_grad_(soft)
-        # Only θ_0 is a leaf without a gradient of its own; every later θ depends on images, labels and α.
+        # θ_0 requires a gradient only so that the first step can be differentiated. Later θ depend on images, labels and α.
         theta, buffer = theta0.detach().requires_grad_(), torch.zeros_like(theta0)
         losses: list[Tensor] = []
         matches: dict[int, Tensor] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dstill.derivatives import engine
-from dstill.derivatives.cuda_graphs import Recorder
+from dstill.derivatives.cuda_graphs import Caller, Recorder, directly
 from dstill.derivatives.engine import Precision
 from dstill.errors import DstillError
 from dstill.support.devices import full_precision
@@ -18,7 +18,14 @@ from dstill.training.fit import cross_entropy, probabilities
 
 
 class StepTangents(NamedTuple):
-    """Derivatives of h = <grad_θ loss, v> at one step: h itself, and its gradients by θ `[P]`, images, and label logits."""
+    """Derivatives at one step, for h = <grad_θ loss, v>.
+
+    Attributes:
+        h: h itself.
+        theta: the gradient of h with respect to θ, `[P]`.
+        images: the gradient of h with respect to the images, `[B, C, H, W]`.
+        labels: the gradient of h with respect to label logits, `[B, K]`; None for class ids.
+    """
 
     h: Tensor
     theta: Tensor
@@ -27,19 +34,28 @@ class StepTangents(NamedTuple):
 
 
 class Student:
-    """Pure functions of a flat parameter vector θ `[P]` around one network.
+    """A network as pure functions of a flat parameter vector θ `[P]`.
 
     Args:
-        net: the network; its own weights are never read or changed. Instance-norm ConvNets take the hand-written
-            derivatives of `dstill.derivatives.engine`, any other module double backward.
-        precision: of the convolutions, see `dstill.derivatives.engine.Derivatives`; other modules know `float32` alone.
-        compiled: `torch.compile` the hand-written derivatives where native kernels do not run.
-        native: False for tensor operations also where native kernels could run.
-        replayed: False to launch kernels one by one also on an NVIDIA card, see `dstill.derivatives.cuda_graphs`.
+        net: the network; its own weights are neither read nor changed. An instance-norm ConvNet is differentiated by the
+            hand-written derivatives of `dstill.derivatives.engine`, any other module by torch's double backward.
+        precision: precision of the convolutions, see `dstill.derivatives.engine.Derivatives`. Networks without hand-written
+            derivatives support `float32` alone.
+        compiled: compile the hand-written derivatives with `torch.compile` where native kernels do not run.
+        native: False to use tensor operations even where native kernels could run.
+        replayed: False to launch kernels one by one even on an NVIDIA card, see `dstill.derivatives.cuda_graphs`.
 
     Raises:
-        DstillError: the network has running statistics or dropout: the first would be state outside θ, the second would
-            make a step impossible to recompute. Or it has no hand-written derivatives and `precision` asks for them.
+        DstillError: the network has running statistics, which would be state outside θ, or dropout, which would make it
+            impossible to recompute a step; or the network does not support `precision`.
+
+    Example:
+        >>> from dstill.nets.convnet import ConvNet
+        >>> student = Student(ConvNet(1, 2, (4, 4), width=2, depth=1))
+        >>> theta = torch.zeros(student.numel)
+        >>> loss, gradient, _ = student.gradient(theta, torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 0]))
+        >>> round(loss.item(), 3), gradient.shape == theta.shape
+        (0.693, True)
     """
 
     def __init__(
@@ -55,14 +71,14 @@ class Student:
             if getattr(module, "running_mean", None) is not None:
                 raise DstillError(
                     f"the student's layer {name!r} ({type(module).__name__}) has running statistics, which a flat parameter "
-                    "vector cannot carry: use instance or group norm, or track_running_stats=False"
+                    "vector cannot hold: use instance or group norm, or track_running_stats=False"
                 )
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 raise DstillError(f"the student's layer {name!r} drops units at random: build the network with p=0")
         self.written = engine.supports(net)
         if precision != "float32" and not self.written:
             raise DstillError(
-                f"precision {precision!r} is for ConvNets with instance norm; {type(net).__name__} knows float32 alone"
+                f"precision {precision!r} is for ConvNets with instance norm; use float32 for {type(net).__name__}"
             )
         self.net = net.train()
         named = list(net.named_parameters())
@@ -72,57 +88,72 @@ class Student:
         self.numel = sum(self.sizes)
         self.precision: Precision = precision
         self.compiled, self.native = compiled, native
-        self._recorder = Recorder(replayed)
+        self._call: Caller = Recorder() if replayed else directly
         self._derivatives: dict[tuple[torch.device, torch.dtype], engine.Derivatives] = {}
 
     def derivatives(self, like: Tensor) -> engine.Derivatives | None:
-        """The hand-written derivatives for tensors like this one; None where the network has none."""
+        """The hand-written derivatives for the device and type of `like`; None if the network has none."""
         key = (like.device, like.dtype)
         if self.written and key not in self._derivatives:
-            # What is recorded here is the whole step, splitting and joining θ included.
+            # They record nothing: `_call` records the whole step, with the splitting and joining of θ.
             self._derivatives[key] = engine.Derivatives(
-                self.net, *key, self.precision, compiled=self.compiled, native=self.native, replayed=False
+                self.net, *key, self.precision, compiled=self.compiled, native=self.native
             )
         return self._derivatives.get(key)
 
     def split(self, theta: Tensor) -> list[Tensor]:
-        """Views of θ in the shapes of the network's parameters."""
+        """Views of θ in the shapes of the network's parameters, in the order of `net.parameters()`."""
         return [part.view(shape) for part, shape in zip(theta.split(self.sizes), self.shapes, strict=True)]
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Logits `[B, K]` of preprocessed images under the weights θ; differentiable in both."""
+        """Logits `[B, K]` of preprocessed images `[B, C, H, W]` under the weights θ; differentiable in both."""
         return functional_call(self.net, dict(zip(self.names, self.split(theta), strict=True)), (images,))
 
     def loss(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy with class ids `[B]` or label logits `[B, K]`."""
+        """Mean cross-entropy under the weights θ, with class ids `[B]` or label logits `[B, K]`; differentiable."""
         return cross_entropy(self.logits(theta, images), labels)
 
     def kept_bytes(self, like: Tensor, images: int) -> int | None:
-        """About what `gradient(keep=True)` holds on to for so many images; None where nothing can be kept."""
+        """Approximate bytes that `gradient(keep=True)` keeps for a batch of `images` images; None if nothing can be kept."""
         written = self.derivatives(like)
         return None if written is None else written.kept_bytes(images)
 
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, *, keep: bool = False
     ) -> tuple[Tensor, Tensor, engine.Kept | None]:
-        """The loss, its gradient by θ `[P]`, and what `tangents` may start from if asked and possible; all detached."""
+        """The loss and its gradient at θ, detached.
+
+        Args:
+            theta: parameters `[P]`.
+            images: `[B, C, H, W]`, preprocessed.
+            labels: class ids `[B]` or label logits `[B, K]`.
+            keep: also return what `tangents` would otherwise recompute.
+
+        Returns:
+            The loss, its gradient `[P]`, and what was kept; None if nothing was asked for or can be kept.
+        """
         written = self.derivatives(theta)
         if written is None:
             return *self._autograd_gradient(theta.detach(), images.detach(), labels), None
-        return self._recorder(self._written_gradient, theta, images, labels, keep)
+        return self._call(self._written_gradient, theta, images, labels, keep)
 
     def tangents(
         self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor, kept: engine.Kept | None = None
     ) -> StepTangents:
-        """Derivatives of h = <grad_θ loss, v>; the label term is None for class ids.
+        """Derivatives of h = <grad_θ loss, v>, detached.
 
-        `kept` is of `gradient` at the same θ, images and labels, and is used up; recomputed where it is None: the same
-        numbers.
+        Args:
+            theta: parameters `[P]`.
+            v: direction `[P]`.
+            images: `[B, C, H, W]`, preprocessed.
+            labels: class ids `[B]` or label logits `[B, K]`.
+            kept: what `gradient` kept for the same θ, images and labels. It can be used only once. It is recomputed if left
+                out; the numbers are the same.
         """
         written = self.derivatives(theta)
         if written is None:
             return self._autograd_tangents(theta.detach(), v.detach(), images.detach(), labels.detach())
-        return self._recorder(self._written_tangents, theta, v, images, labels, kept)
+        return self._call(self._written_tangents, theta, v, images, labels, kept)
 
     @torch.no_grad()
     def _written_gradient(
@@ -170,6 +201,21 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def sgd_step(parameter: Tensor, buffer: Tensor, gradient: Tensor, lr: Tensor | float, momentum: float) -> tuple[Tensor, Tensor]:
-    """b' = momentum b + g, θ' = θ - lr b': `torch.optim.SGD` as a pure function, starting from b = 0."""
+    """One step of `torch.optim.SGD` as a pure function: b' = momentum b + g, θ' = θ - lr b'.
+
+    Args:
+        parameter: θ.
+        buffer: the momentum buffer b; zero before the first step.
+        gradient: g.
+        lr: learning rate.
+        momentum: 0 for plain gradient descent.
+
+    Returns:
+        θ' and b'.
+
+    Example:
+        >>> sgd_step(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(2.0), 0.25, 0.9)
+        (tensor(0.5000), tensor(2.))
+    """
     buffer = momentum * buffer + gradient
     return parameter - lr * buffer, buffer

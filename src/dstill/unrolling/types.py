@@ -1,4 +1,4 @@
-"""What goes into an unrolled gradient and what comes out."""
+"""The inputs and results of the unrolled gradient."""
 
 from __future__ import annotations
 
@@ -12,19 +12,30 @@ from dstill.data.siamese import Params
 
 
 class Step(NamedTuple):
-    """One student step: the rows of the synthetic set it sees, and the augmentation drawn for them."""
+    """One step of the student.
+
+    Attributes:
+        rows: row numbers of the synthetic images in the batch, int64 `[B]`.
+        augmentation: the augmentation drawn for this batch by `dstill.data.siamese.sample`; None for none.
+    """
 
     rows: Tensor
     augmentation: Params | None
 
 
-# After how many steps -> (expert parameters, weight); the weight holds the denominator of Eq. 22.
+# Maps a number of steps to (expert parameters, weight). The weight holds the denominator of Eq. 22.
 Targets = Mapping[int, tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of the matching loss by images, label logits (None for class ids) and α, each in its input's shape."""
+    """Gradients of the matching loss, each in the shape of its input.
+
+    Attributes:
+        images: with respect to the synthetic images.
+        labels: with respect to the label logits; None for class ids.
+        alpha: with respect to the learning rate α.
+    """
 
     images: Tensor
     labels: Tensor | None
@@ -33,12 +44,12 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened inside, detached.
+    """What happened during the unrolling, detached.
 
     Attributes:
-        inner_losses: scaled loss of the student before each step.
-        matches: weighted squared distance at each matching point.
-        theta: the student after the last step.
+        inner_losses: the student's loss before each step, times `loss_scale`.
+        matches: the weighted squared distance at each matching point, by step number.
+        theta: the student's parameters after the last step, `[P]`.
     """
 
     inner_losses: list[Tensor]
@@ -48,7 +59,13 @@ class Trace:
 
 @dataclass(frozen=True)
 class Unrolled:
-    """The matching loss, its gradients, and a trace."""
+    """The result of `dstill.unrolling.unroll.unroll`.
+
+    Attributes:
+        loss: the matching loss.
+        grads: its gradients.
+        trace: what happened during the unrolling.
+    """
 
     loss: Tensor
     grads: Gradients

@@ -1,4 +1,4 @@
-"""The unrolled gradient: how a synthetic set must change so that a student trained on it lands on the expert."""
+"""The unrolled gradient: how a synthetic set must change so that a student trained on it ends where the expert does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Gradients", "Step", "Student", "Targets", "Trace", "Unrolled", "sgd_
 Mode = Literal["adjoint", "graph", "tesla"]
 Memory = Literal["auto", "keep", "recompute"]
 
-KEPT_SHARE = 0.5  # of the memory available now that `memory="auto"` may fill
+KEPT_SHARE = 0.5  # share of the memory available now that `memory="auto"` may use
 
 
 def unroll(
@@ -44,24 +44,34 @@ def unroll(
 
     Args:
         student: the network as pure functions.
-        theta0: start `[P]`; a constant.
+        theta0: the student's parameters at the start, `[P]`; they are not differentiated.
         images: the synthetic set `[S, C, H, W]`, preprocessed.
-        labels: class ids `[S]` (int64) or label logits `[S, K]` (floating, differentiated).
+        labels: class ids `[S]` (int64), or label logits `[S, K]` (floating-point), which are differentiated.
         steps: rows and augmentation of each step.
         alpha: the student's learning rate, a 0-d tensor, finite and not zero.
-        targets: step number (1 … N) to (expert vector `[P]`, weight).
-        loss_scale: ν of the balanced loss, Eq. 21.
-        momentum: of the student's SGD; the released code has 0.9, the paper none.
-        gradient: `adjoint` (exact, memory of one step), `graph` (exact, plain autograd, memory of all steps) or `tesla`
-            (approximate: the Hessian term dropped, as TESLA publishes it).
-        memory: what the adjoint keeps of the forward sweep: `recompute`: nothing but θ_n, the memory of one step; `keep`:
-            the convolutions' outputs of every step, about a fifth faster; `auto`: those of as many steps as fit half of the
-            memory that is available now. On a CPU the numbers are the same to the last bit.
+        targets: maps step numbers (1 … N) to (expert vector `[P]`, weight).
+        loss_scale: ν of the balanced loss (Eq. 21).
+        momentum: momentum of the student's SGD; 0.9 in the released code, none in the paper.
+        gradient: `adjoint`: exact, in the memory of one step. `graph`: exact, by plain autograd, in the memory of all steps.
+            `tesla`: approximate, without the Hessian term, as TESLA publishes it.
+        memory: what the adjoint keeps of the forward sweep. `recompute`: θ_n alone, the memory of one step. `keep`: also the
+            outputs of the convolutions of every step, about a fifth faster. `auto`: these outputs for as many steps as fit
+            into half of the memory that is available now. On a CPU the numbers are the same to the last bit.
 
     NVIDIA cards round the inputs of convolutions to TF32 by torch's default; here they do not (see `full_precision`).
 
     Raises:
-        DstillError: α is zero or not finite, a target lies outside 1 … N, or none is given, or `gradient` is unknown.
+        DstillError: α is zero or not finite, a target lies outside 1 … N, no target is given, or `gradient` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from dstill.nets.convnet import ConvNet
+        >>> student = Student(ConvNet(1, 2, (4, 4), width=2, depth=1))
+        >>> theta, images, labels = torch.zeros(student.numel), torch.rand(2, 1, 4, 4), torch.tensor([0, 1])
+        >>> steps = [Step(rows=torch.arange(2), augmentation=None)] * 3
+        >>> result = unroll(student, theta, images, labels, steps, torch.tensor(0.1), targets={3: (theta + 1, 1.0)})
+        >>> result.grads.images.shape, len(result.trace.inner_losses)
+        (torch.Size([2, 1, 4, 4]), 3)
     """
     if not math.isfinite(float(alpha)) or float(alpha) == 0:
         raise DstillError(f"the student learning rate α must be finite and not zero, got {float(alpha)}: lower lr_alpha")
@@ -69,7 +79,7 @@ def unroll(
         raise DstillError(f"unknown gradient {gradient!r}; {suggest(gradient, ('adjoint', 'graph', 'tesla'))}")
     outside = [n for n in targets if not 1 <= n <= len(steps)]
     if outside or not targets:
-        raise DstillError(f"matching points must lie in 1 … {len(steps)} and exist, got {sorted(targets)}")
+        raise DstillError(f"matching points must lie in 1 … {len(steps)}, at least one of them, got {sorted(targets)}")
     arguments = (student, theta0, images, labels, steps, alpha, targets)
     if gradient == "graph":
         with full_precision():
@@ -79,7 +89,7 @@ def unroll(
 
 
 def _kept_steps(student: Student, theta: Tensor, steps: Sequence[Step], memory: Memory) -> int:
-    """Of how many steps, from the last, the forward sweep keeps what the backward sweep needs."""
+    """For how many of the last steps the forward sweep keeps what the backward sweep needs."""
     a_step = student.kept_bytes(theta, len(steps[-1].rows)) if steps else None
     if memory == "recompute" or a_step is None:
         return 0
