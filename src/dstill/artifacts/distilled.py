@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import html
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -13,13 +17,14 @@ from torch.utils.data import Dataset
 
 from dstill.artifacts import files
 from dstill.artifacts.result import Claim
-from dstill.config.registry import methods
+from dstill.config.registry import known
 from dstill.config.settings import NetConfig, Recipe, canonical
 from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
+from dstill.support.console import in_notebook
 
 KIND = "distilled set"
 FILE_NAME = "distilled.safetensors"
@@ -109,6 +114,90 @@ class DistilledSet:
             )
         if hard and not bool(((labels >= 0) & (labels < self.classes)).all()):
             raise DstillError(f"class ids reach from {int(labels.min())} to {int(labels.max())} for {self.classes} classes")
+
+    @classmethod
+    def from_tensors(
+        cls,
+        images: Tensor | np.ndarray,
+        labels: Tensor | np.ndarray | Sequence[int],
+        *,
+        real: RealSet | None = None,
+        class_names: Sequence[str] | None = None,
+        preprocess: Preprocess | None = None,
+        alpha: float | None = None,
+        method: str = "own",
+        net: str = "convnet",
+        augmentation: str = "colour_crop_cutout_flip_scale_rotate",
+        seed: int = 0,
+    ) -> DistilledSet:
+        """A set of images that you made yourself, to be evaluated, judged, shown, exported, or distilled further.
+
+        Args:
+            images: pixels `[S, C, H, W]`, uint8 or floats in [0, 1]; with `preprocess`, images that have been through it.
+            labels: class ids `[S]`, or label logits `[S, K]`.
+            real: the data that the set stands for. They name the classes, and pixels are standardised by their statistics.
+            class_names: names of the classes, without `real`; numbers if left out.
+            preprocess: what the images have been through.
+            alpha: learning rate to train with; the protocol's if left out.
+            method: name for tables.
+            net: the network that it is evaluated with.
+            augmentation: DSA strategy to train with, or `none`.
+            seed: recorded with the set.
+
+        Raises:
+            DstillError: images or labels do not have these types and shapes, or a class id is out of range.
+
+        Example:
+            >>> mine = DistilledSet.from_tensors(torch.rand(4, 3, 8, 8), [0, 0, 1, 1], class_names=["cat", "dog"])
+            >>> mine
+            DistilledSet('own' of 'unknown data', 4 images of 3x8x8, 2 classes)
+        """
+        given, ids = torch.as_tensor(images), torch.as_tensor(labels)
+        ids = ids.float() if ids.is_floating_point() else ids.long()
+        if preprocess is None:
+            given = given.float() / 255 if given.dtype == torch.uint8 else given.float()
+            neutral = preprocessing.Standardise(torch.zeros(given.shape[1]), torch.ones(given.shape[1]))
+            preprocess = preprocessing.fit("standardise", real.train.images) if real is not None else neutral
+            given = preprocess.forward(given)
+        soft = ids.ndim == 2
+        classes = ids.shape[1] if soft else int(ids.max()) + 1
+        names = real.class_names if real is not None else class_names or [str(c) for c in range(classes)]
+        siamese.parse(augmentation)
+        return cls(
+            images=given.float(),
+            labels=ids,
+            alpha=alpha,
+            preprocess=preprocess,
+            method=method,
+            ipc=max(1, len(given) // len(names) if soft else int(torch.bincount(ids).max())),
+            class_names=tuple(names),
+            augmentation=augmentation,
+            net=NetConfig(name=net),
+            data="unknown data" if real is None else real.name,
+            data_fingerprint="" if real is None else real.fingerprint,
+            recipe=None,
+            seed=seed,
+        )
+
+    def show(self, columns: int | None = None) -> None:
+        """Draws the images: below the cell of a notebook, elsewhere in the system's image viewer.
+
+        Args:
+            columns: most images in a row; 10 if left out.
+        """
+        from dstill.artifacts.pictures import grid
+
+        picture = grid(self, columns)
+        if in_notebook():
+            sys.modules["IPython"].display.display(picture)
+        else:
+            picture.show(str(self))
+
+    def _repr_html_(self) -> str:
+        from dstill.artifacts.pictures import grid, uri_of
+
+        said = html.escape(repr(self) + (f", {self.accuracy}" if self.accuracy else ""))
+        return f'<figure><img src="{uri_of(grid(self))}" alt=""><figcaption>{said}</figcaption></figure>'
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.images.shape[1:]))
@@ -261,7 +350,7 @@ class DistilledSet:
         Raises:
             DstillError: a part is missing or malformed.
         """
-        if header.get("method") not in [*methods()]:  # its package is not installed here, so its settings cannot be checked
+        if not known(header.get("method")):  # its package is not installed here, so its settings cannot be checked
             header = {**header, "recipe": None}
         stored = {name.removeprefix(_PREPROCESS): tensor for name, tensor in tensors.items() if name.startswith(_PREPROCESS)}
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,13 @@ def png_of(pixels: Tensor) -> bytes:
     buffer = io.BytesIO()
     image_of(pixels).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def uri_of(picture: Image.Image) -> str:
+    """A picture as a `data:` address of a PNG, to be put into a page."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def save_grid(distilled: DistilledSet, path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dstill.artifacts.result import Cost, Result
 from dstill.config import yamls
+from dstill.config.registry import curve_titles
 from dstill.errors import CollapseError, DamagedFileError, DstillError, reason_of
 
 RESULT_NAME = "result.json"
@@ -116,9 +117,9 @@ class SetRecord(_Record):
     skipped: int
 
     @classmethod
-    def of(cls, rows: Sequence[dict[str, Any]]) -> SetRecord:
-        """From the rows of `metrics.jsonl`."""
-        keys = ("loss", "alpha", "validation_accuracy", "inner_loss_first")
+    def of(cls, rows: Sequence[dict[str, Any]], own: Iterable[str] = ()) -> SetRecord:
+        """From the rows of `metrics.jsonl`; `own` are the metrics that the method wants to be drawn."""
+        keys = dict.fromkeys(("loss", "alpha", "validation_accuracy", "inner_loss_first", *own))
         curves = {key: curve for key in keys if (curve := Curve.of(rows, key))}
         passed, timed = 0.0, list[dict[str, Any]]()
         by_start: dict[int, list[float]] = {}
@@ -207,13 +208,15 @@ class RunRecord(_Record):
         first = sets[0]
         settings, experts, chosen = (first / name for name in (RECIPE_NAME, EXPERTS_NAME, MAP_NAME))
         metrics = [rows for one in sets if (rows := read_metrics(one / METRICS_NAME))]
+        recipe = yamls.read_mapping(settings) if settings.exists() else {}
+        own = curve_titles(str(recipe.get("method", "")))
         return cls(
-            recipe=yamls.read_mapping(settings) if settings.exists() else {},
+            recipe=recipe,
             result=result,
             reason=reason_of(error) if error else "",
             collapsed=isinstance(error, CollapseError),
             experts=ExpertCurves.of(json.loads(experts.read_text(encoding="utf-8"))) if experts.exists() else None,
-            sets=tuple(SetRecord.of(rows) for rows in metrics),
+            sets=tuple(SetRecord.of(rows, own) for rows in metrics),
             cost=Cost.load(first),
             map=tuple(json.loads(chosen.read_text(encoding="utf-8"))) if chosen.exists() else (),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,6 +154,26 @@ class Result(BaseModel):
     stages: dict[str, float]
     """Wall time of each stage of this launch."""
     dstill: str
+
+    def rows(self) -> list[tuple[str, Score]]:
+        """The accuracies and whose they are: the method's, by network where there are several, then the baselines'."""
+        many = len(self.nets) > 1
+        rows = [(f"{self.method} ({name})" if many else self.method, score) for name, score in self.nets.items()]
+        rows += [("random real images", self.random)] if self.random else []
+        return rows + ([("whole training set", self.whole)] if self.whole else [])
+
+    @property
+    def title(self) -> str:
+        """What was measured, in a line."""
+        return f"{self.data}, {self.ipc} image(s) per class, protocol {self.protocol.name} v{self.protocol.version}"
+
+    def _repr_html_(self) -> str:
+        cells = [
+            f"<tr><td>{html.escape(name)}</td><td>{100 * score.mean:.1f} ± {100 * score.std:.1f}</td><td>{score.n}</td></tr>"
+            for name, score in self.rows()
+        ]
+        heading = f"<tr><th></th><th>{self.measured_on} accuracy %</th><th>n</th></tr>"
+        return f"<table><caption>{html.escape(self.title)}</caption>{heading}{''.join(cells)}</table>"
 
     @classmethod
     def pooled(cls, results: Sequence[Result]) -> Result:

@@ -64,19 +64,10 @@ def print_plan(plan: Plan) -> None:
 
 def print_result(result: Result) -> None:
     """The table at the end: the method beside random images and, where measured, the whole set."""
-    table = Table(
-        title=_plain(
-            f"{result.data}, {result.ipc} image(s) per class, protocol {result.protocol.name} v{result.protocol.version}"
-        )
-    )
+    table = Table(title=_plain(result.title))
     for column in ("", f"{result.measured_on} accuracy %", "± std", "n"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = [
-        (f"{result.method} ({name})" if len(result.nets) > 1 else result.method, score) for name, score in result.nets.items()
-    ]
-    rows += [("random real images", result.random)] if result.random else []
-    rows += [("whole training set", result.whole)] if result.whole else []
-    for name, score in rows:
+    for name, score in result.rows():
         table.add_row(_plain(name), f"{100 * score.mean:.1f}", f"{100 * score.std:.1f}", str(score.n))
     console = Console()
     console.print(table)

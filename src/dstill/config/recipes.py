@@ -42,8 +42,19 @@ def recipe_heads() -> dict[str, dict[str, Any]]:
 def load_recipe(name: str) -> Recipe:
     """A shipped recipe by name, or one in a YAML file of your own.
 
+    Args:
+        name: a name of `dstill ls recipes`, or a path that ends in .yaml.
+
+    Returns:
+        The settings; keys that the file leaves out have the method's defaults.
+
     Raises:
         DstillError: unknown name, unknown key, wrong type.
+
+    Example:
+        >>> recipe = load_recipe("cifar10/ast-ipc1")
+        >>> recipe.method, recipe.ipc, recipe.distill.iterations
+        ('ast', 1, 5000)
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not path.is_file() and path.parent != _FOLDER / Path(name).parent:

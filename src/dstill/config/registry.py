@@ -7,6 +7,7 @@ point's name is the method's name, and its value is a `MethodInfo`.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -162,6 +163,20 @@ def _fault(info: object) -> str:
     return "" if info.labels in get_args(Labels) else f"labels is {info.labels!r}, not hard or soft"
 
 
+def known(name: object) -> bool:
+    """Whether a file may name this method: a registered one, or a class of a module that is imported already.
+
+    A file does not decide what is imported.
+
+    Example:
+        >>> known("ast"), known("somewhere.else:Method")
+        (True, False)
+    """
+    if not isinstance(name, str):
+        return False
+    return name.partition(":")[0] in sys.modules if ":" in name else name in METHODS or name in methods()
+
+
 def method_info(name: str) -> MethodInfo:
     """The entry of a method in the table, or what your own `package.module:Class` says of itself.
 
@@ -182,12 +197,20 @@ def load_method(name: str) -> Any:
     """The class of a method, imported now; see `dstill.methods.base.method_class`, which knows its type.
 
     Raises:
-        DstillError: the name is unknown, or the class cannot be imported.
+        DstillError: the name is unknown, or the class cannot be imported, or is no method.
     """
-    return load_class(method_info(name).path, f"method {name!r}")
+    found = load_class(method_info(name).path, f"method {name!r}")
+    if not (isinstance(found, type) and hasattr(found, "Settings")):
+        raise DstillError(f"method {name!r} is {found!r}, which is no class of dstill.Method: derive it from that")
+    return found
 
 
 def curve_titles(method: str) -> dict[str, str]:
-    """Metrics that reports draw for a method, and their titles; those of every method where it is not installed."""
-    own = METHODS[method].curves if method in METHODS else methods()[method].curves if method in methods() else {}
+    """Metrics that reports draw for a method, and their titles; those of every method where it is not installed.
+
+    Example:
+        >>> curve_titles("dm")
+        {'loss': 'Objective', 'alpha': 'Learning rate α'}
+    """
+    own = method_info(method).curves if known(method) else {}
     return {"loss": "Objective", "alpha": "Learning rate α", **own}

@@ -16,6 +16,7 @@ from dstill.artifacts.record import EXPERTS_NAME, MAP_NAME, RECIPE_NAME, SetReco
 from dstill.artifacts.result import Cost
 from dstill.artifacts.run_folder import RunFolder
 from dstill.config import recipes
+from dstill.config.registry import curve_titles
 from dstill.config.settings import canonical
 from dstill.distillation.loop import Cadence, run_method
 from dstill.distillation.sinks import Sink, open_sinks
@@ -124,7 +125,7 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
     pictures.save_grid(distilled, out / "distilled.png")
     pictures.save_animation(sorted((out / FRAMES).glob("*.png")), out / "distilled.webp")
     title = f"{problem.recipe.method}, {problem.real.name}, IPC {problem.recipe.ipc}"
-    if (drawn := figures.run_curves(SetRecord.of(folder.metrics()), title)) is not None:
+    if (drawn := figures.run_curves(SetRecord.of(folder.metrics(), curve_titles(problem.recipe.method)), title)) is not None:
         figures.save(drawn, out / "curves.png")
     files.write_text(settings, recipes.dump(problem.recipe))  # last: it says that everything beside the set is there
     folder.finish()

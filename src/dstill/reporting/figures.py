@@ -56,13 +56,13 @@ def curves(records: Records, key: str, against: Literal["iterations", "seconds"]
 
 
 def run_curves(record: SetRecord, title: str) -> Figure | None:
-    """The objective, α and validation accuracy of one set over its iterations; None if it has none of these curves.
+    """The curves of one set over its iterations; None if it has none.
 
     Args:
         record: the set.
         title: the title of the figure.
     """
-    shown = {key: curve for key in ("loss", "alpha", "validation_accuracy") if (curve := record.curves.get(key))}
+    shown = {key: curve for key, curve in record.curves.items() if key != "inner_loss_first"}
     if not shown:
         return None
     figure, panels = _figure(len(shown))
@@ -70,7 +70,7 @@ def run_curves(record: SetRecord, title: str) -> Figure | None:
     for axes, (key, curve) in zip(panels, shown.items(), strict=True):
         axes.plot(curve.iterations, curve.values, color=COLOURS[0], marker="o" if len(curve.values) <= 20 else None)
         axes.set_xlabel("iteration")
-        axes.set_ylabel(LABELS[key])
+        axes.set_ylabel(LABELS.get(key, key))
     return figure
 
 

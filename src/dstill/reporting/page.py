@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,10 @@ from torch import Tensor
 
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.files import write_text
-from dstill.artifacts.pictures import png_of
+from dstill.artifacts.pictures import image_of, uri_of
 from dstill.artifacts.record import INITIAL_NAME, RunRecord
 from dstill.config import yamls
+from dstill.config.registry import curve_titles
 from dstill.errors import DstillError
 from dstill.reporting import figures
 from dstill.support.console import duration, size
@@ -177,17 +177,16 @@ def _likeliest(distilled: DistilledSet, row: int, most: int = 3) -> tuple[tuple[
 
 def _uris(distilled: DistilledSet, rows: Tensor) -> list[str]:
     pixels = (distilled.pixels()[rows] * 255).round().byte()
-    return ["data:image/png;base64," + base64.b64encode(png_of(one)).decode() for one in pixels]
+    return [uri_of(image_of(one)) for one in pixels]
 
 
 def _figures(records: Mapping[str, RunRecord]) -> list[tuple[str, Markup]]:
     """The titles and SVGs of all figures for which a run has curves."""
     found: list[tuple[str, Figure]] = []
-    for key, title in (
-        ("validation_accuracy", "Validation accuracy"),
-        ("loss", "Objective"),
-        ("alpha", "Learning rate α"),
-    ):
+    titles = {"validation_accuracy": "Validation accuracy"}
+    for record in records.values():
+        titles |= curve_titles(str(record.recipe.get("method", "")))
+    for key, title in titles.items():
         if any(key in one.curves for record in records.values() for one in record.sets):
             found.append((title, figures.curves(records, key)))
     if any(record.experts for record in records.values()):

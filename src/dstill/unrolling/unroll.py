@@ -60,6 +60,9 @@ def unroll(
 
     NVIDIA cards round the inputs of convolutions to TF32 by torch's default; here they do not (see `full_precision`).
 
+    Returns:
+        The matching loss, its gradients by images, labels and α, and a trace of the inner loop.
+
     Raises:
         DstillError: α is zero or not finite, a target lies outside 1 … N, no target is given, or `gradient` is unknown.
 

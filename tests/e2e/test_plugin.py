@@ -1,0 +1,75 @@
+"""The example package in `examples/plugin`: a method in one file that the whole of dstill knows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+PLUGIN = Path(__file__).parents[2] / "examples" / "plugin"
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder on the path that holds what `pip install` would put there: the module, and the entry points of its package."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copy(PLUGIN / "dstill_kmeans.py", folder)
+    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    about = folder / f"dstill_kmeans-{project['version']}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    points = project["entry-points"]["dstill.methods"]
+    (about / "entry_points.txt").write_text("[dstill.methods]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()))
+    return folder
+
+
+def python(installed: Path, folder: Path, *arguments: str) -> str:
+    """What Python prints with the package installed."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_package_adds_a_method_to_every_command(installed: Path, tmp_path: Path) -> None:
+    def dstill(*arguments: str) -> str:
+        return python(installed, tmp_path, "-m", "dstill", *arguments)
+
+    small = ("digits", "--train-fraction", "0.2", "--recipe", "smoke", "--cache", "cache", "--threads", "1")
+    methods = {row["name"]: row for row in json.loads(dstill("ls", "methods", "--json"))}
+    assert methods["kmeans"]["family"] == "clustering" and "ast" in methods
+    assert "kmeans on digits" in dstill("plan", *small, "--method", "kmeans")
+    assert "kmeans is +" in dstill("run", *small, "--method", "kmeans", "-o", "r", "--ipc", "2", "--networks", "1")
+    compared = dstill("compare", *small, "--methods", "random,kmeans", "--networks", "1", "--protocol", "quick", "--no-whole")
+    assert "kmeans" in compared and "failed" not in compared
+    assert Path(tmp_path / dstill("report", "r", "-o", "page.html").strip()).exists()
+    assert "Movement of the centroids" in (tmp_path / "page.html").read_text(encoding="utf-8"), "the curve that it names"
+
+
+def test_the_contract_tests_find_it_and_it_keeps_the_contract(installed: Path, tmp_path: Path) -> None:
+    tests = str(TESTS / "methods" / "test_contract.py")
+    options = ("-q", "-k", "kmeans", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={TESTS.parent}")
+    said = python(installed, tmp_path, "-m", "pytest", tests, *options)
+    assert int(said.split(" passed")[0].split()[-1]) >= 8 and "failed" not in said
+
+
+def test_a_class_needs_no_registration(installed: Path, tmp_path: Path) -> None:
+    code = """
+import dstill
+from dstill_kmeans import KMeans
+
+real = dstill.load_real("digits", train_fraction=0.2)
+syn = dstill.distill(real, method=KMeans, recipe="smoke", out="out", machine=dstill.Machine(cache="cache"))
+print(syn.method, len(syn.images), dstill.DistilledSet.load("out").recipe.method)
+"""
+    alone = installed.parent / "alone"
+    alone.mkdir()
+    shutil.copy(PLUGIN / "dstill_kmeans.py", alone)
+    assert python(alone, tmp_path, "-c", code).strip() == "dstill_kmeans:KMeans 10 dstill_kmeans:KMeans"
