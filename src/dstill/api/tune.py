@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dstill.artifacts.files import check_writable, write_text
 from dstill.artifacts.record import read_metrics
 from dstill.config import recipes
 from dstill.config.settings import Recipe, canonical, digest
-from dstill.data.real import RealSet, Source
+from dstill.data.real import Source
 from dstill.distillation.loop import run_method
 from dstill.errors import CollapseError, DstillError
 from dstill.experts.trajectory import Trajectories
@@ -90,41 +90,86 @@ def tune(
     check_writable(target.absolute().parent)
     held = job.on(real.holdout(seed))
     check_early(held)
-    # Experts that are long enough for the largest candidate serve all of them.
+    longest = _longest(base)
+    trajectories = held.on(held.real, longest).experts()
+    search = _Search(target, held, place.reporter.note)
+    silent = replace(held, place=replace(place, reporter=Silent(), workers=1))
+    for factors in _candidates(base.distill.search_factors, seed):
+        if search.exhausted and time.monotonic() - started > 60 * budget:
+            break
+        search.consider(factors, longest.distill.epochs_needed, lambda one: _judge(silent.on(held.real, one), trajectories))
+    search.finish()
+    return target
+
+
+def _longest(base: Recipe) -> Recipe:
+    """The recipe whose experts are long enough for every candidate: its settings are multiplied by their largest factors."""
     largest = {name: max(factors) for name, factors in base.distill.search_factors.items()}
     limit = base.experts.epochs if base.experts else None
-    longest = base.distill.scaled(largest, limit)
-    trajectories = held.on(held.real, base.model_copy(update={"distill": longest})).experts()
-    silent = replace(held, place=replace(place, reporter=Silent(), workers=1))
-    journal = _Journal(target, {"recipe": canonical(base, exclude={"note"}), "data": held.real.fingerprint, "seed": seed})
-    if journal.rows:
-        place.reporter.note(f"{journal.path} has {len(journal.rows)} candidates of this search: it goes on from there")
-    best, tried = base, 0
-    best_score: float | None = None
-    for factors in _candidates(base.distill.search_factors, seed):
-        known = tried < len(journal.rows)
-        if tried and not known and time.monotonic() - started > 60 * budget:
-            break
-        settings = _around(best, factors, longest.epochs_needed) if tried else base
-        score = journal.rows[tried]["score"] if known else _judge(silent.on(held.real, settings), trajectories)
-        tried += 1
-        leads = score is not None and (best_score is None or score > best_score)
-        if leads:
-            best, best_score = settings, score
+    return base.model_copy(update={"distill": base.distill.scaled(largest, limit)})
+
+
+class _Search:
+    """The candidates so far, and the best of them.
+
+    Args:
+        target: the recipe file to write.
+        held: the job on the part of the data that candidates are distilled from.
+        note: told of every candidate.
+    """
+
+    def __init__(self, target: Path, held: Job, note: Callable[[str], None]) -> None:
+        self.target, self.name, self.note, self.tried = target, held.name, note, 0
+        self.best, self.best_score = held.recipe, float("-inf")
+        known = {"recipe": canonical(held.recipe, exclude={"note"}), "data": held.real.fingerprint, "seed": held.seeds.images}
+        self.journal = _Journal(target, known)
+        if self.journal.rows:
+            note(f"{self.journal.path} has {len(self.journal.rows)} candidates of this search: it goes on from there")
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every candidate that an earlier call tried has been seen again, and at least one was."""
+        return self.tried >= max(1, len(self.journal.rows))
+
+    def consider(self, factors: Mapping[str, float], longest: int | None, judge: Callable[[Recipe], float | None]) -> None:
+        """One more candidate: the recipe itself at first, then the best so far with its settings multiplied.
+
+        The score of a candidate that an earlier call tried is read. T+ stays within experts of `longest` epochs.
+        """
+        settings = self.best
+        if self.tried:
+            settings = settings.model_copy(update={"distill": settings.distill.scaled(factors, longest)})
+        known = self.tried < len(self.journal.rows)
+        score = self.journal.rows[self.tried]["score"] if known else judge(settings)
+        self.tried += 1
+        leads = score is not None and score > self.best_score
+        if score is not None and leads:
+            self.best, self.best_score = settings, score
         if known:
-            continue
-        journal.add(settings, score)
+            return
+        self.journal.add(settings, score)
         said = "collapsed" if score is None else f"validation {score:.1%}{' (best so far)' if leads else ''}"
-        place.reporter.note(f"candidate {tried}: {_named(settings)}: {said}")
-        if best_score is not None:
-            _write(target, best, real, best_score, tried)
-    if best_score is None:
-        raise DstillError(
-            f"all of {tried} candidates collapsed: start from a smaller distill.lr_images, or give it more --budget"
-        )
-    _write(target, best, real, best_score, tried)
-    place.reporter.note(f"wrote {target}: pass it as --recipe {target}")
-    return target
+        self.note(f"candidate {self.tried}: {_named(settings)}: {said}")
+        if self.best_score >= 0:
+            self._write()
+
+    def finish(self) -> None:
+        """Writes the best recipe once more, since an earlier call may have been interrupted before it wrote it.
+
+        Raises:
+            DstillError: every candidate collapsed.
+        """
+        if self.best_score < 0:
+            raise DstillError(
+                f"all of {self.tried} candidates collapsed: start from a smaller distill.lr_images, or give it more --budget"
+            )
+        self._write()
+        self.note(f"wrote {self.target}: pass it as --recipe {self.target}")
+
+    def _write(self) -> None:
+        before = f"{self.best.note}; " if self.best.note else ""
+        note = f"{before}tuned on the validation part: {self.best_score:.1%}, best of {self.tried} candidates"
+        write_text(self.target, recipes.dump(self.best.model_copy(update={"data": self.name, "note": note})))
 
 
 class _Journal:
@@ -151,21 +196,11 @@ def _named(settings: Recipe) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
-def _write(target: Path, best: Recipe, real: RealSet, score: float, tried: int) -> None:
-    note = f"{best.note + '; ' if best.note else ''}tuned on the validation part: {score:.1%}, best of {tried} candidates"
-    write_text(target, recipes.dump(best.model_copy(update={"data": real.name, "note": note})))
-
-
 def _candidates(choices: Mapping[str, tuple[float, ...]], seed: int) -> Iterator[dict[str, float]]:
     """Endless factors of the searched settings, drawn without a memory; the first ones are ignored."""
     generator = seeding.generator(seed, "tune")
     while True:
         yield {name: some[int(torch.randint(len(some), (), generator=generator))] for name, some in choices.items()}
-
-
-def _around(best: Recipe, factors: Mapping[str, float], longest: int | None) -> Recipe:
-    """The best recipe so far with its settings multiplied, within what the experts were trained for."""
-    return best.model_copy(update={"distill": best.distill.scaled(factors, longest)})
 
 
 def _judge(job: Job, trajectories: Trajectories) -> float | None:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dstill.artifacts import files
 from dstill.artifacts.result import Claim
+from dstill.artifacts.synthetic import SyntheticDataset
 from dstill.config.registry import known
 from dstill.config.settings import NetConfig, Recipe, canonical
 from dstill.data import preprocess as preprocessing
@@ -224,7 +224,8 @@ class DistilledSet:
             augment: augment each batch with a new draw of the set's augmentation, as the evaluation does.
             seed: seed of the draws.
         """
-        return SyntheticDataset(self, augment, seed)
+        strategy = self.augmentation if augment else "none"
+        return SyntheticDataset(self.images, self.labels, strategy, torch.Generator().manual_seed(seed))
 
     def train_kwargs(self) -> dict[str, float]:
         """Arguments for `torch.optim.SGD`: the learned rate, or 0.01 without one; momentum and decay of protocol `ast`."""
@@ -378,33 +379,3 @@ class DistilledSet:
         if not fits or one._not_finite():
             raise DstillError(f"{source} is damaged: its preprocessing does not fit the images, or a number is not finite")
         return one
-
-
-class SyntheticDataset(Dataset[tuple[Tensor, Tensor]]):
-    """The images of a distilled set as a `Dataset` that augments whole batches.
-
-    One operation is drawn for each batch, and its parameters for each image. The draws differ from pass to pass. A `DataLoader`
-    with several workers makes the same draws in each worker.
-
-    Args:
-        distilled: the set.
-        augment: augment the images.
-        seed: seed of the draws.
-    """
-
-    def __init__(self, distilled: DistilledSet, augment: bool, seed: int) -> None:
-        self.distilled = distilled
-        self.strategy = distilled.augmentation if augment else "none"
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.distilled.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """A batch; `DataLoader` calls this method if there is one."""
-        images = self.distilled.images[indices]
-        images = siamese.apply(images, siamese.sample(self.strategy, len(indices), self.generator))
-        return list(zip(images, self.distilled.labels[indices], strict=True))

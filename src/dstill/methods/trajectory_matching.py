@@ -338,6 +338,18 @@ class TrajectoryMatching(Method):
         return f"{engine}, {settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
 
 
+def matching_settings(distilled: DistilledSet) -> MatchingConfig:
+    """The settings that a set of trajectory matching was distilled with.
+
+    Raises:
+        DstillError: the set was made in another way.
+    """
+    settings = distilled.recipe.distill if distilled.recipe else None
+    if not isinstance(settings, MatchingConfig) or distilled.alpha is None:
+        raise DstillError(f"only sets of trajectory matching follow an expert, this one is of {distilled.method}")
+    return settings
+
+
 def segment_metrics(segment: Segment, start: Tensor, unrolled: Unrolled, by_images: Tensor) -> Metrics:
     """What is logged of a segment beside the loss and α: diagnostics that change nothing."""
     span = (segment.start - segment.targets[-1]).norm()

@@ -6,9 +6,8 @@ import torch
 
 from dstill.artifacts.distilled import DistilledSet
 from dstill.data import siamese
-from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
-from dstill.methods.trajectory_matching import MatchingConfig
+from dstill.methods.trajectory_matching import matching_settings
 from dstill.nets import networks as nets
 from dstill.support import seeding
 from dstill.training.fit import student_batches
@@ -33,9 +32,8 @@ def accumulated_error(distilled: DistilledSet, trajectories: Trajectories, exper
     Raises:
         DstillError: the set was not made by trajectory matching.
     """
-    settings = distilled.recipe.distill if distilled.recipe else None
-    if not isinstance(settings, MatchingConfig) or distilled.alpha is None:
-        raise DstillError(f"only sets of trajectory matching follow an expert, this one is of {distilled.method}")
+    settings, alpha = matching_settings(distilled), distilled.alpha
+    assert alpha is not None
     channels, *size = distilled.images.shape[1:]
     generator = seeding.generator(distilled.seed, "following", expert)
     student = Student(nets.build(distilled.net, channels, distilled.classes, (size[0], size[1]), generator).to(device))
@@ -47,7 +45,7 @@ def accumulated_error(distilled: DistilledSet, trajectories: Trajectories, exper
         for rows in student_batches(len(images), settings.batch_syn, settings.student_steps, generator):
             some = siamese.apply(images[rows], siamese.sample(distilled.augmentation, len(rows), generator))
             gradient = student.gradient(theta, some, labels[rows])[1]
-            theta, buffer = sgd_step(theta, buffer, gradient, distilled.alpha, settings.student_momentum)
+            theta, buffer = sgd_step(theta, buffer, gradient, alpha, settings.student_momentum)
         target = trajectories.rows(expert, epoch, epoch + 1)[0].to(device)
         errors.append(float((theta - target).norm() / (target - origin).norm()))
     return errors
