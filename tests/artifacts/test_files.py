@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import save_file
 
 from dstill.artifacts import files
-from dstill.errors import DstillError
+from dstill.errors import DamagedFileError, DstillError
 from dstill.version import __version__
 
 KIND = "distilled set"
@@ -123,3 +125,25 @@ def test_a_header_that_is_not_json_is_refused_before_anything_is_written(tmp_pat
 def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     files.write_text(tmp_path / "deep" / "x.json", json.dumps({"α": 1}, ensure_ascii=False))
     assert (tmp_path / "deep" / "x.json").read_bytes() == '{"α": 1}'.encode()
+
+
+def test_a_tensor_under_another_name_is_noticed(tmp_path: Path) -> None:
+    write(tmp_path / "x")
+    with safetensors.safe_open(tmp_path / "x", framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["d"] = tensors.pop("c")
+    save_file(tensors, tmp_path / "x", metadata=metadata)
+    with pytest.raises(DamagedFileError, match="its tensors are not those that were written"):
+        files.load(tmp_path / "x", KIND)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_a_file_may_be_read_by_whom_the_users_other_files_may(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        files.write_text(tmp_path / "x", "ours")
+        (tmp_path / "y").write_text("theirs")
+        assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)

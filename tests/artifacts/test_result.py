@@ -84,3 +84,18 @@ def test_a_file_that_is_no_result_is_refused_by_its_name(text: str, tmp_path: Pa
 def test_a_missing_result_is_refused_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(DstillError, match=r"gone\.json is not a result of dstill"):
         Result.load(tmp_path / "gone.json")
+
+
+def test_results_of_single_sets_are_pooled_into_that_of_all() -> None:
+    first = result().model_copy(update={"confusion": ((3, 1), (0, 4)), "stages": {"evaluate": 3.0, "distill": 1.0}})
+    score = Score.of([[0.1, 0.2]], lr=0.05)
+    changes = {"accuracy": score, "nets": {"convnet": score}, "confusion": ((1, 3), (2, 2)), "seconds": 4.0}
+    both = Result.pooled([first, first.model_copy(update={**changes, "stages": {"evaluate": 4.0}})])
+    assert both.sets == 2
+    assert both.accuracy == both.nets["convnet"] == Score.of([[0.5, 0.7], [0.1, 0.2]])
+    assert both.accuracy.between_sets == pytest.approx(0.45 / np.sqrt(2))
+    assert both.accuracy.lr is None  # they were trained with two
+    assert both.confusion == ((4, 4), (2, 6))
+    assert (both.seconds, both.stages) == (7.5, {"evaluate": 7.0, "distill": 1.0})
+    assert (both.random, both.alpha) == (first.random, first.alpha)
+    assert Result.pooled([first]) == first

@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -526,7 +527,7 @@ def test_a_holdout_of_a_class_with_one_image_is_refused():
         real.holdout(seed=0)
 
 
-@pytest.mark.parametrize("changed", ["pixel", "label", "name", "test"])
+@pytest.mark.parametrize("changed", ["pixel", "label", "name", "end of a name", "test", "test label"])
 def test_the_fingerprint_changes_with_anything_that_a_result_depends_on(tiny_real: RealSet, changed: str):
     images, labels, names = tiny_real.train.images.clone(), tiny_real.train.labels.clone(), list(tiny_real.class_names)
     test = tiny_real.test
@@ -536,6 +537,10 @@ def test_the_fingerprint_changes_with_anything_that_a_result_depends_on(tiny_rea
         labels[0], labels[1] = labels[1].clone(), labels[0].clone()
     elif changed == "name":
         names[2] = "squares"
+    elif changed == "end of a name":
+        names[0], names[1] = names[0] + names[1][0], names[1][1:]
+    elif changed == "test label":
+        test = replace(test, labels=test.labels.flip(0))
     else:
         test = test.take(torch.arange(len(test) - 1))
     other = RealSet("tiny", type(test)(images, labels), test, tuple(names))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
@@ -65,6 +66,19 @@ def test_the_images_taken_are_those_nearest_to_the_mean_of_their_cluster(ipc: in
         distances = [sum((x - m) ** 2 for x, m in zip(row, blob.mean(0), strict=True)) for row in blob]
         expected |= {first + int(i) for i in np.argsort(distances)[: ipc // 2]}
     assert chosen == expected
+
+
+@pytest.mark.parametrize("ipc", [4, 5, 6, 7, 8])
+def test_the_first_clusters_of_k_means_give_the_images_that_a_remainder_asks_for(ipc: int) -> None:
+    generator = np.random.default_rng(1)
+    features = np.concatenate([generator.standard_normal((10, 2)) + middle for middle in (0.0, 50.0, 100.0, 150.0)])
+    chosen = nearest_to_centroids(features, ipc, 4, seed=2)
+    counts = [int((chosen // 10 == blob).sum()) for blob in range(4)]
+    centroids = KMeans(4, n_init=4, random_state=2).fit(features).cluster_centers_
+    order = [int((centroid[0] + 25) // 50) for centroid in centroids]  # which blob is which cluster
+    assert [counts[blob] for blob in order] == sorted(counts, reverse=True)
+    assert sum(counts) == ipc
+    assert max(counts) - min(counts) <= 1
 
 
 def test_what_one_cluster_has_taken_the_next_one_passes_over() -> None:

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import NetConfig, Recipe
 from dstill.data import preprocess as preprocessing
+from dstill.data import siamese
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories, save_expert
 from dstill.methods.trajectory_matching import MatchingConfig
 from dstill.nets.networks import build
 from dstill.reproductions.following import accumulated_error
+from dstill.support import seeding
 from dstill.unrolling.student import Student
 
 CPU = torch.device("cpu")
@@ -26,9 +29,12 @@ STEPS, SPAN, LAST = 3, 2, 6
 
 @pytest.fixture
 def distilled(tiny_real: RealSet) -> Callable[..., DistilledSet]:
-    def make(alpha: float | None = 0.1, method: str = "mtt") -> DistilledSet:
-        settings = MatchingConfig(student_steps=STEPS, expert_epochs=SPAN, max_start_epoch=LAST - SPAN + 1)
-        recipe = Recipe(data="tiny", method=method, ipc=1, net=NET, augmentation="none", distill=settings)
+    def make(
+        alpha: float | None = 0.1, method: str = "mtt", augmentation: str = "none", **changes: float | None
+    ) -> DistilledSet:
+        fixed = {"student_steps": STEPS, "expert_epochs": SPAN, "max_start_epoch": LAST - SPAN + 1}
+        settings = MatchingConfig.model_validate({**fixed, **changes})
+        recipe = Recipe(data="tiny", method=method, ipc=1, net=NET, augmentation=augmentation, distill=settings)
         preprocess = preprocessing.fit("standardise", tiny_real.train.images)
         return DistilledSet(
             images=preprocess.forward(tiny_real.train.images[[0, 20, 40]].float() / 255),
@@ -38,7 +44,7 @@ def distilled(tiny_real: RealSet) -> Callable[..., DistilledSet]:
             method=method,
             ipc=1,
             class_names=tiny_real.class_names,
-            augmentation="none",
+            augmentation=augmentation,
             net=NET,
             data="tiny",
             data_fingerprint="0",
@@ -83,3 +89,34 @@ def test_a_wrong_rate_leads_astray(distilled: Callable[..., DistilledSet], own_s
 def test_only_sets_with_a_student_follow(distilled: Callable[..., DistilledSet], own_steps: Trajectories) -> None:
     with pytest.raises(DstillError, match="only sets of trajectory matching"):
         accumulated_error(distilled(alpha=None), own_steps, 0, CPU)
+
+
+@pytest.mark.parametrize("student_momentum", [0.0, 0.9])
+def test_the_errors_are_those_of_plain_training_that_is_never_put_back(
+    distilled: Callable[..., DistilledSet], tmp_path: Path, student_momentum: float
+) -> None:
+    """From θ*_0 on, with the set's augmentation and batches, and one optimiser for all segments."""
+    generator = torch.Generator().manual_seed(1)
+    net = build(NET, 3, 3, (8, 8), generator)
+    origin = parameters_to_vector(net.parameters()).detach()
+    rows = origin + 0.02 * torch.randn(LAST + 1, len(origin), generator=generator).cumsum(0)
+    save_expert(tmp_path, 0, rows, {"record": {"accuracy": [0.0] * LAST, "step_lengths": [0.0] * LAST}})
+    one = distilled(augmentation="colour_crop_flip_rotate", batch_syn=2, student_momentum=student_momentum)
+
+    draws = seeding.generator(one.seed, "following", 0)
+    build(NET, 3, 3, (8, 8), draws)  # its weights are the first draws
+    vector_to_parameters(rows[0].clone(), net.parameters())
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=student_momentum)
+    expected: list[float] = []
+    for epoch in range(SPAN, LAST + 1, SPAN):
+        left: list[int] = []  # of the pass under way: every segment begins a new one
+        for _ in range(STEPS):
+            left = left or torch.randperm(3, generator=draws).tolist()
+            batch, left = left[:2], left[2:]
+            augmented = siamese.apply(one.images[batch], siamese.sample(one.augmentation, len(batch), draws))
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(net(augmented), one.labels[batch]).backward()
+            optimiser.step()
+        theta = parameters_to_vector(net.parameters()).detach()
+        expected.append(float((theta - rows[epoch]).norm() / (rows[epoch] - rows[0]).norm()))
+    assert accumulated_error(one, Trajectories(tmp_path), 0, CPU) == pytest.approx(expected, rel=1e-4)
