@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage docs clean
+.PHONY: demo test coverage mutants docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/dstill run digits --ipc 1 --sets 2 --whole --threads 1 --cache runs/cache -o runs/digits-demo
@@ -19,6 +19,10 @@ coverage: $(VENV)/installed-dev
 	$(BIN)/coverage run -m pytest -q -n 2
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
+
+# A fault in the code that no test sees is a test that is missing: about half an hour on a core.
+mutants: $(VENV)/installed-dev
+	$(BIN)/python tests/mutants/run.py
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html
