@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dstill.api.job import cache_folder
+
 
 @pytest.fixture(autouse=True)
 def examples_leave_nothing_behind(
@@ -14,5 +16,9 @@ def examples_leave_nothing_behind(
     if not isinstance(request.node, pytest.DoctestItem):
         return
     folder: Path = tmp_path_factory.mktemp("example")
+    compiled = cache_folder(None) / "native"  # kernels are compiled once for all
+    compiled.mkdir(parents=True, exist_ok=True)
+    (folder / "cache").mkdir()
+    (folder / "cache" / "native").symlink_to(compiled, target_is_directory=True)
     monkeypatch.setenv("DSTILL_CACHE", str(folder / "cache"))
     monkeypatch.chdir(folder)

@@ -50,6 +50,7 @@ def small(tokens: list[str]) -> list[str]:
         "tune": "--recipe smoke",
         "evaluate": "--protocol quick --networks 1",
         "judge": "--protocol quick --networks 1 --no-whole",
+        "reproduce": "" if "--only" in joined else "--only base",  # tests/e2e/test_reproduce.py runs every row
     }
     plain, _, changes = joined.partition("--set")  # which takes all that follows, so what is added comes first
     changed = f"--set {changes}" if changes else ""

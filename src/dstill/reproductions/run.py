@@ -137,7 +137,9 @@ def reproduce(
 
     Example:
         >>> import dstill
-        >>> folder = dstill.reproduce("table8", only=["base"])  # doctest: +SKIP
+        >>> folder = dstill.reproduce("table3", only=["random"], progress=False)
+        >>> folder.as_posix(), (folder / "page.md").exists()
+        ('results/table3/smoke', True)
     """
     refuse_import("reproduce")
     place = Workplace.of(machine, progress)
