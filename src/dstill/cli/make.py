@@ -26,7 +26,7 @@ def run(
     machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
-    """Experts, distillation, evaluation and a summary. Interrupted, the same command resumes.
+    """Train experts, distil, evaluate, and print a summary. After an interruption, the same command resumes.
 
     Args:
         source: digits, cifar10, another name of `dstill ls datasets`, a hub id, a folder of images, or Parquet files.
@@ -63,7 +63,7 @@ def train_experts(
     Args:
         source: see `dstill run`.
         choice: which settings it takes.
-        only: numbers of the experts to train, joined by commas, for a share of the work elsewhere.
+        only: numbers of the experts to train, joined by commas, to split the work between machines.
         data: how the real data are read.
         machine: where the work is done.
         common: how the command behaves.
