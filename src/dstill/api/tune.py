@@ -83,7 +83,7 @@ def tune(
     job = Job.resolve(source, Choice(method, ipc, recipe, net, changes, distill, experts), seed, place)
     base, real = job.recipe, job.real
     if not base.distill.search_factors:
-        raise DstillError(f"tune searches settings of trajectory matching, which {base.method!r} is not: take ast or mtt")
+        raise DstillError(f"tune searches settings of trajectory matching; method {base.method!r} has none: take ast or mtt")
     target = Path(out) if out else Path(f"{real.name}-{base.method.rpartition(':')[2]}-ipc{base.ipc}.yaml")
     if target.is_dir():
         raise DstillError(f"{target} is a folder: pass the recipe file to write, such as {target / 'tuned.yaml'}")
