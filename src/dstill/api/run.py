@@ -109,7 +109,7 @@ def distill(
         init: a set, its file or its folder, to start from instead of the recipe's initialisation.
         out: folder for metrics, checkpoints, pictures and the set. A call with the same arguments resumes there.
         seed: determines the initial images and all draws.
-        recording: what is recorded on the way.
+        recording: what is recorded while distilling.
         machine: where the work is done.
         progress: whether progress is shown.
 
@@ -171,7 +171,7 @@ class Task:
     Attributes:
         sets: number of synthetic sets; their seeds count up from the job's.
         evaluation: how they are measured.
-        recording: what is recorded on the way.
+        recording: what is recorded while distilling.
     """
 
     sets: int = 1
@@ -217,7 +217,7 @@ def run(
         sets: synthetic sets to distil, with seeds `seed`, `seed + 1` …, from the same experts.
         seed: determines everything random; `Seeds` if the experts have another one.
         evaluation: how the sets are measured.
-        recording: what is recorded on the way.
+        recording: what is recorded while distilling.
         machine: where the work is done.
         progress: whether progress is shown: None shows it on a terminal and in a notebook; a `Reporter` receives it.
 

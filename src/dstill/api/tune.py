@@ -191,7 +191,7 @@ class _Journal:
 
 
 def _named(settings: Recipe) -> str:
-    """The searched settings of a candidate, in words."""
+    """The searched settings of a candidate, as text."""
     values = {name: getattr(settings.distill, name) for name in settings.distill.search_factors}
     return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
 

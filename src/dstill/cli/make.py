@@ -34,7 +34,7 @@ def run(
         out: run folder (default runs/DATA-METHOD-ipcK-seedS).
         sets: synthetic sets to distil and evaluate.
         evaluation: how the sets are measured.
-        recording: what is recorded on the way.
+        recording: what is recorded while distilling.
         expert_seed: seed of the experts (default: --seed), for sets of other seeds from the same experts.
         data: how the real data are read.
         machine: where the work is done.
@@ -96,7 +96,7 @@ def distill(
         experts: folder of trajectories (default: the recipe's, trained if the cache lacks them).
         init: a distilled set to start from, instead of the recipe's initialisation.
         out: folder for the set, its picture, its metrics and its checkpoints.
-        recording: what is recorded on the way.
+        recording: what is recorded while distilling.
         expert_seed: seed of the experts (default: --seed), for sets of other seeds from the same experts.
         data: how the real data are read.
         machine: where the work is done.

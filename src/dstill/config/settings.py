@@ -71,7 +71,7 @@ class ExpertConfig(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
     """L2 coefficient added to the gradient."""
     batch_size: Count = 256
-    """Real images a step."""
+    """Real images per step."""
     clipped_loss: Form = "paper"
     """λ of Eq. 19: grows over 5 epochs (paper) or over 10 (released), or off."""
     gradient_penalty: Form = "paper"
@@ -100,7 +100,7 @@ class TrainingConfig(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """L2 coefficient added to the gradient."""
     batch_size: Count = 256
-    """Real images a step."""
+    """Real images per step."""
 
 
 class Passes(NamedTuple):

@@ -131,7 +131,7 @@ def plan(
         check_early(job, [network_name(net) for net in evaluation.nets])
     elif job.recipe.ipc * job.shape.classes > job.shape.train:
         each = job.shape.train // job.shape.classes
-        raise DstillError(f"{job.name} has {each} training images a class, fewer than {job.recipe.ipc}")
+        raise DstillError(f"{job.name} has {each} training images per class, fewer than {job.recipe.ipc}")
     return plan_job(job, task, Clock(job.shape, place.device))
 
 

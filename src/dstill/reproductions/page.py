@@ -238,7 +238,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _about(rows: Sequence[Row], case: Case, entries: Entries) -> str:
-    """The budget of our runs, in words."""
+    """The budget of our runs, as text."""
     there = [sets.first.record for row in rows if (sets := entries.get((row.name, case.name)))]
     done = [record for record in there if record.result and record.sets]
     iterations = sorted({record.sets[0].iterations for record in done})

@@ -58,7 +58,7 @@ class Scale(Settings):
     """The runs of one scale."""
 
     says: str
-    """The scale in words, for the page."""
+    """A description of the scale, for the page."""
     cases: Annotated[list[Case], Field(min_length=1)]
     """Every row is run for each of these."""
     rows: list[str] = Field(default_factory=list)
