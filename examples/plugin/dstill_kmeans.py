@@ -1,7 +1,7 @@
 """Prototypes by mini-batch K-Means (Sculley 2010): the synthetic images are centroids of each class's pixels.
 
-A method is a class: `initialise` makes the state, `step` updates it, `result` turns it into a set. Its settings tell the rest of
-dstill what it must know before a run, and `info` is its entry in the table of methods.
+A method is a class: `initialise` makes the state, `step` updates it, `result` turns it into a set. Its settings tell dstill
+what it must know before a run, and `info` is its entry in the table of methods.
 """
 
 from __future__ import annotations
