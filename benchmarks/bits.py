@@ -1,11 +1,11 @@
-"""Prints a digest of what one small run of every method leaves behind, so that two commits can be compared bit by bit.
+"""Prints a digest of the results of one small run per method, to compare two commits bit by bit.
 
     $ PYTHONPATH=one/src python benchmarks/bits.py > one.txt
     $ PYTHONPATH=other/src python benchmarks/bits.py > other.txt
     $ diff one.txt other.txt
 
-Times, memory and versions are left out of the digest; images, labels, α, settings, every metric of every iteration, and every
-accuracy are in it. Digests are those of one machine: another processor rounds otherwise.
+The digest covers images, labels, α, settings, all metrics of all iterations, and all accuracies, but not times, memory and
+versions. Compare digests of one machine only, since processors differ in rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import safe_open
 
 METHODS = ("random", "herding", "forgetting", "dc", "dsa", "dm", "cafe", "frepo", "mtt", "tesla", "ftd", "ast")
-# AST with everything on that a smoke run leaves out.
+# AST with everything that a smoke run leaves out.
 EVERYTHING = (
     *("distill.expert_epochs=3", "distill.batch_syn=7", "distill.student_momentum=0.9", "distill.image_ema=0.9"),
     *("distill.feature_epochs=5", "distill.soft_labels=expert-differentiated", "experts.gradient_penalty=released"),
@@ -38,14 +38,14 @@ def run(method: str, folder: Path, cache: Path, *more: str) -> None:
 
 
 def constant(value: Any) -> Any:
-    """A JSON value without what differs from one launch to the next."""
+    """A JSON value without the parts that differ from run to run."""
     if isinstance(value, dict):
         return {key: constant(item) for key, item in value.items() if key not in _VARYING}
     return [constant(item) for item in value] if isinstance(value, list) else value
 
 
 def digest(folder: Path) -> str:
-    """Of all sets, metrics and results below a run folder."""
+    """The digest of all sets, metrics and results below a run folder."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
         with safe_open(path, framework="np") as file:

@@ -1,4 +1,4 @@
-"""Whether a long run stays as small as a short one: memory and open files over iterations, and over the number of experts.
+"""Tests for leaks: memory and open files over the iterations of a long run, and memory over the number of experts.
 
 python benchmarks/soak.py -o results/reliability     # ten minutes on one core
 """
@@ -37,21 +37,21 @@ def open_files() -> int:
 
 
 def settings(real: RealSet, iterations: int) -> Recipe:
-    """AST with every part on but the initialisation, which needs experts that learned something."""
+    """AST with all its parts except the initialisation, which needs trained experts."""
     changes = [f"net.width={WIDTH}", f"distill.iterations={iterations}", "distill.student_steps=6", "distill.memory=keep"]
     changes += ["distill.initialisation=random", f"distill.max_start_epoch={EPOCHS - 2}"]
     return resolve_recipe(real, None, "ast", 1, None, changes, CPU, Silent())
 
 
 def problem(real: RealSet, iterations: int, experts: Path) -> Problem:
-    """On synthetic trajectories: what they hold costs no memory."""
+    """The problem with synthetic trajectories, whose content does not affect memory."""
     recipe = settings(real, iterations)
     preprocess = fitted_preprocess(recipe.preprocess, real, experts.parent / "cache")
     return Problem(real, preprocess, recipe, Trajectories(experts), CPU, 0, None, None, None)
 
 
 def write_experts(folder: Path, count: int, numel: int) -> Path:
-    """Walks from a small initialisation, a file each."""
+    """Writes experts that are random walks from a small initialisation, one file each."""
     for index in range(count):
         generator = torch.Generator().manual_seed(index)
         walk = 0.02 * torch.randn(EPOCHS + 1, numel, generator=generator).cumsum(0)
@@ -61,7 +61,7 @@ def write_experts(folder: Path, count: int, numel: int) -> Path:
 
 
 def soak(real: RealSet, iterations: int, experts: Path, out: Path) -> dict[str, list[float]]:
-    """Resident MiB and open files after every so many iterations of a run with checkpoints and metrics."""
+    """Resident MiB and open files at regular intervals of a run with checkpoints and metrics."""
     seen: dict[str, list[float]] = {"iteration": [], "resident_mib": [], "open_files": []}
 
     def watch(iteration: int, _total: int, _metrics: Metrics) -> None:
@@ -74,13 +74,13 @@ def soak(real: RealSet, iterations: int, experts: Path, out: Path) -> dict[str, 
 
 
 def slope(seen: dict[str, list[float]], key: str) -> float:
-    """Growth by 1,000 iterations, by least squares over the last three quarters."""
+    """Growth per 1,000 iterations, by least squares over the last three quarters of the run."""
     begin = len(seen["iteration"]) // 4
     return float(np.polyfit(seen["iteration"][begin:], seen[key][begin:], 1)[0] * 1000)
 
 
 def growth_with_experts(real: RealSet, experts: Path) -> float:
-    """MiB that resident memory grows by over 60 iterations after the experts were written, each drawing one of them."""
+    """Growth of resident memory in MiB over 60 iterations, each of which reads one of the experts."""
     one = problem(real, 60, experts)
     method = make_method(one)
     state = method.initialise(torch.Generator().manual_seed(0))

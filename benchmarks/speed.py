@@ -1,10 +1,10 @@
-"""How fast, how large and how exact: every engine of the unrolled gradient, expert training, and evaluation.
+"""Measures speed, memory and error of every engine of the unrolled gradient, of expert training, and of evaluation.
 
     python benchmarks/speed.py -o results/speed            # everything; a quarter of an hour on two cores
     python benchmarks/speed.py --only cases,memory -o ...
 
-Everything that is compared is measured in turns within one process, and compared by medians, because machines are shared.
-Memory is the growth of a fresh process's peak. Plain autograd's cost is linear in N, so it is timed on the last few steps.
+Whatever is compared is measured in turns within one process, and compared by medians, because machines are shared.
+Memory is the growth of a fresh process's peak. The cost of plain autograd is linear in N, so it is timed on a few steps.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DSA = "colour_crop_cutout_flip_scale_rotate"
 
 @dataclass(frozen=True)
 class Case:
-    """`batch` of `images` a step, N = `steps`; ConvNet of `width` on `side` x `side`."""
+    """`batch` of `images` per step, N = `steps`; ConvNet of `width` on `side` x `side`."""
 
     images: int
     batch: int
@@ -81,7 +81,7 @@ ENGINES: Engines = {
 def problem(
     case: Case, steps: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[ConvNet, tuple[Any, ...]]:
-    """A network and the arguments of `unroll` after the student, from float64 draws."""
+    """A network and the arguments of `unroll` after the student, drawn in float64."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     net = ConvNet(3, case.classes, (case.side, case.side), width=case.width).to(dtype)
@@ -110,7 +110,7 @@ def runner(
     engines: Engines = ENGINES,
     device: str = "cpu",
 ) -> Callable[[], Tensor]:
-    """Runs one unrolled gradient; returns that of the images."""
+    """Returns a function that computes one unrolled gradient, by the images."""
     net, arguments = problem(case, steps, device=device)
     if engine == "torchopt":
         return lambda: through_torchopt(net, *arguments)
@@ -125,7 +125,7 @@ def runner(
 def through_torchopt(
     net: ConvNet, theta: Tensor, images: Tensor, labels: Tensor, steps: list[Step], alpha: Tensor, targets: Any
 ) -> Tensor:
-    """A differentiable optimiser that users would pick: torchopt's functional SGD."""
+    """The same gradient with a common differentiable optimiser: torchopt's functional SGD."""
     import torchopt  # type: ignore[import-untyped]
 
     student, images = Student(net), images.clone().requires_grad_()
@@ -145,7 +145,7 @@ def through_torchopt(
 def in_turns(
     work: dict[str, Callable[[], Any]], rounds: int, warm: int = 1, wait: Callable[[], object] = lambda: None
 ) -> dict[str, float]:
-    """Median seconds of each, after rounds to warm up; `wait` returns when the device is done."""
+    """Median seconds of each function, after rounds to warm up; `wait` returns when the device has finished."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + warm):
         for name, function in work.items():
@@ -170,14 +170,14 @@ def gemm() -> float:
 
 
 def arithmetic(case: Case) -> float:
-    """Floating-point operations an image and step of an unrolled gradient that recomputes nothing: 8.8 forward passes."""
+    """Floating-point operations per image and step of an unrolled gradient without recomputation: 8.8 forward passes."""
     net = ConvNet(3, case.classes, (case.side, case.side), width=case.width)
     forward = sum(9 * channels * case.width * height * width for channels, (height, width) in net.geometry)
     return 2 * 8.8 * (forward + net.classifier.weight.numel())
 
 
 def cases(rounds: int) -> dict[str, Any]:
-    """Milliseconds an image and step of every engine, speed against `graph`, and share of a matrix product's rate."""
+    """Milliseconds per image and step of every engine, speed relative to `graph`, and share of a matrix product's rate."""
     found: dict[str, Any] = {}
     rate = gemm()
     for name, case in CASES.items():
@@ -210,7 +210,7 @@ def _peak(connection: Any, engine: str, case: Case, steps: int) -> None:
 
 
 def peak(engine: str, case: Case, steps: int) -> dict[str, float]:
-    """Growth of the peak in MiB, and the seconds, of one gradient in a process of its own."""
+    """Growth of the peak in MiB, and the seconds, of one gradient in its own process."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_peak, args=(there, engine, case, steps))
@@ -221,7 +221,7 @@ def peak(engine: str, case: Case, steps: int) -> dict[str, float]:
 
 
 def memory() -> dict[str, Any]:
-    """Peak memory at full N. Plain autograd, whose memory is linear in N, at an eighth of it beyond case a."""
+    """Peak memory at full N. Beyond case a, plain autograd is measured at N / 8, since its memory is linear in N."""
     found: dict[str, Any] = {}
     for name in ("a", "b", "c"):
         case = CASES[name]
@@ -235,7 +235,7 @@ def memory() -> dict[str, Any]:
 
 
 def growth() -> dict[str, Any]:
-    """Recompute mode along one axis at a time."""
+    """Time and memory of recompute mode as one size grows at a time."""
     axes = {
         "N": [(Case(10, 10, n, width=64), n) for n in (5, 50, 200)],
         "IPC": [(Case(10 * ipc, min(100, 10 * ipc), 5), ipc) for ipc in (1, 10, 50)],
@@ -265,7 +265,7 @@ def error(draws: int, steps: int) -> dict[str, Any]:
 
 
 def experts(rounds: int) -> dict[str, Any]:
-    """Images a second of one training step of 256: library autograd and ours, with and without the gradient penalty."""
+    """Images per second of one training step of 256: torch's autograd and ours, with and without the gradient penalty."""
     found: dict[str, Any] = {}
     for width in (32, 128):
         torch.manual_seed(0)
@@ -315,7 +315,7 @@ def experts(rounds: int) -> dict[str, Any]:
 
 
 def iteration(rounds: int) -> dict[str, Any]:
-    """One AST iteration of the CIFAR-10 recipe at IPC 1, experts read from disk: milliseconds of its parts, the medians."""
+    """Median milliseconds of each part of one AST iteration (CIFAR-10, IPC 1, experts read from disk)."""
     recipe = load_recipe("cifar10/ast-ipc1")
     assert isinstance(recipe.distill, MatchingConfig)
     images = torch.randint(256, (100, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -342,7 +342,7 @@ def iteration(rounds: int) -> dict[str, Any]:
                 for turn in range(rounds + 1):
                     before = {name: len(values) for name, values in spent.items()}
                     method.step(state, turn, torch.Generator().manual_seed(turn))
-                    for name, values in spent.items():  # a part that runs at every student step counts as one
+                    for name, values in spent.items():  # a part that runs at every student step is summed
                         values[before.get(name, 0) :] = [sum(values[before.get(name, 0) :])]
             found[gradient] = {name: 1e3 * statistics.median(values[1:]) for name, values in spent.items()}
     print("iteration", json.dumps(found), flush=True)
@@ -365,7 +365,7 @@ def _timed(owner: Any, name: str, spent: dict[str, list[float]]) -> Iterator[Non
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Speed against plain autograd, and how memory and time grow in recompute mode."""
+    """Draws speed relative to plain autograd, and the growth of memory and time in recompute mode."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), layout="constrained")
@@ -400,9 +400,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for speed.json")
     parser.add_argument("--only", default=",".join(parts), help="parts, joined by commas")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each time")
-    parser.add_argument("--draws", type=int, default=24, help="random problems of the error")
-    parser.add_argument("--steps", type=int, default=30, help="N of the error's problems")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measurements per time")
+    parser.add_argument("--draws", type=int, default=24, help="number of random problems for the error")
+    parser.add_argument("--steps", type=int, default=30, help="N of the problems for the error")
     options = parser.parse_args()
     torch.set_num_threads(1)
     path = options.out / "speed.json"

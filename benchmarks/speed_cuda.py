@@ -1,8 +1,8 @@
-"""How fast on an NVIDIA card: every engine of the unrolled gradient, and expert training.
+"""Measures speed on an NVIDIA card: every engine of the unrolled gradient, and expert training.
 
-    python benchmarks/speed_cuda.py -o results/speed-cuda            # some minutes, most of them torch.compile's
+    python benchmarks/speed_cuda.py -o results/speed-cuda            # some minutes, mostly for torch.compile
 
-As `speed.py`: what is compared is measured in turns within one process, by medians; plain autograd is the reference.
+As in `speed.py`, whatever is compared is measured in turns within one process, by medians. The reference is plain autograd.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dstill.experts.smooth import gradient_penalty, smooth_objective
 from dstill.nets.convnet import ConvNet
 from dstill.training.fit import Batch, Objective, cross_entropy_objective
 
-# How the student of each engine is made, and the options of `unroll`. The compiled one in the cases that say so alone.
+# How the student of each engine is made, and the options of `unroll`. The compiled one runs only in the cases of --compiled.
 ENGINES: Engines = {
     "graph": ({}, {"gradient": "graph"}),
     "double backward": ({"generic": True}, {}),
@@ -37,7 +37,7 @@ ENGINES: Engines = {
     "tensor operations, replayed": ({"native": False}, {"memory": "keep"}),
     "tensor operations, replayed, compiled": ({"native": False, "compiled": True}, {"memory": "keep"}),
 }
-WARM = 2  # rounds: in the first two, kernels are compiled and recorded
+WARM = 2  # rounds to warm up: kernels are compiled and recorded in the first two
 HERE = {
     "a": CASES["a"],
     "a, DSA": CASES["a, DSA"],
@@ -47,7 +47,7 @@ HERE = {
 
 
 def gradients(case: Case, compiled: bool, rounds: int, device: str) -> dict[str, dict[str, float]]:
-    """Milliseconds of an unrolled gradient, speed against `graph`, and peak memory."""
+    """Milliseconds of an unrolled gradient, speed relative to `graph`, and peak memory."""
     engines = [engine for engine in ENGINES if compiled or "compiled" not in engine]
     work = {engine: runner(engine, case, case.steps, ENGINES, device) for engine in engines}
     seconds, found = in_turns(work, rounds, WARM, torch.cuda.synchronize), dict[str, dict[str, float]]()
@@ -61,7 +61,7 @@ def gradients(case: Case, compiled: bool, rounds: int, device: str) -> dict[str,
 
 
 def experts(width: int, rounds: int, device: str) -> dict[str, float]:
-    """Images a second of one training step of 256: library autograd and ours, with and without the gradient penalty."""
+    """Images per second of one training step of 256: torch's autograd and ours, with and without the gradient penalty."""
     torch.manual_seed(0)
     net = ConvNet(3, 10, (32, 32), width=width).to(device)
     raw, labels = torch.randn(256, 3, 32, 32, device=device), torch.randint(10, (256,), device=device)
@@ -93,9 +93,9 @@ def experts(width: int, rounds: int, device: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for speed.json")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each time")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measurements per time")
     parser.add_argument("--cases", default=";".join(HERE), help="joined by semicolons")
-    parser.add_argument("--compiled", default="a", help="cases that are measured compiled too, joined by semicolons")
+    parser.add_argument("--compiled", default="a", help="cases that are also measured compiled, joined by semicolons")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"machine": {"card": torch.cuda.get_device_name(), "torch": torch.__version__}}

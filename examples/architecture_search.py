@@ -1,8 +1,8 @@
 """Architecture search on a distilled set: rank a grid of ConvNets without training any on the real images.
 
-Every network of the grid is trained on the distilled images, which takes seconds, and, to see what the ranking is worth, on the
-whole training set. Printed are both accuracies and Spearman's rank correlation between them; random real images of the same
-number are ranked beside.
+Every network of the grid is trained on the distilled images, which takes seconds. To test the ranking, it is also trained on
+the whole training set. The script prints both accuracies and Spearman's rank correlation between them, and the correlation
+for equally many random real images.
 
     python examples/architecture_search.py digits runs/digits-ast-ipc1-seed0/set-0
 """

@@ -1,7 +1,7 @@
-"""Class-incremental learning with a distilled memory: new classes come step by step, old images may not be kept.
+"""Class-incremental learning with a distilled memory: new classes arrive step by step, and old images may not be kept.
 
-At each step the images of the new classes are distilled to a few, which join the memory; a fresh network is trained on the
-memory alone and judged on all classes seen so far. A memory of as many random real images stands beside it.
+At each step, the images of the new classes are distilled to a few, which are added to the memory. A fresh network is trained
+on the memory only and tested on all classes seen so far. A memory of equally many random real images is the baseline.
 
     python examples/continual_learning.py digits --method dm --ipc 1 --steps 5
 """
@@ -18,7 +18,7 @@ from dstill import DistilledSet, RealSet
 
 
 def remember(memory: DistilledSet | None, new: DistilledSet, seen: RealSet) -> DistilledSet:
-    """The memory with the new classes' images, all as pixels of `seen`'s preprocessing."""
+    """The memory extended by the images of the new classes, all in the preprocessing of `seen`."""
     parts = [one for one in (memory, new) if one is not None]
     pixels = torch.cat([one.preprocess.invert(one.images) for one in parts])
     names = [name for one in parts for name in (one.class_names[c] for c in one.class_ids.tolist())]

@@ -28,7 +28,7 @@ CLASSES = ("stripes", "columns", "checks")
 
 
 def _split(per_class: int, seed: int) -> Split:
-    """Each class has a pattern and a colour of its own, under noise that leaves them easy to tell apart."""
+    """Each class has its own pattern and colour, with noise that leaves the classes easy to distinguish."""
     generator = torch.Generator().manual_seed(seed)
     row, column = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
     patterns = torch.stack([row % 2, column % 2, (row + column) % 2])

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: whatever is in them, the answer is a right object or a sentence, and never a traceback."""
+"""Files from others: whatever they contain, the result is a correct object or a one-sentence error, never a traceback."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from dstill.evaluation.protocols import load_protocol
 from dstill.experts.importing import import_experts
 from dstill.experts.trajectory import Trajectories
 
-# What somebody may write where something else is wanted.
+# Values of a wrong kind that a file may contain.
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -51,7 +51,7 @@ VALUES = st.recursive(
 
 
 def answered(call: Callable[[], Any]) -> Any:
-    """What a call gives, or None where it says in a sentence why not."""
+    """The result of a call, or None if it fails with a one-sentence error."""
     try:
         return call()
     except DstillError as error:
@@ -76,7 +76,7 @@ def changed(values: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[s
 
 
 def flipped(content: bytes, data: st.DataObject) -> bytes:
-    """The content with a few bits changed, or cut off."""
+    """The content with a few bits changed, or truncated."""
     damaged = bytearray(content)
     for _ in range(data.draw(st.integers(0, 3))):
         damaged[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -85,7 +85,7 @@ def flipped(content: bytes, data: st.DataObject) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """For files that every example writes anew."""
+    """A folder for files that every example writes again."""
     path = Path(tempfile.mkdtemp(prefix="dstill-hostile-"))
     yield path
     shutil.rmtree(path)

@@ -38,7 +38,7 @@ def test_every_public_function_says_what_it_takes_gives_and_raises(name: str) ->
     for section in ("Args:", "Returns:", "Raises:", "Example:"):
         assert section in said, f"dstill.{name} has no {section}"
     for parameter in inspect.signature(function).parameters:
-        assert f"\n    {parameter}: " in said, f"dstill.{name} says nothing of {parameter}"
+        assert f"\n    {parameter}: " in said, f"dstill.{name} does not document {parameter}"
 
 
 def test_no_public_function_takes_more_than_a_reader_can_hold() -> None:

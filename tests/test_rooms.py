@@ -1,4 +1,4 @@
-"""The package is a house of rooms whose imports run downwards. This reads every import of the package and says so."""
+"""The package consists of rooms whose imports run downwards. These tests check every import of the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import dstill
 
 PACKAGE = Path(dstill.__file__).parent
-# From the ground up. A room imports from itself and from the rooms of the floors below it; rooms of one floor are strangers.
+# From the bottom up. A room imports only from itself and from rooms of lower floors, not from others on its own floor.
 FLOORS = (
     ("errors", "version"),
     ("support",),
@@ -35,14 +35,14 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """Dotted names below `dstill` and files, without the package's own two files, which belong to no room."""
+    """Dotted names and files of all modules but the package's own two files, which belong to no room."""
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.parent != PACKAGE or path.stem not in ("__init__", "__main__"):
             yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"), path
 
 
 def imported(path: Path) -> set[str]:
-    """Rooms that a file imports from, wherever in the file the import stands."""
+    """Rooms that a file imports from, at any place in the file."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):

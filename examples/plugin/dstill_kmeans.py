@@ -1,7 +1,7 @@
 """Prototypes by mini-batch K-Means (Sculley 2010): the synthetic images are centroids of each class's pixels.
 
-A method is a class: `initialise` makes the state, `step` updates it, `result` turns it into a set. Its settings say what the
-rest of dstill must know beforehand, and `info` is its line in the table of methods.
+A method is a class: `initialise` makes the state, `step` updates it, `result` turns it into a set. Its settings tell dstill
+what it must know before a run, and `info` is its entry in the table of methods.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class KMeansConfig(DistillConfig):
     iterations: Count = 200
     """Batches of each class."""
     batch_real: Count = 256
-    """Real images of a class in a batch; all of them where a class has fewer."""
+    """Real images of a class in a batch; all of them if the class has fewer."""
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        """An iteration reads the real images of each class about once, which costs no more than a forward pass of one image."""
+        """The cost of an iteration, which is at most that of a forward pass of one image per class."""
         return [Passes("forward", classes, 1)]
 
     def smoke(self) -> Self:
@@ -34,7 +34,7 @@ class KMeansConfig(DistillConfig):
 
 
 class KMeans(Method):
-    """State: `images` `[S, C, H, W]`, and `counts` `[S]`, how many real images each has stood for."""
+    """State: `images` `[S, C, H, W]`, and `counts` `[S]`, the number of real images assigned to each so far."""
 
     Settings = KMeansConfig
     info = MethodInfo(

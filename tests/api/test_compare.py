@@ -1,4 +1,4 @@
-"""Methods side by side: every row is a run, a failed one keeps its reason, and nothing is done twice."""
+"""Comparisons: every row is a run, a failed row keeps its reason, and nothing is done twice."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_rows_are_runs_and_a_second_call_reuses_them(compare: Callable[..., Comp
     first, notes = Notes(), Notes()
     table = compare("a", "dsa", "dm", progress=first)
     assert [(row.method, row.ipc, row.reason) for row in table.rows] == [("dsa", 1, ""), ("dm", 1, "")]
-    assert {"distilling", "evaluating convnet"} <= first.stages, "what a row's process reports comes through"
+    assert {"distilling", "evaluating convnet"} <= first.stages, "reports of a row's process are passed on"
     for row in table.rows:
         assert row.result is not None and row.result.cost is not None
         assert (row.result.ipc, row.result.method, row.result.protocol.name) == (row.ipc, row.method, "tiny")
@@ -85,7 +85,7 @@ def test_other_settings_are_not_reused(compare: Callable[..., Comparison]) -> No
 
 
 def test_a_changed_protocol_is_measured_anew(compare: Callable[..., Comparison], shared: Path) -> None:
-    """A new version, and also another text under the same one; random images beside it, too."""
+    """Both a new version and a changed file of the same version; also for the random images."""
     file, beside = shared / "mine.yaml", list[str]()
     for version, passes in ((1, 1), (2, 40), (2, 8)):
         file.write_text(PROTOCOL.replace("version: 1, passes: 4", f"version: {version}, passes: {passes}"))
@@ -114,7 +114,7 @@ def test_a_run_that_was_broken_off_does_not_stand_for_the_one_before_it(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dstill.api.apart.apart", broken)
-    for networks in (2, 1):  # the first may have written its result already, so the second cannot trust what is there
+    for networks in (2, 1):  # the first may already have written its result, so the second cannot trust it
         with pytest.raises(KeyboardInterrupt):
             go(networks)
 

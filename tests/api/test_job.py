@@ -1,4 +1,4 @@
-"""What must be there before a set is distilled is made once."""
+"""Whatever must exist before a set is distilled is made once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def changed(*changes: str) -> dict[str, Any]:
 
 
 class _Counting:
-    """Keeps the stages of the progress that is reported."""
+    """Records the stages of the reported progress."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
@@ -77,7 +77,7 @@ def test_what_is_wrong_is_said_before_an_expert_is_trained(
 
 
 def test_what_does_not_fit_is_said_before_anything_is_trained(tiny_real: RealSet, tmp_path: Path) -> None:
-    """Images to start from; experts of another network; a part to set aside of a class with one image."""
+    """Initial images; experts of another network; a validation part from a class with one image."""
     two = dstill.distill(tiny_real, method="random", recipe="smoke", ipc=2)
     with pytest.raises(DstillError, match=r"1 of .* are wanted in each"):
         dstill.distill(tiny_real, init=two, machine=dstill.Machine(cache=tmp_path), **SETTINGS)

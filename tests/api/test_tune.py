@@ -1,4 +1,4 @@
-"""`tune` writes the best of its candidates, with the score that its recipe has."""
+"""`tune` writes the best of its candidates, with that candidate's score."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_the_score_is_that_of_the_recipe_with_experts_of_its_own(tmp_path: Path)
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A minute for every candidate, so that a budget is a number of candidates, and one more that has begun."""
+    """Every candidate takes a minute, so that the budget is their number, plus the one in progress."""
     minutes = itertools.count()
     monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
 
 
 def scored(monkeypatch: pytest.MonkeyPatch, score: Callable[[int], float | None]) -> list[Recipe]:
-    """Candidates with scores by their number instead of measured ones; returns the list that they are added to."""
+    """Replaces measured scores by a function of the candidate's number; returns the list to which candidates are added."""
     seen: list[Recipe] = []
 
     def judge(job: Job, *_: object) -> float | None:
@@ -65,7 +65,7 @@ def test_candidates_never_need_longer_experts_than_the_recipe_asks_for(
     tmp_path: Path, clock: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = dstill.load_real("digits", train_fraction=0.3)
-    seen = scored(monkeypatch, float)  # each better than those before, so that T+ may grow from one to the next
+    seen = scored(monkeypatch, float)  # each better than the last, so that T+ may grow
     changes = (*SHORT, "experts.epochs=5")
     dstill.tune(
         real,

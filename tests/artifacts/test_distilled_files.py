@@ -1,4 +1,4 @@
-"""A distilled set comes back as it was written, and nothing else is taken for one."""
+"""A distilled set is read back as it was written, and no other file is accepted as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A damaged file is answered with a sentence, wherever the damage is."""
+"""A damaged file gives a one-sentence error, wherever the damage is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets leave and come back exactly; foreign files are read as tensors or refused with a sentence."""
+"""Exported sets are read back exactly; foreign files are read as tensors or refused with a sentence."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def assert_equal(one: DistilledSet, other: DistilledSet) -> None:
 @pytest.mark.parametrize("kind", ["hf", "png", "npz", "pt"])
 def test_an_export_comes_back_exactly(tiny_real: RealSet, tmp_path: Path, kind: str, soft: bool, alpha: float | None) -> None:
     one = make(tiny_real, soft=soft, alpha=alpha)
-    told = {"preprocess": one.preprocess} if kind == "pt" else {}  # the others tell it themselves
+    told = {"preprocess": one.preprocess} if kind == "pt" else {}  # the other kinds contain it
     back = dstill.import_set(one.export(kind, tmp_path / kind), tiny_real, **told)
     assert_equal(one, back)
     if kind != "pt":
@@ -242,7 +242,7 @@ def test_a_set_is_judged_without_its_labels_and_without_its_augmentation(tiny_re
 
 def test_pictures_do_not_join_those_of_a_larger_set(tiny_real: RealSet, tmp_path: Path) -> None:
     larger, smaller = make(tiny_real, ipc=3), make(tiny_real, ipc=1)
-    for _ in range(2):  # the same once more is no mistake
+    for _ in range(2):  # writing the same again is allowed
         dstill.export(larger, "png", tmp_path)
     with pytest.raises(DstillError, match=r"holds other images .*001\.png"):
         dstill.export(smaller, "png", tmp_path)

@@ -1,4 +1,4 @@
-"""Pictures show every image in its natural colours, at a size that can be looked at."""
+"""Pictures show every image in its natural colours, at a visible size."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pixels(count: int, channels: int = 3, side: int = 8) -> Tensor:
 
 
 def tiles(picture: Image.Image, side: int, tile: int) -> dict[tuple[int, int], np.ndarray]:
-    """Each tile brought back to its own pixels, `[side, side, 3]`, by row and column."""
+    """Each tile reduced to its original pixels, `[side, side, 3]`, by row and column."""
     array, step = np.asarray(picture), tile + GAP
     rows, columns = (array.shape[0] - GAP) // step, (array.shape[1] - GAP) // step
     found = {}

@@ -1,4 +1,4 @@
-"""The folder of a run keeps what was finished and drops what was not."""
+"""A run folder keeps finished work and drops unfinished work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDENTITY = {"recipe": {"distill": {"iterations": 5, "lr_images": 100.0}, "method
 
 
 def claimed(path: Path, identity: Mapping[str, Any] = IDENTITY) -> RunFolder:
-    """The folder after a first process has worked in it."""
+    """The folder after a first process has used it."""
     folder = RunFolder(path, identity)
     with folder.locked():
         return folder
@@ -167,7 +167,7 @@ def _write_for_ever(path: Path) -> None:
 
 
 def _written(path: Path) -> int:
-    """When the last checkpoint was written; 0 for never, and while it is replaced."""
+    """When the last checkpoint was written; 0 if there is none, or while it is replaced."""
     try:
         return (path / "checkpoint.safetensors").stat().st_mtime_ns
     except FileNotFoundError:
@@ -175,14 +175,14 @@ def _written(path: Path) -> int:
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_state(tmp_path: Path) -> None:
-    """Twenty kills of a process that does nothing but log and write checkpoints."""
+    """Twenty kills of a process that only logs and writes checkpoints."""
     reached, moments = 0, random.Random(0)
     for _ in range(20):
         writer = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(tmp_path,))
         writer.start()
         begun = _written(tmp_path)
         while _written(tmp_path) in (0, begun):
-            time.sleep(0.001)  # until it has written one, however busy the machine is
+            time.sleep(0.001)  # until it has written a checkpoint, however busy the machine is
         writer.join(moments.uniform(0, 0.05))
         writer.kill()
         writer.join()
@@ -271,7 +271,7 @@ def test_the_state_is_stored_by_iterations_by_the_minute_and_never_too_dearly(mo
     assert [due(done) for done in (9, 10, 11, 20)] == [False, True, False, True]
     now[0] = 61.0
     assert due(11), "slow iterations"
-    due.stored(4.0)  # seconds: the next one is worth it 80 seconds later
+    due.stored(4.0)  # seconds, so that the next one is due 80 seconds later
     now[0] = 61.0 + 79.0
     assert not due(20)
     now[0] = 61.0 + 81.0

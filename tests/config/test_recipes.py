@@ -1,4 +1,4 @@
-"""Every shipped recipe holds the published numbers; every other case is derived, changed or refused in a sentence."""
+"""Every shipped recipe holds the published numbers; every other case is derived, changed or refused with a sentence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = recipe_names()
 IPCS = {"cifar10": (1, 10, 50), "cifar100": (1, 10, 50), "tiny-imagenet": (1, 10), "imagenet-subset": (1, 10)}
 SYSTEMS = ("mtt", "tesla", "ftd", "ast", "ast-released")
 OTHERS = ("dc", "dsa", "dm", "cafe", "frepo")
-# FTD publishes nothing for the ImageNet subsets; the others nothing for them and for Tiny ImageNet, nor some for CIFAR-100.
+# Not published: FTD on the ImageNet subsets; the others on these and on Tiny ImageNet, and some of them on CIFAR-100.
 OTHER_GRID = [
     f"{data}/{system}-ipc{ipc}"
     for data in ("cifar10", "cifar100")
@@ -66,7 +66,7 @@ PUBLISHED: dict[str, list[Row]] = {
         ("tiny-imagenet", 1, 30, 2, 10, None, 1e4, 1e-4, 0.01, False),
         ("tiny-imagenet", 10, 20, 2, 40, 500, 1e4, 1e-4, 0.01, False),
     ],
-    # lr_images as stated; the effective one, which the recipe holds, is half of it.
+    # lr_images as published; the recipe has the effective one, which is half of it.
     "tesla": [
         ("cifar10", 1, 50, 2, 5, None, 1000, 1e-7, 0.01, False),
         ("cifar100", 50, 80, 2, 40, 125, 1000, 1e-5, 0.01, True),

@@ -152,7 +152,7 @@ def test_a_recipe_that_leaves_settings_out_is_still_of_its_method() -> None:
         "lr_step": "off",
     }
     assert mtt.experts == ExpertConfig(count=2, **plain)  # type: ignore[arg-type]
-    # Where the section is missing altogether, too; and what is said is kept.
+    # Also if the whole section is missing; and given values are kept.
     assert Recipe(data="mine", method="mtt", ipc=1).expert_config.lr == 0.01
     smooth = Recipe.model_validate({"data": "mine", "method": "mtt", "ipc": 1, "experts": {"gradient_penalty": "paper"}})
     assert smooth.experts == ExpertConfig(**{**plain, "gradient_penalty": "paper"})  # type: ignore[arg-type]

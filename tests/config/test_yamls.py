@@ -1,4 +1,4 @@
-"""YAML as people expect it, and never code."""
+"""YAML is read as people expect it, and never runs code."""
 
 from __future__ import annotations
 

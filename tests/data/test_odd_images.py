@@ -1,4 +1,4 @@
-"""Image files as people have them: turned, animated, of few or many bits, broken, linked, or no images at all."""
+"""Image files of all sorts: rotated, animated, of few or many bits, broken, linked, or no images at all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(root: Path, put: Callable[[Path], object] = lambda _: None) -> Path:
 
 
 def second(root: Path, image: Image.Image, name: str, **options: object) -> Tensor:
-    """What the loader makes of an image, `[C, H, W]`."""
+    """An image as the loader reads it, `[C, H, W]`."""
     real = load_real(folder(root, lambda a: image.save(a / name, **options)))
     return real.train.images[1]
 

@@ -30,7 +30,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def plain(value: int, height: int = 8, width: int = 8, *, grey: bool = False) -> np.ndarray:
-    """An image of one value, by which a test recognises it."""
+    """An image of a single value, which identifies it in a test."""
     return np.full((height, width) if grey else (height, width, 3), value, dtype=np.uint8)
 
 

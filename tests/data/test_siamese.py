@@ -62,7 +62,7 @@ def naive_crop(image: np.ndarray, down: float, right: float) -> np.ndarray:
 def naive_cutout(image: np.ndarray, down: float, right: float) -> np.ndarray:
     result = image.copy()
     holes = [math.floor(0.5 * side + 0.5) for side in image.shape[1:]]
-    # A hole of even size has its centre between two pixels: one more position, so that both borders are alike.
+    # The centre of a hole of even size lies between two pixels: one more position makes both borders alike.
     centres = [
         math.floor(unit * (side + (hole + 1) % 2))
         for unit, side, hole in zip((down, right), image.shape[1:], holes, strict=True)

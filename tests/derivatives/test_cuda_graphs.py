@@ -1,4 +1,4 @@
-"""Replayed kernels: the same numbers as launched one by one. What records needs an NVIDIA card."""
+"""Replayed kernels give the same numbers as kernels launched one by one. Recording needs an NVIDIA card."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dstill.unrolling.student import Student
 from dstill.unrolling.types import Step
 from dstill.unrolling.unroll import unroll
 
-on_a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="records on NVIDIA cards alone")
+on_a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA card")
 
 
 def test_a_structure_is_taken_apart_and_put_together_again() -> None:
@@ -49,7 +49,7 @@ def test_a_structure_is_taken_apart_and_put_together_again() -> None:
 
 
 def test_what_is_put_together_shares_nothing_with_what_it_came_from() -> None:
-    """A recording's own tensors are overwritten by its next replay."""
+    """The next replay overwrites the tensors of a recording."""
     unit = TensorUnit(torch.ones(2), torch.zeros(2))
     unit.backward(torch.ones_like(unit.forward(torch.randn(1, 2, 4, 4))))
     copied = with_tensors(unit, iter([part.clone() for part in tensors(unit)]))
@@ -58,7 +58,7 @@ def test_what_is_put_together_shares_nothing_with_what_it_came_from() -> None:
 
 
 class _Graph:
-    """What a CUDA graph does, by running the function again."""
+    """Imitates a CUDA graph by running the function again."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
         self.run, self.outputs, self.replays = run, run(), 0
@@ -70,7 +70,7 @@ class _Graph:
 
 
 class _OnTheProcessor(Recorder):
-    """Records on the processor, where there is no card."""
+    """Records on the CPU, without a card."""
 
     def _on_a_card(self, args: Any) -> bool:
         return True
@@ -85,7 +85,7 @@ class _OnTheProcessor(Recorder):
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_a_student_that_is_replayed_takes_the_same_way(precision: Any, soft: bool, memory: Any) -> None:
-    """Batches of ten and five in turns, sides that pooling does not divide."""
+    """Batches of ten and five alternate; pooling does not divide the sides."""
     torch.manual_seed(0)
     net, generator = ConvNet(3, 10, (9, 11), width=4, depth=2), torch.Generator().manual_seed(1)
     theta = torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()])
@@ -102,7 +102,7 @@ def test_a_student_that_is_replayed_takes_the_same_way(precision: Any, soft: boo
         student._call = call
         written = student.derivatives(theta)
         assert written is not None
-        written.piece = None  # a card takes a batch in one piece
+        written.piece = None  # a card processes a batch in one piece
         result = unroll(student, theta, images, labels, steps, torch.tensor(0.02), targets, memory=memory)
         found.append([result.loss, *tensors(list(vars(result.grads).values())), *result.trace.inner_losses])
     assert len(recorder.recordings) == 4, "two functions of two shapes"
@@ -133,7 +133,7 @@ def test_beyond_the_most_shapes_and_without_memory_functions_run_as_they_are(mon
 
 
 def test_what_made_a_recording_is_gone_with_its_last_name() -> None:
-    """Not when the garbage collector comes round: a card's memory hangs on it."""
+    """At once and not at the next garbage collection, since a recording holds memory of the card."""
     net = ConvNet(3, 10, (8, 8), width=4, depth=2)
     student = Student(net, native=False)
     theta = torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()])
@@ -205,7 +205,7 @@ def test_the_unrolled_gradient_on_a_card_is_that_of_float64_on_the_processor(mem
     card = found(device, torch.float32, memory=memory)
     plain = found(device, torch.float32, gradient="graph")
     truth = found(torch.device("cpu"), torch.float64, gradient="graph")
-    # ReLU masks that flip, not arithmetic, make the error: allow what plain autograd has.
+    # The error comes from ReLU masks that flip, not from arithmetic: allow as much as plain autograd has.
     assert (card - truth).norm() <= 3 * (plain - truth).norm() + 1e-4 * truth.norm()
 
 

@@ -1,4 +1,4 @@
-"""The block in Triton kernels against the block in tensor operations; on a card, or in Triton's interpreter."""
+"""The block in Triton kernels against the block in tensor operations, on a card or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def forms(unit: TensorUnit, z: Tensor, dz: Tensor, gy: Tensor, dgy: Tensor, dire
     return [*first, *unit.tangent(dz, *direction), *unit.tangent_backward(dgy), *unit.tangent_gradients()]
 
 
-# 1 to 256 rows a program; rows that do not fill the last one; sides that are no powers of two, odd, or too large for a program.
+# 1 to 256 rows per program; a last program that is not full; sides that are odd, not powers of two, or too large for a program.
 @pytest.mark.parametrize("shape", [(3, 5, 8, 8), (1, 2, 6, 10), (7, 11, 2, 2), (3, 2, 32, 32), (2, 1, 7, 6), (1, 1, 130, 128)])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
@@ -41,7 +41,7 @@ def test_the_kernels_do_what_tensor_operations_do(
     scale, shift, z, dz = normal(channels), normal(channels), normal(*shape), normal(*shape)
     gy, dgy = (normal(batch, channels, height // 2, width // 2) for _ in range(2))
     direction = (normal(channels), normal(channels)) if affine else (None, None)
-    # As bfloat16 convolutions leave them.
+    # As bfloat16 convolutions return them.
     given = [tensor.contiguous(memory_format=torch.channels_last) for tensor in (z, dz, gy, dgy)]
     exact = [tensor.double() for tensor in (z, dz, gy, dgy)]
     exactly = (direction[0].double(), direction[1].double()) if affine else (None, None)
@@ -61,7 +61,7 @@ def test_what_is_not_a_number_stays_so() -> None:
     assert y.isnan().any(3).any(2).tolist() == [[False, True, False], [False, False, False]]
 
 
-@pytest.mark.skipif(not CUDA, reason="derivatives take these kernels on NVIDIA cards alone")
+@pytest.mark.skipif(not CUDA, reason="derivatives use these kernels only on NVIDIA cards")
 def test_derivatives_take_the_kernels_on_a_card() -> None:
     from dstill.derivatives.cuda_unit import FusedUnit
 

@@ -164,7 +164,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_for_other_kernels(tmp_path:
     assert find()[0] is not None
     (library,) = (tmp_path / "other" / "native").iterdir()
     assert library.suffix == ".so"
-    damaged = tmp_path / "third" / "native" / library.name  # elsewhere: what is loaded already is not opened again
+    damaged = tmp_path / "third" / "native" / library.name  # elsewhere: a loaded library is not opened again
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"cut off")
     monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "third"))
@@ -204,7 +204,7 @@ def test_a_student_that_diverged_looks_so_in_native_kernels_too() -> None:
 
 
 def test_this_machine_runs_the_native_kernels():
-    """Otherwise half of the cases above would test the other half again."""
+    """Otherwise half of the cases above would repeat the other half."""
     if kernels() is None:
         pytest.skip("no C++ compiler here: native kernels are not tested")
     net = ConvNet(3, 10, (32, 32))
@@ -213,7 +213,7 @@ def test_this_machine_runs_the_native_kernels():
 
 
 def test_compiled_operations_give_the_same_derivatives():
-    """One block in float64; each of its forms is compiled by itself, which takes seconds."""
+    """One block in float64; each of its forms is compiled separately, which takes seconds."""
     if kernels() is None:
         pytest.skip("no C++ compiler here, which torch.compile needs as well")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and pictures see a run, and change no number of it."""
+"""TensorBoard, Weights & Biases and pictures record a run and change none of its numbers."""
 
 from __future__ import annotations
 

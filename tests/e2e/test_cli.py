@@ -1,4 +1,4 @@
-"""What the command line says, to people and to programs."""
+"""What the command line prints, for people and for programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dstill.errors import DstillError
 from dstill.nets.networks import NETWORKS
 from dstill.support.console import ConsoleReporter
 
-# `main` reads sys.argv, as it must; cyclopts takes that for a mistake in a test.
+# `main` reads sys.argv; in a test, cyclopts warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")
 
 Call = Callable[..., tuple[int, str, str]]
@@ -114,7 +114,7 @@ def test_a_list_of_recipes_says_what_each_is_for(call: Call) -> None:
         (["train-experts", "digits", *FAST, "--only", "-1"], "experts are numbered from 0, got -1"),
         (["train-experts", "digits", "--method", "random"], "method 'random' needs no experts"),
         (["distill", "digits", *FAST, "--experts", "nowhere"], "nowhere holds no experts"),
-        (["tune", "digits", "--method", "random", "--budget", "1"], "method 'random' is none: take ast or mtt"),
+        (["tune", "digits", "--method", "random", "--budget", "1"], "method 'random' has none: take ast or mtt"),
         (["show", "tiny.yaml"], "tiny.yaml is damaged or not a safetensors file"),
         (["show", "."], "holds no distilled set, no experts and no result"),
         (["run", "digits", "--set", "distill.min_start_epoch=99"], "min_start_epoch 99 must be below max_start_epoch"),
@@ -172,12 +172,12 @@ def test_a_comparison_with_a_row_that_failed_ends_with_code_1(call: Call, tmp_pa
 def test_results_are_not_put_among_the_images(
     command: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where they would be a class, or a split, the next time."""
+    """There, the next command would read them as a class or a split."""
     (tmp_path / "train" / "cat").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     code, _, err = call(command, ".")
     assert code == 2
-    assert "lies inside the images' folder .: pass -o a folder outside it" in err
+    assert "lies inside the folder of images .: pass -o a folder outside it" in err
     assert not (tmp_path / "runs").exists() and not (tmp_path / "distilled").exists()
 
 
@@ -187,7 +187,7 @@ def test_debug_raises_what_is_otherwise_a_sentence(call: Call) -> None:
 
 
 def test_ctrl_c_says_that_the_same_command_continues(tmp_path: Path) -> None:
-    # A progress line is the moment of the interruption; nothing here waits for a clock.
+    # The interruption comes with a progress line, so that nothing depends on time.
     code = """
 import sys
 from dstill.cli import main as cli
@@ -206,7 +206,7 @@ cli.main()
         command, cwd=tmp_path, env={**os.environ, "DSTILL_CACHE": str(tmp_path)}, capture_output=True, text=True
     )
     assert done.returncode == 130
-    assert "what was stored is kept, and the same command goes on from there" in done.stderr
+    assert "what was stored is kept, and the same command resumes from there" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -301,7 +301,7 @@ def test_progress_elsewhere_is_the_first_and_the_last_plain_line() -> None:
 
 
 def test_the_time_left_is_that_of_the_stage_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each set of a run is a stage of the same name."""
+    """All sets of a run are stages of the same name."""
     now = [0.0]
     monkeypatch.setattr("dstill.support.console.time.monotonic", lambda: now[0])
     stream = io.StringIO()
@@ -337,7 +337,7 @@ def test_brackets_in_a_note_are_not_taken_for_markup() -> None:
 
 
 def test_what_is_cut_off_for_testing_does_not_depend_on_the_seed(call: Call, tmp_path: Path) -> None:
-    """Else a set judged with another seed than it was made with would meet images that it was made of."""
+    """Otherwise a set could be tested, under another seed, on images that it was distilled from."""
     shades = np.arange(40, dtype=np.uint8).reshape(2, 20)
     for name, row in zip(("cat", "dog"), shades, strict=True):
         (tmp_path / "pics" / name).mkdir(parents=True)
@@ -347,7 +347,5 @@ def test_what_is_cut_off_for_testing_does_not_depend_on_the_seed(call: Call, tmp
     settings = ["--method", "random", *FAST[:2], *FAST[4:]]
     assert call("distill", *cut, *settings, "--seed", "1", "-o", "r")[0] == 0
     code, _, err = call("evaluate", "r", *cut, "--networks", "1", "--seed", "2")
-    assert code == 0 and "not what the set was distilled from" not in err
-    assert (
-        "not what the set was distilled from" in call("evaluate", "r", "pics", "--test-fraction", "0.3", "--networks", "1")[2]
-    )
+    assert code == 0 and "the set was not distilled from" not in err
+    assert "the set was not distilled from" in call("evaluate", "r", "pics", "--test-fraction", "0.3", "--networks", "1")[2]

@@ -52,7 +52,7 @@ def small(tokens: list[str]) -> list[str]:
         "judge": "--protocol quick --networks 1 --no-whole",
         "reproduce": "" if "--only" in joined else "--only base",  # tests/e2e/test_reproduce.py runs every row
     }
-    plain, _, changes = joined.partition("--set")  # which takes all that follows, so what is added comes first
+    plain, _, changes = joined.partition("--set")  # --set takes everything after it, so further options come first
     changed = f"--set {changes}" if changes else ""
     elsewhere = "-o changed" if changes and "-o" not in plain else ""
     return [command, *shlex.split(f"{plain} {extra.get(command, '')} {elsewhere} {changed}")]
@@ -60,7 +60,7 @@ def small(tokens: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs and foreign files that the pages speak of."""
+    """A folder with the runs and foreign files that the pages mention."""
     folder = tmp_path_factory.mktemp("documented")
     real = dstill.load_real("digits")
     for method in ("ast", "mtt", "frepo"):

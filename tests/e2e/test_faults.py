@@ -1,4 +1,4 @@
-"""Whatever happens to a process, what was done is kept, and the same command ends in the same bits."""
+"""Whatever happens to a process, finished work is kept, and the same command ends with the same bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dstill.data.real import RealSet
 from dstill.support.stopping import between_steps
 
 CHANGES = ("net.width=4", "experts.count=2")
-# Kills are dear: a process starts in three seconds. The rest is for `-m slow`.
+# Kills are expensive, since a process takes three seconds to start. The rest is for `-m slow`.
 QUICK = ("ast",)
 
 
@@ -52,7 +52,7 @@ def assert_same(one: Path, other: Path) -> None:
     "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(METHODS)]
 )
 def test_a_run_killed_again_and_again_ends_in_the_same_bits(method: str, tmp_path: Path) -> None:
-    """Five kills a method at random moments: while starting, training experts, distilling, writing, evaluating."""
+    """Five kills per method at random moments: while starting, training experts, distilling, writing, evaluating."""
     begun = time.monotonic()
     whole = start(command(method, tmp_path / "whole"), tmp_path / "cache-a")
     assert whole.wait() == 0
@@ -70,7 +70,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(method: str, tmp_pat
 
 
 def test_sigterm_stores_the_state_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    long = "distill.iterations=400"  # seconds: not over before the signal comes, which is sent after two of them
+    long = "distill.iterations=400"  # takes seconds, so that it still runs when the signal comes after two
     whole, parts = ([*command("mtt", tmp_path / name), long] for name in ("whole", "out"))
     assert start(whole, tmp_path / "cache").wait() == 0
     process = start([word if word != "3" else "0" for word in parts], tmp_path / "cache")
@@ -80,14 +80,14 @@ def test_sigterm_stores_the_state_and_the_same_command_goes_on(tmp_path: Path) -
     process.send_signal(signal.SIGTERM)
     code, (_, told) = process.wait(), process.communicate()
     assert code == 143
-    assert "terminated; what was stored is kept, and the same command goes on" in told
+    assert "terminated; what was stored is kept, and the same command resumes" in told
     assert (tmp_path / "out" / "set-0" / "checkpoint.safetensors").exists(), "stored although no checkpoint was due"
     assert start(parts, tmp_path / "cache").wait() == 0
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
 def test_ctrl_c_reaches_a_row_once_and_stores_its_state(tmp_path: Path) -> None:
-    changes = ["net.width=4", "distill.iterations=10000"]  # not over before the signal comes, however busy the machine
+    changes = ["net.width=4", "distill.iterations=10000"]  # still running when the signal comes, however busy the machine
     options = ["--recipe", "smoke", "--networks", "1", "--threads", "1", "--checkpoint-every", "0"]
     words = ["compare", "digits", "--methods", "mtt", *options, "-o", str(tmp_path / "out"), "--set", *changes]
     process = start(words, tmp_path / "cache", start_new_session=True)
@@ -95,17 +95,17 @@ def test_ctrl_c_reaches_a_row_once_and_stores_its_state(tmp_path: Path) -> None:
     metrics = folder / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and to all that it started
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and all its child processes
     _, told = process.communicate()
     assert process.returncode == 130
-    assert "interrupted; what was stored is kept, and the same command goes on" in told
+    assert "interrupted; what was stored is kept, and the same command resumes" in told
     assert "Traceback" not in told
     assert (folder / "checkpoint.safetensors").exists(), "stored although no checkpoint was due"
 
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Python's own answer to Ctrl-C, which test runners may have taken away."""
+    """Restores Python's own handler of Ctrl-C, which test runners may have replaced."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -144,7 +144,7 @@ def test_a_file_too_large_for_the_disk_is_said_and_the_run_continues_elsewhere(t
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert process.wait() == 3
-    assert "the same command goes on" in process.communicate()[1]
+    assert "the same command resumes" in process.communicate()[1]
     assert not list((tmp_path / "cache").glob("experts/*/expert-*")), "nothing half-written has the name of an expert"
     assert start(command("mtt", tmp_path / "out"), tmp_path / "cache").wait() == 0
 

@@ -1,4 +1,4 @@
-"""No file runs code, and no file that we write tells who ran it or where."""
+"""No file that is read runs code, and no file that is written reveals the user or the folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 import dstill
 
 SOURCES = sorted(Path(dstill.__file__).parent.rglob("*.py"))
-# Processes of ours talk to each other through pipes, in pickles; the user's own compiler builds the kernels.
+# Exceptions: our processes exchange pickles through pipes, and the user's own compiler builds the kernels.
 PIPES, COMPILER = "workers.py", "native/__init__.py"
 
 
@@ -69,6 +69,6 @@ def test_what_is_written_names_neither_user_nor_folder(tmp_path: Path) -> None:
     written = [path for folder in (work, home / "cache") for path in folder.rglob("*") if path.is_file()]
     assert len(written) > 15
     for path in written:
-        if path.suffix != ".so" and not path.name.startswith(".coverage"):  # the compiler's, and a measurement's of this test
+        if path.suffix != ".so" and not path.name.startswith(".coverage"):  # the compiler's, and coverage's
             content = path.read_bytes()
             assert b"somebody" not in content and str(tmp_path).encode() not in content, path

@@ -1,4 +1,4 @@
-"""Data that nobody meant to have: a right result, or a sentence that says what is wrong with them."""
+"""Degenerate data give a correct result, or a sentence that says what is wrong with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dstill.data.real import RealSet, Split
 def data(
     counts: Sequence[int] = (6, 6, 6), *, channels: int = 3, size: tuple[int, int] = (8, 8), content: str = "noise"
 ) -> RealSet:
-    """So many training images in each class, and two test images."""
+    """Data with `counts` training images per class, and two test images."""
     generator = torch.Generator().manual_seed(0)
 
     def split(counts: Sequence[int]) -> Split:
@@ -71,13 +71,13 @@ def smoke(real: RealSet, method: str, folder: Path, *changes: str) -> DistilledS
 @pytest.mark.parametrize("name", DATA)
 def test_odd_data_give_finite_images_or_a_sentence(name: str, method: str, tmp_path: Path) -> None:
     real = DATA[name]
-    if method == "dc" and name in ("one value", "a channel of one value"):  # it standardises
+    if method == "dc" and name in ("one value", "a channel of one value"):  # its recipe standardises
         with pytest.raises(DstillError, match=r"channel is constant.*preprocess=zca"):
             smoke(real, method, tmp_path)
     elif method == "frepo" and name in ("one value", "one picture for all"):  # a singular kernel
         with pytest.raises(DstillError, match=r"raise distill\.ridge"):
             smoke(real, method, tmp_path)
-    elif method == "ast" and name == "one value a class":  # the gradient penalty has nothing to hold: weights of 1e23
+    elif method == "ast" and name == "one value a class":  # the gradient penalty has no effect: weights of 1e23
         with pytest.raises(DstillError, match=r"features that are not finite: lower experts\.lr"):
             smoke(real, method, tmp_path)
     else:

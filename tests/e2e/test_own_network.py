@@ -1,4 +1,4 @@
-"""A network of the user's own, in a module of their own, from the command line."""
+"""A network from the user's own module, on the command line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_running_statistics_are_refused_before_anything_is_trained(tmp_path: Pat
 
 def test_a_file_does_not_decide_what_is_imported(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OWN + "\nopen('imported', 'a').close()\n")
-    for _ in range(2):  # who names it for a run has said so
+    for _ in range(2):  # naming it for a run is consent
         dstill(
             "run", "digits", *FAST, "--method", "random", "--net", "mine:Small", "--networks", "1", "-o", "out", cwd=tmp_path
         )

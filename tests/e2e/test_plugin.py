@@ -1,4 +1,4 @@
-"""The example package in `examples/plugin`: a method in one file that the whole of dstill knows."""
+"""The example package in `examples/plugin`: a method in one file that every command knows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder on the path that holds what `pip install` would put there: the module, and the entry points of its package."""
+    """A folder on the path with what `pip install` would put there: the module, and the entry points of its package."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copy(PLUGIN / "dstill_kmeans.py", folder)
     project = tomllib.loads((PLUGIN / "pyproject.toml").read_text(encoding="utf-8"))["project"]

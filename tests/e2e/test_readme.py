@@ -1,4 +1,4 @@
-"""Every command of the README is one that dstill takes, with names and settings that exist."""
+"""Every command of the README is valid, with names and settings that exist."""
 
 from __future__ import annotations
 

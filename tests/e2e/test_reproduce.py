@@ -1,4 +1,4 @@
-"""Every table and figure, worked out at smoke scale on the digits: pages, pictures, and nothing done twice."""
+"""Every table and figure, run at smoke scale on the digits: pages, pictures, and nothing done twice."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def places(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of its own takes three seconds to start; `tests/api/test_compare.py` sees to that part."""
+    """Starting a process takes three seconds; `tests/api/test_compare.py` tests that part."""
     monkeypatch.setattr("dstill.api.apart.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))
 
 
@@ -104,7 +104,7 @@ def test_a_row_that_fails_keeps_its_reason_and_is_tried_again(tmp_path: Path) ->
     dstill.reproduce("table3", **where)
     failed, other = (Entry.load(folder / f"{row}-digits-ipc1.json") for row in ("random", "dm"))
     assert failed.record.result is None and str(run) in failed.record.reason
-    assert other.record.result is not None, "the others go on"
+    assert other.record.result is not None, "the others continue"
     assert f"- `random`: {failed.record.reason}" in (folder / "page.md").read_text()
     run.unlink()
     dstill.reproduce("table3", **where)

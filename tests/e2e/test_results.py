@@ -1,4 +1,4 @@
-"""The measured results stay small and complete: what the documentation names is there, and `dstill reproduce` reads it."""
+"""The measured results stay small and complete: what the documentation names exists, and `dstill reproduce` reads it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ENTRIES = sorted(
 
 
 def tracked() -> list[Path]:
-    """The files of `results` that belong to the repository; all that are there where git cannot tell."""
+    """The tracked files of `results`; all files if git is not available."""
     try:
         listed = subprocess.run(["git", "ls-files", "-z", "results"], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -58,7 +58,7 @@ def test_there_are_rows() -> None:
 def test_a_row_can_be_read_and_has_its_picture(path: Path) -> None:
     entry = Entry.load(path)
     assert entry.record.result is not None
-    assert bool(entry.picture) == (entry.set == 0), "one picture a row"
+    assert bool(entry.picture) == (entry.set == 0), "one picture per row"
     if entry.picture:
         with Image.open(path.parent / entry.picture) as picture:
             picture.load()

@@ -1,4 +1,4 @@
-"""`dstill.run` from images to result.json, for every method, interrupted wherever it hurts."""
+"""`dstill.run` from images to result.json, for every method, with interruptions at every stage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MATCHING = sorted(name for name, info in METHODS.items() if info.needs_experts)
 
 
 class Watch:
-    """A reporter that remembers, and presses Ctrl-C when a stage has come so far."""
+    """A reporter that records everything, and interrupts at a given point of a stage."""
 
     def __init__(self, stop: tuple[str, int] | None = None) -> None:
         self.stop, self.notes = stop, list[str]()
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_images_and_accuracies(method: str, launch:
 
 
 def test_the_first_run_of_a_cache_whitens_as_the_later_ones_do(tiny_real: RealSet, tmp_path: Path) -> None:
-    # Three images: so few that the layout of the whitening matrix decides how their product is rounded.
+    # With only three images, the memory layout of the whitening matrix affects the rounding of their product.
     first, later = (
         dstill.distill(tiny_real, method="random", ipc=1, changes=["preprocess=zca"], machine=dstill.Machine(cache=tmp_path))
         for _ in range(2)
@@ -165,7 +165,7 @@ def test_a_run_of_any_method_continued_between_checkpoints_equals_the_uninterrup
             )
         watch = Watch()
         again = launch(out, method, "distill.iterations=9", "distill.batch_syn=2", checkpoint_every=3, progress=watch)
-        # Observed after the checkpoint of the same iteration; at the last one nothing but the result is left.
+        # The observer runs after the checkpoint of the same iteration; after the last one, only the result remains.
         assert watch.seen.get("distilling", []) == list(range(at // 3 * 3 + 1, 10))
         assert_same(out / "set-0", tmp_path / "whole" / "set-0")
         assert (again.accuracy, again.random) == (whole.accuracy, whole.random)
@@ -350,7 +350,7 @@ def test_other_settings_are_refused_before_experts_are_trained(launch: Callable[
     assert len(list((tmp_path / "cache" / "experts").iterdir())) == 1
 
 
-# Mistakes are told before the long work
+# Mistakes are reported before the long work
 
 
 @pytest.mark.parametrize(
@@ -421,4 +421,4 @@ def test_judging_on_other_data_than_the_set_was_made_of_is_said(
     watch = Watch()
     for data in (tiny_real, tiny_real.holdout(0)):
         dstill.evaluate(tmp_path / "set-0", data, networks=1, random=False, progress=watch)
-    assert [note for note in watch.notes if "not what the set was distilled from" in note] == watch.notes[-1:]
+    assert [note for note in watch.notes if "the set was not distilled from" in note] == watch.notes[-1:]

@@ -1,4 +1,4 @@
-"""The wheel holds all that a run needs, and works where nothing else of the repository is."""
+"""The wheel holds everything that a run needs, and works without the rest of the repository."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a new environment with the wheel, which finds the dependencies in this environment."""
+    """The programs of a new environment with the wheel; the dependencies come from this environment."""
     folder = tmp_path_factory.mktemp("clean")
     ran(sys.executable, "-m", "venv", folder / "venv", where=folder)
     programs = folder / "venv" / "bin"

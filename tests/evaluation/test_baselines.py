@@ -1,4 +1,4 @@
-"""What stands beside a result is measured as fairly as the result."""
+"""The baselines of a result are measured as fairly as the result."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def relabelled(real: RealSet) -> RealSet:
 
 
 def by_hand(images: Tensor, labels: Tensor, test: Tensor, protocol: Protocol) -> Tensor:
-    """Classes that a network predicts after SGD with momentum and decay written out, its rate changed at half time."""
+    """Classes that a network predicts after SGD with momentum and decay in plain PyTorch; the rate changes at half time."""
     generator = seeding.generator(0, "by hand")
     net = nets.build(UNNORMED, 3, 3, (8, 8), generator)
     parameters = list(net.parameters())
@@ -63,7 +63,7 @@ def by_hand(images: Tensor, labels: Tensor, test: Tensor, protocol: Protocol) ->
 def test_training_is_sgd_with_momentum_decay_and_one_step_of_the_rate(factor: float) -> None:
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(10, 3, 8, 8, generator=generator), torch.arange(10) % 3
-    # Noise, of which another training classifies many images in another way.
+    # Noise, so that any other training would classify many images differently.
     test = torch.randn(2000, 3, 8, 8, generator=generator)
     protocol = PROTOCOL.model_copy(update={"lr_factor": factor, "passes": 9, "lr": 0.3})
     expected = by_hand(images, labels, test, protocol)

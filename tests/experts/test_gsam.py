@@ -1,4 +1,4 @@
-"""GSAM against its formula written out on flat vectors."""
+"""GSAM against its formula on flat vectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batch() -> Batch:
 
 
 def gradient_at(weights: Tensor) -> Tensor:
-    """Of the cross-entropy, in a network of its own."""
+    """The gradient of the cross-entropy, in a separate network."""
     net = small_net()
     vector_to_parameters(weights.clone(), net.parameters())
     loss = F.cross_entropy(net(batch().images), batch().labels)

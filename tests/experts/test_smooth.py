@@ -30,7 +30,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def batch(epoch: int = 1) -> Batch:
-    """Augmented and raw images differ, so that a test sees which of the two a term is computed on."""
+    """Augmented and raw images differ, so that a test can tell which of them a term uses."""
     raw = normal(0, 5, 2, 8, 8)
     return Batch(raw + normal(1, 5, 2, 8, 8), raw, torch.tensor([0, 2, 1, 1, 0]), torch.arange(5), epoch)
 
@@ -99,7 +99,7 @@ def test_the_smooth_objective_leaves_the_gradient_of_clipped_loss_plus_penalty(
     form: Form, clip: float, weight: float, norm: str
 ) -> None:
     net, data = small_net(norm), batch(epoch=1)
-    assert supports(net) == (norm == "instance")  # one case a path: written by hand, and by library
+    assert supports(net) == (norm == "instance")  # one case per path: hand-written derivatives, and autograd
     loss = clip * F.cross_entropy(net(data.images), data.labels) + weight * penalty_by_loop(net, data.raw, form)
     expected = torch.autograd.grad(loss, list(net.parameters()))
 
@@ -133,6 +133,6 @@ def test_avg_var_is_the_mean_of_the_squared_steps_of_a_loop() -> None:
 
 def test_squared_steps_are_summed_in_float64() -> None:
     trajectory = torch.zeros(2, 3, dtype=torch.float32)
-    trajectory[1] = torch.tensor([4096.0, 1.0, 1.0])  # 4096^2 + 1 + 1 has no float32
+    trajectory[1] = torch.tensor([4096.0, 1.0, 1.0])  # 4096^2 + 1 + 1 cannot be represented in float32
     assert step_lengths(trajectory).tolist() == [16777218.0]
     assert step_lengths(trajectory / 3).dtype == torch.float64

@@ -1,4 +1,4 @@
-"""Experts: the loop against a hand-written one, what decides an expert, and what an interruption leaves."""
+"""Experts: the loop against a hand-written one, what an expert depends on, and what an interruption leaves."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def trained(task: ExpertTask, index: int = 0) -> Tensor:
 
 
 def by_hand(task: ExpertTask, rates: list[float], *, anew_at: int | None = None) -> Tensor:
-    """Expert 0 of a plain task, as a page of PyTorch: one learning rate an epoch, a new optimiser before `anew_at`."""
+    """Expert 0 of a plain task in plain PyTorch: one learning rate per epoch, a new optimiser before `anew_at`."""
     real, config = task.real, task.config
     generator = seeding.generator(task.seed, "expert", 0)
     net = nets.build(task.net, real.channels, real.classes, real.size, generator)
@@ -100,7 +100,7 @@ def test_an_sgd_expert_equals_a_hand_written_loop(
     make_task: MakeTask, augmentation: str, momentum: float, decay: float
 ) -> None:
     task = make_task(augmentation=augmentation, momentum=momentum, weight_decay=decay, batch_size=25)
-    # The loop takes library gradients, the expert hand-written ones: equal up to rounding.
+    # The loop uses autograd, the expert hand-written derivatives: equal up to rounding.
     torch.testing.assert_close(trained(task), by_hand(task, [0.05, 0.05]), rtol=1e-4, atol=1e-5)
 
 
@@ -248,7 +248,7 @@ def test_an_interrupted_training_leaves_whole_files_only(make_task: MakeTask, tm
         if (index, report.epochs_done) == (1, 1):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):  # before the file is due
+    with pytest.raises(KeyboardInterrupt):  # before the first file is written
         train_missing(make_task(count=3), tmp_path, CPU, observer=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["expert-000.safetensors"]
 
@@ -298,14 +298,14 @@ def test_a_damaged_or_foreign_expert_is_a_training_from_the_start(make_task: Mak
     path.write_bytes(path.read_bytes()[:-1])
     again, record = train_expert(task, 0, CPU, lambda report, _: epochs.append(report.epochs_done), Bookmark(path, KIND))
     assert again.equal(trained(task))
-    save_expert(tmp_path, 0, again[:2], {"record": record})  # of another program: nothing to go on from
+    save_expert(tmp_path, 0, again[:2], {"record": record})  # of another program: cannot be resumed
     train_missing(task, tmp_path, CPU, observer=lambda _, report, __: epochs.append(report.epochs_done))
     assert epochs == [1, 2, 1, 2]
 
 
 def test_a_training_that_is_behind_replaces_nothing(make_task: MakeTask, tmp_path: Path) -> None:
     path = expert_path(tmp_path, 0)
-    started = Bookmark(path, KIND)  # by two processes at once, of which this is the slower one
+    started = Bookmark(path, KIND)  # two processes at once; this is the slower one
 
     def overtaken(_report: EpochReport, _accuracy: float) -> None:
         if not path.exists():

@@ -1,4 +1,4 @@
-"""The store of trajectories: rows come back as they were written, and a wrong folder is refused with a sentence."""
+"""Stored trajectories are read back as they were written, and a wrong folder is refused with a sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny experts, trained once a session, and problems on them."""
+"""Tiny experts, trained once per session, and problems with them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXPERTS = ExpertConfig(
     gradient_penalty="off",
     lr_step="off",
 )
-# MTT's settings, shrunk.
+# MTT's settings, reduced.
 MATCHING: dict[str, Any] = {
     "iterations": 2,
     "student_steps": 5,
@@ -48,7 +48,7 @@ def expert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trajectories(tiny_real: RealSet, expert_folder: Path) -> Trajectories:
-    """Two plain SGD experts of five epochs; trained by the first test that asks, read by the others."""
+    """Two plain SGD experts of five epochs; the first test that needs them trains them, the others read them."""
     preprocess = preprocessing.fit("standardise", tiny_real.train.images)
     task = ExpertTask(tiny_real, preprocess, NET, EXPERTS, "none", 0)
     return Trajectories(train_missing(task, expert_folder, torch.device("cpu")))
@@ -56,7 +56,7 @@ def trajectories(tiny_real: RealSet, expert_folder: Path) -> Trajectories:
 
 @pytest.fixture
 def make_problem(tiny_real: RealSet, trajectories: Trajectories) -> Callable[..., Problem]:
-    """Builds a problem with MTT's settings, shrunk; keywords of `MatchingConfig` change them."""
+    """Builds a problem with reduced MTT settings; keywords of `MatchingConfig` change them."""
 
     def make(
         *,

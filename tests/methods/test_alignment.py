@@ -1,4 +1,4 @@
-"""The parts of student alignment against the paper's formulas written out."""
+"""The parts of student alignment, compared with the paper's formulas."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_final_match_alone_is_to_the_last_target_at_full_weight() -> None:
 
 
 def weights() -> list[Tensor]:
-    """Convolution, its bias, and a linear layer, filters of very different size."""
+    """A convolution, its bias, and a linear layer; filters of very different size."""
     generator = torch.Generator().manual_seed(7)
     conv = torch.randn(5, 3, 3, 3, generator=generator) * torch.logspace(-2, 2, 5).view(5, 1, 1, 1)
     return [conv, torch.randn(5, generator=generator), torch.randn(4, 20, generator=generator)]

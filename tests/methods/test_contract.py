@@ -1,4 +1,4 @@
-"""What every registered method must do, merely by being registered."""
+"""What every registered method must do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = sorted(methods())
 STEPPING = [name for name in NAMES if methods()[name].family != "selection"]
 CPU = torch.device("cpu")
 PROTOCOL = Protocol(name="tiny", version=1, passes=40, batch_size=64, momentum=0.9, weight_decay=0.0, lr=0.05, networks=5)
-# Step sizes for twenty steps on a toy set that starts from noise; whatever is not named is the method's smoke setting.
+# Step sizes for twenty steps on a toy set that starts from noise; all other settings are those of a smoke run.
 TRAJECTORIES = (
     *("experts.lr=0.05", "experts.momentum=0.0", "experts.batch_size=20", "distill.batch_syn=null"),
     *("distill.lr_images=100.0", "distill.lr_alpha=1e-6", "distill.alpha_init=0.05", "distill.initialisation=noise"),
@@ -43,7 +43,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "frepo": ("distill.lr=0.3", "distill.initialisation=noise", "distill.net.width=32", "distill.batch_real=512"),
     "mtt": TRAJECTORIES,
     "ftd": (*TRAJECTORIES, "distill.image_ema=0.5"),
-    # With labels held constant in the gradient, as published, the images of a toy set lose their classes.
+    # With labels constant in the gradient, as published, the images of a toy set lose their classes.
     "tesla": (*TRAJECTORIES, "distill.lr_images=300.0", "distill.soft_labels=expert-differentiated"),
     "ast": (*TRAJECTORIES, "distill.alpha_init=0.01"),
 }
@@ -88,7 +88,7 @@ def recipe_of(method: str, real: RealSet, ipc: int, iterations: int) -> Recipe:
 
 @pytest.fixture
 def problem_of(cache: Path) -> Callable[..., Problem]:
-    """A problem for a method, with whatever the method needs trained once a session."""
+    """A problem for a method; whatever the method needs is trained once per session."""
 
     def make(method: str, real: RealSet, *, ipc: int = 1, iterations: int = 3, seed: int = 0) -> Problem:
         choice = Choice(recipe=recipe_of(method, real, ipc, iterations))
@@ -123,14 +123,14 @@ def test_the_set_has_the_shape_of_the_task(
             [int((of_class[c] == image).flatten(1).all(1).sum()) for image in pixels[c * ipc : (c + 1) * ipc]] for c in range(3)
         ]
         assert all(count >= 1 for row in copies for count in row), "a selection consists of real images of its class"
-        assert len({image.numpy().tobytes() for image in pixels}) == 3 * ipc, "and takes none of them twice"
+        assert len({image.numpy().tobytes() for image in pixels}) == 3 * ipc, "and contains none of them twice"
 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_the_seed_decides_everything(method: str, problem_of: Callable[..., Problem], tiny_real: RealSet) -> None:
     first, again, other = (run_method(problem_of(method, tiny_real, seed=seed)) for seed in (0, 0, 1))
     assert same(first, again)
-    if method not in ("herding",):  # decided by the trained network alone
+    if method not in ("herding",):  # determined by the trained network alone
         assert not same(first, other)
 
 
@@ -215,7 +215,7 @@ def test_the_objective_falls_and_the_set_gets_better_than_its_start(
 
 @pytest.fixture
 def hard_real(tiny_real: RealSet) -> RealSet:
-    """The same patterns under noise as strong as they are."""
+    """The same patterns, with noise as strong as the patterns."""
     generator = torch.Generator().manual_seed(5)
 
     def noisy(split: Split) -> Split:

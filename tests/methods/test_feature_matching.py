@@ -1,4 +1,4 @@
-"""DM and CAFE against naive means, and the outputs of blocks that CAFE looks at."""
+"""DM and CAFE against naive means, and the outputs of blocks that CAFE matches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DC and DSA against naive loops and library double backward."""
+"""DC and DSA against naive loops and torch's double backward."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_distance_is_one_minus_the_cosine_of_every_row_of_every_matrix() -> 
 
 
 class Other(nn.Module):
-    """A network that nobody wrote derivatives for."""
+    """A network without hand-written derivatives."""
 
     def __init__(self) -> None:
         super().__init__()

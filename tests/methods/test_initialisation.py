@@ -1,4 +1,4 @@
-"""Where synthetic images start: the right number of distinct real images, and the ones nearest to the centroids."""
+"""The initialisation gives the right number of distinct real images, and those nearest to the centroids."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FEWER_DISTINCT_POINTS = "ignore:Number of distinct clusters"  # scikit-learn's C
 
 
 def uneven(count: int = 60) -> np.ndarray:
-    """Features of one class: all but ten are duplicates of two points, the others lie far out, alone."""
+    """Features of one class: ten are far outliers, the others are duplicates of two points."""
     generator = np.random.default_rng(0)
     features = np.zeros((count, 4))
     features[count // 2 :] = 1.0
@@ -41,7 +41,7 @@ def uneven(count: int = 60) -> np.ndarray:
 
 
 def crowded(real: RealSet) -> RealSet:
-    """Every training image three times: 60 a class."""
+    """Every training image three times: 60 per class."""
     train = Split(real.train.images.repeat(3, 1, 1, 1), real.train.labels.repeat(3))
     return replace(real, train=train, fingerprint="")
 
@@ -82,7 +82,7 @@ def test_the_first_clusters_of_k_means_give_the_images_that_a_remainder_asks_for
 
 
 def test_what_one_cluster_has_taken_the_next_one_passes_over() -> None:
-    # Two clusters; the single far point is too small for its share of three.
+    # Two clusters; that of the single far point has fewer images than its share of three.
     features = np.array([[0.0], [1.0], [2.0], [3.0], [100.0], [4.0]])
     assert sorted(nearest_to_centroids(features, 6, 2, seed=0).tolist()) == [0, 1, 2, 3, 4, 5]
 

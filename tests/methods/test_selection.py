@@ -1,4 +1,4 @@
-"""Herding and Forgetting against brute force, and the network that they look through."""
+"""Herding and Forgetting against brute force, and the network that they use."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_forgetting_events_are_the_changes_from_right_to_wrong(tiny_real: RealSe
         return asked_first
 
     monkeypatch.setattr("dstill.experts.trained.cross_entropy_objective", watched)
-    job = task(tiny_real, 5, lr=5.0)  # too large a rate, so that much is forgotten
+    job = task(tiny_real, 5, lr=5.0)  # a learning rate so large that much is forgotten
     trained = train_network(job, CPU)
     images = job.preprocess.forward(tiny_real.train.images.float() / 255)
     history: dict[bytes, list[int]] = {}
@@ -110,7 +110,7 @@ def test_a_network_that_was_cut_off_goes_on_to_the_same_bits(tiny_real: RealSet,
 
 
 def test_a_damaged_network_is_set_aside_and_trained_again(tiny_real: RealSet, tmp_path: Path) -> None:
-    right = trained_network(task(tiny_real, 2), tmp_path, CPU).weights.clone()  # what was read is a view of the file
+    right = trained_network(task(tiny_real, 2), tmp_path, CPU).weights.clone()  # loaded weights are a view of the file
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-1])
     assert trained_network(task(tiny_real, 2), tmp_path, CPU).weights.equal(right)

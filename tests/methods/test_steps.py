@@ -1,4 +1,4 @@
-"""One step of each method that looks at batches of real images, against the same step written out in plain PyTorch."""
+"""One step of each method that uses batches of real images, against the same step in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def real_images(problem: Problem, c: int) -> Tensor:
 
 
 def drawn(problem: Problem, c: int, images: Tensor, draws: torch.Generator, strategy: str = DSA) -> tuple[Tensor, Tensor]:
-    """All real and synthetic images of a class under one draw of the augmentation."""
+    """All real and synthetic images of a class, augmented by one draw."""
     ipc = problem.recipe.ipc
     torch.randperm(EACH, generator=draws)
     params = siamese.sample(strategy, ipc, draws, shared=True)

@@ -25,9 +25,9 @@ from dstill.support import seeding
 
 MakeProblem = Callable[..., Problem]
 DSA = "colour_crop_cutout_flip_scale_rotate"
-# Random draws cannot matter: one start epoch, the whole set each step, no augmentation.
+# Without random draws that matter: one start epoch, the whole set at each step, no augmentation.
 CERTAIN = {"max_start_epoch": 1}
-# α would fall far below zero at every step.
+# With this, α would fall far below zero at every step.
 HOPELESS = {"alpha_init": 5.0, "lr_alpha": 1e6}
 # Every part of AST in the paper's form.
 AST = {
@@ -64,7 +64,7 @@ def by_hand(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Matching loss of expert 0 from epoch 0, and its gradients by images and α: plain autograd through all steps.
 
-    `soft`: labels are what the expert says of the images after epoch 3, and the gradient goes through it, too.
+    `soft`: labels are the expert's logits on the images after epoch 3, and the gradient passes through them as well.
     """
     assert problem.trajectories is not None
     rows = problem.trajectories.rows(0, 0, 4)

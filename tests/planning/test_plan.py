@@ -1,4 +1,4 @@
-"""A plan counts what a run does: its stages, what is cached already, what it leaves on disk, and what stands against it."""
+"""A plan covers what a run does: its stages, what is already cached, what remains on disk, and warnings."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, mon
     monkeypatch.setattr("dstill.api.job.load_real", lambda source: pytest.fail(f"{source} was loaded"))
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
     plan = dstill.plan("cifar10", method="mtt", ipc=1, machine=dstill.Machine(device="cpu", cache=tmp_path))
-    # 100 experts: the start, 3 epochs, and the network to go on from, 320,010 parameters each (ConvNet-3 on ten classes).
+    # 100 experts: the start, 3 epochs, and the network to resume from, 320,010 parameters each (ConvNet-3 on ten classes).
     assert stage(plan, "experts").disk_bytes == 100 * 5 * 320_010 * 4
     other = dstill.plan("cifar10", method="mtt", ipc=1, net="alexnet", machine=dstill.Machine(device="cpu", cache=tmp_path))
     assert stage(other, "experts").disk_bytes > stage(plan, "experts").disk_bytes, "the network is the one asked for"

@@ -1,4 +1,4 @@
-"""The page is complete, honest, readable by everybody, and asks for nothing."""
+"""The page is complete, correct and accessible, and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tiny_real: RealSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three finished runs: with experts and a chosen start, with soft labels, and a selection; classes have hostile names."""
+    """Three finished runs: with experts and a representative start, with soft labels, a selection. Class names are hostile."""
     folder = tmp_path_factory.mktemp("runs")
     real = RealSet("tiny", tiny_real.train, tiny_real.test, HOSTILE)
     options: dict[str, Any] = {"recipe": "smoke", "machine": dstill.Machine(cache=folder / "cache"), "changes": ["net.width=4"]}

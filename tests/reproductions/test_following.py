@@ -1,4 +1,4 @@
-"""The accumulated error is zero for a student that repeats the expert's own steps, and grows when it is not put back."""
+"""The accumulated error is zero for a student that repeats the expert's own steps, and grows otherwise."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def distilled(tiny_real: RealSet) -> Callable[..., DistilledSet]:
 
 @pytest.fixture
 def own_steps(distilled: Callable[..., DistilledSet], tmp_path: Path) -> Trajectories:
-    """An expert that takes plain gradient steps on the set itself: N of them in M epochs, the record between is anything."""
+    """An expert that takes plain gradient steps on the set itself, N in M epochs; the records in between do not matter."""
     one = distilled()
     student = Student(build(NET, 3, 3, (8, 8), torch.Generator().manual_seed(5)))
     theta = torch.cat([p.detach().reshape(-1) for p in student.net.parameters()])

@@ -1,4 +1,4 @@
-"""Every table and figure resolves at every scale, and tables say what their runs recorded."""
+"""Every table and figure resolves at every scale, and tables show what their runs recorded."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_neighbouring_streams_are_uncorrelated() -> None:
 
 
 def test_streams_of_this_version_are_those_of_every_version() -> None:
-    """Written down once: a change here would change every published number."""
+    """A fixed value: if it changes, every published number changes."""
     generator = seeding.generator(0, "expert", 3)
     assert generator.initial_seed() % 2**64 == 1283319325260861234  # the first eight bytes of SHA-256 of "0/expert/3"
     assert torch.randint(1000, (4,), generator=generator).tolist() == [528, 301, 228, 848]

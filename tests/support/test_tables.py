@@ -1,4 +1,4 @@
-"""Tables say the same in every form."""
+"""Tables have the same content in every format."""
 
 from dstill.support.tables import latex, markdown
 

@@ -1,4 +1,4 @@
-"""Work spread over processes: the same results as in one, in order, with reports and errors coming through."""
+"""Work spread over processes gives the same results as in one, in order, and passes on reports and errors."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
 
 
 class Awkward(Exception):
-    """Cannot be made again from its arguments."""
+    """An exception that cannot be recreated from its arguments."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(f"{one} and {two}")

@@ -1,4 +1,4 @@
-"""The one training loop against the page of PyTorch that it stands for."""
+"""The training loop against the same training in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_generator_decides_the_weights() -> None:
 
 
 def watched(epochs: int = 2, augmentation: str = "none") -> tuple[list[Batch], list[EpochReport]]:
-    """Batches that the objective saw and reports that the observer got."""
+    """The batches that the objective received, and the reports that the observer received."""
     batches: list[Batch] = []
     reports: list[EpochReport] = []
 
@@ -202,7 +202,7 @@ def test_soft_labels_are_logits_whose_softmax_is_the_target() -> None:
 
 
 def rates(epoch: int, *, reset: bool = False, passes: int = 6) -> tuple[list[float], list[bool]]:
-    """Learning rate of every pass, and whether momentum was there when it began."""
+    """Learning rate of every pass, and whether there was momentum at its start."""
     net = small_net()
     sgd = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
     schedule = step_at(epoch, 0.1, reset=reset)

@@ -208,7 +208,7 @@ def test_running_statistics_and_dropout_are_refused_with_the_layer_named() -> No
 @pytest.mark.parametrize("mode", ["adjoint", "graph"])
 def test_nvidias_rounding_is_off_inside_and_as_before_outside(mode: str) -> None:
     case, seen = Case(), list[bool]()
-    case.net = small_net("group")  # without derivatives of our own the module itself is called
+    case.net = small_net("group")  # without hand-written derivatives, the module itself is called
     case.net.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     case.run(mode)
     assert seen and not any(seen)

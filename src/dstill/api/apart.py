@@ -1,4 +1,4 @@
-"""A run in a process of its own, or the result of a finished one that was asked for the same."""
+"""A run in its own process, or the result of a finished run of the same request."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _REQUEST = "request.json"
 
 
 def request(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the numbers of a run, as plain JSON values.
+    """What the numbers of a run depend on, as plain JSON values.
 
-    The protocol is written out, since a protocol file can change and keep its name.
+    The protocol is included in full, since a protocol file can change and keep its name.
     """
     recipe, protocol = canonical(job.recipe, exclude={"note"}), canonical(load_protocol(job.recipe.protocol))
     return {"recipe": recipe, "data": job.real.fingerprint, "protocol": protocol, **options}
 
 
 def run_apart(job: Job, folder: Path, task: Task, asked: Mapping[str, Any]) -> Result:
-    """Runs a job in a fresh process; the result of a finished run of the same request in `folder` is read instead.
+    """Runs a job in a fresh process. If `folder` holds a finished run of the same request, reads its result instead.
 
     Args:
-        job: what is run.
+        job: the job to run.
         folder: the run folder.
         task: what is done with the job.
-        asked: the request, by which a finished run is known.
+        asked: the request, which identifies a finished run.
 
     Raises:
         DstillError: whatever the run raises; or its process died.
@@ -48,8 +48,8 @@ def run_apart(job: Job, folder: Path, task: Task, asked: Mapping[str, Any]) -> R
     if finished.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == text:
         reporter.note(f"{finished} is finished: reused")
         return Result.load(finished)
-    stamp.unlink(missing_ok=True)  # from here on, a result in the folder may be another run's
-    quiet = replace(job, place=replace(job.place, reporter=Silent()))  # reporters stay in the process that shows them
+    stamp.unlink(missing_ok=True)  # from now on, a result in the folder may belong to another run
+    quiet = replace(job, place=replace(job.place, reporter=Silent()))  # reporters stay in the process that displays them
     work = functools.partial(_work, quiet, folder, task)
     result: Result = apart(work, None, lambda _, told: getattr(reporter, told[0])(*told[1:]))
     write_text(stamp, text)
@@ -57,7 +57,7 @@ def run_apart(job: Job, folder: Path, task: Task, asked: Mapping[str, Any]) -> R
 
 
 class _Relay:
-    """Hands what a run reports to the process that started it."""
+    """Passes what a run reports to the process that started it."""
 
     def __init__(self, report: Callable[[Any], None]) -> None:
         self.report = report

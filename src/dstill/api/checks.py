@@ -1,4 +1,4 @@
-"""What is refused at once, so that nobody waits for experts or a distillation first."""
+"""Checks at the start, so that an error does not appear only after training or distilling."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def check_early(
     validates: bool = False,
     initial: DistilledSet | None = None,
 ) -> None:
-    """Refuses what would otherwise be refused after the experts are trained or the set is distilled.
+    """Checks what would otherwise fail only after the experts are trained or the set is distilled.
 
     Args:
         job: the resolved command.
         evaluated_on: names of evaluation networks.
         logs: names of sinks.
-        own_experts: whether the recipe's experts are used; others may be longer.
-        validates: whether a part of the training images is held out on the way.
-        initial: a set whose images the synthetic set starts from.
+        own_experts: whether the recipe's experts are used; others may have more epochs.
+        validates: whether a validation part of the training images is needed.
+        initial: a set whose images are the start of the synthetic set.
 
     Raises:
         DstillError: the data have too few images, or a name is unknown, or the network or a setting cannot be used.
@@ -49,7 +49,7 @@ def check_early(
         stratified(real.train.labels, real.class_names, VALIDATION_FRACTION, torch.Generator())
     if initial is not None:
         if not method.starts_from_a_set:
-            raise DstillError(f"method {recipe.method!r} chooses real images: it does not start from a set, leave init out")
+            raise DstillError(f"method {recipe.method!r} selects real images and does not start from a set: leave init out")
         check_initial(initial, real, recipe.ipc)
     load_protocol(recipe.protocol)
     check_sinks(logs)
@@ -74,12 +74,12 @@ def _check_epochs(recipe: Recipe) -> None:
 
 
 def check_experts(experts: Trajectories, job: Job) -> None:
-    """Refuses experts that do not fit the job, or that were trained on other inputs, as far as their files tell.
+    """Refuses experts that do not fit the job, or that were trained on other inputs as far as their files say.
 
-    Experts of a whole training set, for one, have seen the part of it that a hold-out sets aside.
+    For example, experts of the whole training set have seen the part that a hold-out keeps for validation.
 
     Raises:
-        DstillError: they are of another network, or too short, or their data or preprocessing are others.
+        DstillError: they have another network, too few epochs, or other data or preprocessing.
     """
     real, recipe = job.real, job.recipe
     if recipe.distill.epochs_needed is not None:

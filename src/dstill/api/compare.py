@@ -1,4 +1,4 @@
-"""The function that puts methods side by side, `compare`: each one run or reused, one protocol, one table."""
+"""`compare` runs several methods, or reuses their runs, under one protocol, and puts them in one table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _KEYS = (
 
 
 class Row(BaseModel):
-    """One method at one IPC: its result, or why there is none."""
+    """One method at one IPC: its result, or the reason why there is none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,7 +45,7 @@ class Row(BaseModel):
     reason: str = ""
 
     def cells(self) -> dict[str, Any]:
-        """What the table shows of the row, accuracies in percent, sizes in bytes and seconds; None where unknown."""
+        """The cells of the row: accuracies in percent, sizes in bytes, times in seconds; None if unknown."""
         cells: dict[str, Any] = dict.fromkeys(_KEYS) | {"method": self.method, "ipc": self.ipc, "reason": self.reason}
         result = self.result
         if result is None:
@@ -64,7 +64,7 @@ class Row(BaseModel):
         }
 
 
-# Of `Row.cells`, what a printed table shows.
+# The part of `Row.cells` that a printed table shows.
 COLUMNS = {
     "method": "method",
     "ipc": "IPC",
@@ -91,7 +91,7 @@ class Comparison(BaseModel):
     rows: tuple[Row, ...]
 
     def texts(self) -> list[list[str]]:
-        """The table as text: the names of the columns, then the cells of each row. Reasons have a column if there are any."""
+        """The table as text: the names of the columns, then each row. Reasons have a column if there are any."""
         keys = [key for key in COLUMNS if key != "reason" or any(row.reason for row in self.rows)]
         rows = [row.cells() for row in self.rows]
         return [[COLUMNS[key] for key in keys], *([_text(key, cells) for key in keys] for cells in rows)]
@@ -154,25 +154,25 @@ def compare(
     machine: Machine = Machine(),
     progress: Progress = None,
 ) -> Comparison:
-    """Runs several methods on one data set and puts them in one table. Interrupted, the same call resumes.
+    """Runs several methods on one data set and puts them in one table. After an interruption, the same call resumes.
 
-    Each row is a run of its own, in a process of its own. What rows share is made once: experts, trained networks, random
-    images, and the whole training set. A row that fails keeps its reason, and the others go on.
+    Each row is a separate run in its own process. What rows share is made once: experts, trained networks, random images,
+    and the whole training set. If a row fails, the table gives the reason, and the others continue.
 
     Each process imports the script that calls this: keep the call under `if __name__ == "__main__":`.
 
     Args:
         source: the real data, see `load_real`.
         methods: names of `dstill ls methods`, or classes; all registered methods if left out.
-        ipc: images per class: one number, or several; there is a row for each method and each of these.
+        ipc: images per class: one number, or several; one row per method and number.
         recipe: `smoke` for runs of seconds; left out: each method's own recipe.
         changes: changes to the recipe of every row, such as `{"net.width": 32}`; see `run`.
         protocol: evaluation protocol of every row, whatever the recipes say.
-        sets: synthetic sets a row.
-        networks: fresh networks a set; the protocol's number if left out.
+        sets: synthetic sets per row.
+        networks: fresh networks per set; the protocol's number if left out.
         whole: also measure the whole training set.
         out: folder of the tables and of a run folder for each row; `runs/<data>-compare-seed<s>` if left out.
-        seed: decides everything random.
+        seed: determines everything random.
         checkpoint_every: store the state every so many iterations; 0 for never.
         machine: where the work is done.
         progress: whether progress is shown.
@@ -181,7 +181,7 @@ def compare(
         The table.
 
     Raises:
-        DstillError: a method or the protocol is unknown. What goes wrong in a row stays in the row.
+        DstillError: a method or the protocol is unknown. An error within a row is only recorded in the row.
 
     Example:
         >>> import dstill
@@ -227,6 +227,6 @@ def _row(
         job = Job.resolve(real, choice, seeds, place)
         result = run_apart(job, _row_folder(folder, method, ipc), task, request(job, options))
         return Row(method=method, ipc=ipc, result=result)
-    except Exception as error:  # whatever went wrong, the other rows go on
+    except Exception as error:  # whatever went wrong, the other rows continue
         place.reporter.note(f"{method} failed: {reason_of(error)}")
         return Row(method=method, ipc=ipc, result=None, reason=reason_of(error))

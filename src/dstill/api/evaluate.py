@@ -1,4 +1,4 @@
-"""The function that measures distilled sets, `evaluate`: fresh networks, one look at the test set, baselines beside it."""
+"""`evaluate` measures distilled sets on the test set with fresh networks, beside baselines."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ def evaluate(
         source: the real data, see `load_real`.
         protocol: name or file; the recipe's if left out.
         nets: evaluation networks; the set's own if left out. The first gives `accuracy`.
-        networks: fresh networks a set; the protocol's number if left out.
+        networks: fresh networks per set; the protocol's number if left out.
         random: also measure random real images of the same IPC, with the first network (cached like the whole set).
         whole: also measure the whole training set with the first network (cached by data, network and preprocessing).
         out: file or folder for `result.json`.
-        seed: decides initial weights, order and augmentation.
+        seed: determines initial weights, order and augmentation.
         machine: where the work is done.
         progress: whether progress is shown.
 
     Returns:
-        The result, as `result.json` has it.
+        The result, as in `result.json`.
 
     Raises:
-        DstillError: the set was made for other classes or another image size than `source` has, or with a network of your
-            own that nobody has imported: a file does not decide what is imported; or several sets differ in method, IPC or
-            preprocessing.
+        DstillError: the classes or the image size of the set are not those of `source`; or several sets differ in method,
+            IPC or preprocessing; or the set was made with a network of your own that you have not imported, since a file
+            must not decide what is imported.
         CollapseError: a learned α is not positive.
 
     Example:
@@ -137,25 +137,25 @@ def measure_sets(
 
 
 def _check_sets(sets: Sequence[DistilledSet], real: RealSet, place: Workplace) -> None:
-    """Refuses sets that cannot be measured on these data or together, and notes what the accuracy will not say."""
+    """Refuses sets that cannot be measured on these data or together, and notes the limits of the accuracy."""
     if not sets:
         raise DstillError("there is no distilled set to evaluate: pass at least one")
     for one in sets:
         one.check_fits(real)
     if any(one.data_fingerprint != real.fingerprint for one in sets):
         place.reporter.note(
-            f"{real.name} is not what the set was distilled from (another size, share, choice of classes or split): if images "
-            "tested here were trained on there, the accuracy is too high"
+            f"the set was not distilled from {real.name} (another size, share, choice of classes or split): if it was "
+            "distilled from images that are tested here, the accuracy is too high"
         )
     unseen = [real.class_names[c] for c in range(real.classes) if not bool((real.test.labels == c).any())]
     if unseen:
-        place.reporter.note(f"{real.name} has no test image of {', '.join(unseen)}: the accuracy says nothing of it")
+        place.reporter.note(f"{real.name} has no test image of {', '.join(unseen)}: the accuracy says nothing about it")
     if len(sets) > 1 and len({(one.method, one.ipc, _fitted(one)) for one in sets}) > 1:
         raise DstillError("several sets are evaluated together only if method, IPC and preprocessing agree")
 
 
 def _networks(first: DistilledSet, evaluation: Evaluation) -> list[NetConfig]:
-    """The evaluation networks, each of which can be imported."""
+    """The evaluation networks; refuses those that cannot be imported."""
     named = [network_name(net) for net in evaluation.nets]
     configs = evaluation_nets(first.net, named)
     for config in configs:
@@ -174,7 +174,7 @@ def _measured(
     seed: int,
     place: Workplace,
 ) -> list[list[Measured]]:
-    """For each set, what `count` fresh networks of one kind reach."""
+    """The score of `count` fresh networks of one kind, for each set."""
     trials = [
         trial
         for i, one in enumerate(sets)
@@ -191,14 +191,14 @@ def _measured(
 
 
 class _Baselines:
-    """Random images and the whole training set beside a set, each measured once for all sets that share them.
+    """The baselines of a set: random images and the whole training set, each measured once for all sets that share them.
 
     Args:
-        like: the set, whose preprocessing, augmentation and IPC they have.
+        like: the set, whose preprocessing, augmentation and IPC they use.
         net: the evaluation network.
         real: the real data.
         test: the prepared test images.
-        seed: of the evaluation.
+        seed: seed of the evaluation.
         place: where the work is done.
     """
 
@@ -232,34 +232,34 @@ class _Baselines:
         )
 
     def _shared(self) -> str:
-        """Names what the baselines depend on."""
+        """A name for everything that the baselines depend on."""
         settings = "-".join(f"{key}={value}" for key, value in canonical(self.net, exclude_none=True).items())
         name = f"{self.real.fingerprint}-{_fitted(self.like)}-{self.like.augmentation}-{settings}-seed{self.seed}"
         return name.replace("/", "_").replace(":", "_")
 
 
 def _check_imported(net: str) -> None:
-    """Refuses to import what a file names: the user says which code runs."""
+    """Refuses to import a network that only a file names: the user decides which code runs."""
     module, separator, _ = net.partition(":")
     if separator and module not in sys.modules:
         raise DstillError(
-            f"the distilled set was made with the network {net}, which is not part of dstill, and a file does not decide what "
-            f"is imported: if you trust that module, pass --nets {net}, or import it first"
+            f"the distilled set was made with the network {net}, which is not part of dstill, and a file must not decide "
+            f"what is imported: if you trust that module, pass --nets {net}, or import it first"
         )
 
 
 def _named(protocol: Protocol) -> str:
-    """Names a protocol by all that it says, since a file of that name and version can change."""
+    """A name for a protocol by its whole content, since a file can change and keep its name and version."""
     return f"{protocol.name}-{digest(canonical(protocol))}"
 
 
 def _fitted(distilled: DistilledSet) -> str:
-    """Names a set's preprocessing by kind and numbers, of which an imported set may bring its own."""
+    """A name for a set's preprocessing by kind and numbers, since an imported set may have its own numbers."""
     return f"{distilled.preprocess.kind}-{files.checksum(distilled.preprocess.tensors())[:8]}"
 
 
 def _cached(path: Path, measure: Callable[[], Score]) -> Score:
-    with contextlib.suppress(OSError, ValueError):  # missing or damaged: measured anew
+    with contextlib.suppress(OSError, ValueError):  # missing or damaged: measured again
         return Score.model_validate_json(path.read_text(encoding="utf-8"))
     score = measure()
     files.write_text(path, score.model_dump_json())

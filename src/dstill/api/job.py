@@ -1,4 +1,4 @@
-"""What a command is about, resolved once: data, settings, seeds, and the place where it works. Everything else is handed it."""
+"""A command, resolved once: data, settings, seeds, and the place where it works. It is passed to everything else."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Workplace:
     """Where a command works, resolved from `Machine`.
 
     Attributes:
-        device: where tensors live.
-        cache: folder that keeps what runs share.
+        device: device of all tensors.
+        cache: folder of what runs share.
         workers: processes that train experts and networks.
         reporter: receives progress.
     """
@@ -54,10 +54,10 @@ class Workplace:
 
     @classmethod
     def of(cls, machine: Machine, progress: Progress = None) -> Workplace:
-        """The place that the options describe; the number of threads and determinism are set for this process.
+        """The place that the options describe. Sets the number of threads and determinism for this process.
 
         Raises:
-            DstillError: this machine has no such device, or there are fewer than one worker or thread.
+            DstillError: this machine has no such device, or the number of workers or threads is below 1.
         """
         if machine.threads is not None:
             if machine.threads < 1:
@@ -72,7 +72,7 @@ class Workplace:
 
 
 def cache_folder(cache: str | Path | None) -> Path:
-    """Where experts and whitening are kept for every run: `cache`, else $DSTILL_CACHE, else ~/.cache/dstill."""
+    """The folder that keeps experts and whitening for every run: `cache`, else $DSTILL_CACHE, else ~/.cache/dstill."""
     chosen = cache or os.environ.get("DSTILL_CACHE") or Path.home() / ".cache" / "dstill"
     return Path(chosen).expanduser()
 
@@ -87,7 +87,7 @@ class Job:
         data: the real data; None for a plan that does not load them.
         recipe: all settings.
         origin: where the settings come from, in a sentence.
-        seeds: of images and experts.
+        seeds: seeds of images and experts.
         place: where the work is done.
     """
 
@@ -101,14 +101,14 @@ class Job:
 
     @classmethod
     def resolve(cls, source: Source, choice: Choice, seed: int | Seeds, place: Workplace, *, shape: Shape | None = None) -> Job:
-        """Loads the data and resolves the settings, which are said in the log.
+        """Loads the data and resolves the settings. The log says where they come from.
 
         Args:
             source: the real data, see `load_real`.
-            choice: which settings are asked for.
-            seed: one for everything, or two.
+            choice: the settings to use.
+            seed: one seed for everything, or `Seeds`.
             place: where the work will be done.
-            shape: shape of data that are not to be loaded; `source` is then their name.
+            shape: shape of the data if they are not to be loaded; `source` is then their name.
 
         Raises:
             DstillError: the data cannot be read, or the settings are unknown or contradict each other.
@@ -122,28 +122,28 @@ class Job:
         return cls(name, shape, data, recipe, origin, Seeds.of(seed), place)
 
     def on(self, data: RealSet, recipe: Recipe | None = None) -> Job:
-        """The same job on other data of this shape, such as a hold-out, or with other settings."""
+        """The same job on other data of the same shape, such as a hold-out, or with other settings."""
         return replace(self, name=data.name, shape=shape_of(data), data=data, recipe=recipe or self.recipe)
 
     @property
     def real(self) -> RealSet:
-        """The real data, of a job that has loaded them."""
+        """The real data; the job must have loaded them."""
         assert self.data is not None, "this job has no data: it is a plan's"
         return self.data
 
     @property
     def method(self) -> MethodInfo:
-        """What the table says of the recipe's method."""
+        """The entry of the recipe's method in the table."""
         return method_info(self.recipe.method)
 
     @property
     def folder(self) -> Path:
-        """The run folder where none is named."""
+        """The default run folder."""
         recipe = self.recipe
         return Path("runs") / f"{self.name}-{recipe.method.rpartition(':')[2]}-ipc{recipe.ipc}-seed{self.seeds.images}"
 
     def identity(self, seed: int) -> dict[str, Any]:
-        """What tells the distillation of one set from others before its experts are trained, which know their own seed."""
+        """What identifies the distillation of one set before its experts are trained. Experts record their own seed."""
         known = {"recipe": canonical(self.recipe, exclude={"note"}), "data": self.real.fingerprint, "seed": seed}
         return {**known, "expert_seed": self.seeds.experts} if self.method.needs == "trained network" else known
 
@@ -157,16 +157,16 @@ class Job:
         def make() -> None:
             files.save(path, _PREPROCESS, preprocessing.fit(kind, real.train.images).tensors(), {"data": real.fingerprint})
 
-        # A fresh fit is read back, too: with another memory layout a small batch would be rounded in another way.
+        # A fresh fit is read back as well: with another memory layout, small batches would be rounded differently.
         return preprocessing.from_tensors(kind, files.load_or_make(path, _PREPROCESS, make)[1])
 
     def experts(self, *, only: Sequence[int] | None = None, describing: bool = True) -> Trajectories:
         """The recipe's experts; those that the cache lacks are trained first.
 
         Args:
-            only: train these experts alone, and return whatever the cache then holds.
-            describing: train the expert that describes images for the initialisation at its full length at once, where the
-                recipe asks for a longer one, so that it is not trained again afterwards.
+            only: train only these experts, and return all that the cache then holds.
+            describing: if the initialisation needs features of a longer expert, train that one at its full length at once, so
+                that it need not be extended afterwards.
 
         Raises:
             DstillError: `only` names an expert that the recipe does not have.
@@ -175,7 +175,7 @@ class Job:
         assert config.epochs is not None
         longer = self.recipe.describing_expert(config.epochs) if describing and (only is None or 0 in only) else None
         if longer is not None:
-            reporter.note(f"expert 0 is trained for {longer.epochs} epochs, to describe images for the initialisation")
+            reporter.note(f"expert 0 is trained for {longer.epochs} epochs, since the initialisation uses its features")
             replace(self, recipe=self.recipe.model_copy(update={"experts": longer})).experts()
         task = ExpertTask(self.real, self.preprocess(), self.recipe.net, config, self.recipe.augmentation, self.seeds.experts)
         folder = self.place.cache / "experts" / task.fingerprint()
@@ -196,9 +196,9 @@ class Job:
         train_missing(task, folder, place.device, only=only, workers=place.workers, observer=observe, note=place.reporter.note)
 
     def describing_expert(self, trajectories: Trajectories | None) -> Trajectories | None:
-        """The longer expert that the initialisation describes images with, trained if the cache lacks it.
+        """The longer expert whose features the initialisation uses, trained if the cache lacks it.
 
-        None where the recipe asks for none, or where the experts at hand are long enough.
+        None if the recipe needs none, or if the given experts have enough epochs.
         """
         longer = None if trajectories is None else self.recipe.describing_expert(trajectories.epochs)
         if longer is None:
@@ -206,7 +206,7 @@ class Job:
         return replace(self, recipe=self.recipe.model_copy(update={"experts": longer})).experts()
 
     def trained_network(self) -> TrainedNetwork | None:
-        """The recipe's network trained on all real images, for methods that look through one; None for the others."""
+        """The recipe's network trained on all real images, for methods that need one; None for the others."""
         if self.method.needs != "trained network":
             return None
         config = self.recipe.distill.network_training
@@ -219,14 +219,14 @@ class Job:
         return trained_network(task, self.place.cache / "networks", self.place.device, observe)
 
     def problem(self, seed: int, trajectories: Trajectories | None, initial: DistilledSet | None = None) -> Problem:
-        """What the method works on to distil one set; whatever it needs beside the experts is made first."""
+        """What the method works on to distil one set. Whatever it needs beside the experts is made first."""
         describing = None if initial is not None else self.describing_expert(trajectories)
         trained, preprocess = self.trained_network(), self.preprocess()
         return Problem(self.real, preprocess, self.recipe, trajectories, self.place.device, seed, describing, trained, initial)
 
 
 def resolved(choice: Choice, name: str, shape: Shape, device: torch.device) -> tuple[Recipe, str]:
-    """The settings that are asked for, and a sentence on where they come from; see `recipes.resolve`."""
+    """The settings of a choice, and a sentence on where they come from; see `recipes.resolve`."""
     method = None if choice.method is None else name_of(choice.method, {n: i.path for n, i in METHODS.items()}, "method")
     changes = _changes(choice)
     if isinstance(choice.recipe, Recipe):
@@ -238,7 +238,7 @@ def resolved(choice: Choice, name: str, shape: Shape, device: torch.device) -> t
 
 
 def _changes(choice: Choice) -> list[str]:
-    """Everything that changes the recipe, as assignments; a network replaces the recipe's with its own defaults."""
+    """All changes to the recipe, as assignments. A network replaces the recipe's and takes its own defaults."""
     found: list[str] = []
     if choice.net is not None:
         found.append(f"net={json.dumps(_net(choice.net))}")
@@ -265,6 +265,6 @@ def _numbers(only: Sequence[int] | None, count: int) -> list[int]:
 
 
 def shape_of(real: RealSet | None) -> Shape:
-    """What settings and plans must know of the data."""
+    """The shape of the data, which settings and plans need."""
     assert real is not None
     return Shape(real.channels, real.size, real.classes, len(real.train), len(real.test))

@@ -1,4 +1,4 @@
-"""The function that asks what a distilled set owes to its images, its labels, its augmentation and its network."""
+"""`judge` tests how much of a set's accuracy comes from its images, labels, augmentation and network."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Judged(BaseModel):
     Attributes:
         net: name of the network.
         labels: `soft` or `hard`.
-        augmentation: strategy that the set, random images and the whole set are all trained with.
-        result: its accuracy, and that of random images and of the whole set trained in the same way with hard labels.
+        augmentation: strategy for training on the set, on random images and on the whole training set.
+        result: the accuracy, and those of random images and the whole training set, trained in the same way with hard labels.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +51,7 @@ class Judged(BaseModel):
 
 
 class Judgement(BaseModel):
-    """All ways, and what the set takes to store."""
+    """All ways of training, and the stored size of the set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -84,20 +84,20 @@ def judge(
 ) -> Judgement:
     """Evaluates a set with its own and with hard labels, with and without augmentation, on several networks.
 
-    A set may owe its accuracy to soft labels, to the augmentation that it is trained with, or to the network that it was made
-    with, rather than to its images. Each row says what is left when one of them is taken away. Random images and the whole
-    set are measured under the same augmentation and network, with hard labels.
+    The accuracy of a set may come from soft labels, from the augmentation, or from the network that it was made with, rather
+    than from its images. Each row shows what remains without one of them. Random images and the whole training set are
+    measured with the same augmentation and network, with hard labels.
 
     Args:
-        distilled: a set, its file or folder; foreign ones through `import_set`.
+        distilled: a set, its file or folder; read sets of other programs with `import_set`.
         source: the real data, see `load_real`.
         nets: evaluation networks; the set's own if left out.
         augmentations: DSA strategies; the set's own and `none` if left out.
         protocol: name or file; the recipe's if left out.
-        networks: fresh networks a row.
+        networks: fresh networks per row.
         whole: also measure the whole training set, once for each network and augmentation.
         out: folder for `judgement.json` and `judgement.md`.
-        seed: decides initial weights, order and augmentation.
+        seed: determines initial weights, order and augmentation.
         machine: where the work is done.
         progress: whether progress is shown.
 
@@ -126,7 +126,7 @@ def judge(
         check_writable(Path(out))
     at_least_one(networks=networks)
     rows = []
-    chosen: list[list[Network]] = [[net] for net in nets] or [[]]  # none: the set's own, which is imported with care
+    chosen: list[list[Network]] = [[net] for net in nets] or [[]]  # if none, the set's own, whose import is checked
     for named, (labels, variant), strategy in itertools.product(chosen, variants.items(), strategies):
         net = network_name(named[0]) if named else one.net.name
         place.reporter.note(f"{net}, {labels} labels, augmentation {strategy}")

@@ -1,4 +1,4 @@
-"""Options that the public functions and the command line share. Importing this never imports torch.
+"""Options that the public functions and the command line share. Importing this does not import torch.
 
 In Python each class is an argument, such as `machine=dstill.Machine(device="cuda")`. On the command line each field is an
 option, such as `--device cuda`.
@@ -24,7 +24,7 @@ Network = str | type[Any] | Callable[..., Any]
 
 
 def names(text: str | None) -> list[str]:
-    """The names between commas.
+    """Splits names at commas.
 
     Example:
         >>> names("dm, ast,")
@@ -57,20 +57,20 @@ if TYPE_CHECKING:
     Networks = Sequence[Network]
     Names = Sequence[str]
     Processes = Workers | None
-else:  # as the command line reads them
+else:  # as on the command line
     Networks = Annotated[tuple[str, ...], _Joined]
     Names = Annotated[tuple[str, ...], _Joined]
     Processes = Annotated[int | Literal["auto"] | None, Parameter(converter=_auto_or_whole)]
 
 
 class Seeds(NamedTuple):
-    """Seeds of a run, where the experts do not share that of the images.
+    """Seeds of a run whose experts have another seed than its images.
 
-    Sets of different seeds that are distilled from the same experts are one run each, with the same `experts`.
+    To distil sets of different seeds from the same experts, run once per seed with the same `experts`.
 
     Attributes:
-        images: decides initial images and every draw of the distillation and of the evaluation.
-        experts: decides experts and trained networks.
+        images: determines the initial images and all draws of distillation and evaluation.
+        experts: determines experts and trained networks.
 
     Example:
         >>> Seeds(images=3, experts=0)
@@ -82,23 +82,23 @@ class Seeds(NamedTuple):
 
     @classmethod
     def of(cls, seed: int | Seeds) -> Seeds:
-        """The same seed for both, unless two are given."""
+        """Turns a single seed into `Seeds` with the same seed for both."""
         return seed if isinstance(seed, Seeds) else cls(seed, seed)
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Machine:
-    """Where the work is done, and with how much of the machine. None of it changes a number on a CPU.
+    """Where the work is done, and with how much of the machine. On a CPU, none of it changes the numbers.
 
     Attributes:
         device: auto, cpu, cuda or mps.
         cache: folder that keeps experts for every run ($DSTILL_CACHE, else ~/.cache/dstill).
-        threads: CPU threads of distilling; the machine's cores if left out.
-        workers: processes that train experts and networks at once: a number, or auto for one a core where the work is worth
-            it. Left out: auto on the command line; 1 in Python, where each process imports the script that calls.
-        deterministic: ask torch for deterministic algorithms, and be warned of operations that have none; on a CPU the same
-            seed and threads give the same bits without it.
+        threads: CPU threads for distilling; the machine's cores if left out.
+        workers: processes that train experts and networks at once: a number, or auto for one per core if the work is large
+            enough. Left out: auto on the command line; 1 in Python, where each process imports the calling script.
+        deterministic: ask torch for deterministic algorithms, with a warning for operations that have none. On a CPU, the
+            same seed and number of threads give the same bits without it.
 
     Example:
         >>> Machine(device="cpu", workers=2).workers
@@ -120,7 +120,7 @@ class Evaluation:
     Attributes:
         nets: evaluation networks, joined by commas on the command line; the recipe's own if left out. The first one gives
             the accuracy.
-        networks: fresh networks a set; the protocol's number if left out.
+        networks: fresh networks per set; the protocol's number if left out.
         random: also measure random real images.
         whole: also train on the whole training set.
 
@@ -144,7 +144,7 @@ class Recording:
         validate_every: measure the set on the validation part every so many iterations; 0 for never.
         checkpoint_every: store the state every so many iterations; 0 for never.
         picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
-        logs: where the metrics go besides, joined by commas on the command line: tensorboard, wandb.
+        logs: where metrics go in addition, joined by commas on the command line: tensorboard, wandb.
 
     Example:
         >>> Recording(validate_every=50).checkpoint_every
@@ -159,7 +159,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which settings are asked for; see `dstill.run` for what each may be."""
+    """The settings to use; `dstill.run` explains the fields."""
 
     method: str | type[Any] | None = None
     ipc: int | None = None

@@ -1,4 +1,4 @@
-"""The functions that train experts, distil, and run everything: `train_experts`, `distill` and `run`."""
+"""`train_experts`, `distill`, and `run`, which does everything."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train_experts(
     machine: Machine = Machine(),
     progress: Progress = None,
 ) -> Trajectories:
-    """Trains the expert trajectories that a recipe needs and that the cache does not hold yet.
+    """Trains the expert trajectories that a recipe needs and the cache lacks.
 
     Args:
         source: the real data, see `load_real`.
@@ -52,13 +52,13 @@ def train_experts(
         net: a network instead of the recipe's.
         experts: changes to the section `experts`, such as `{"count": 4}`.
         changes: changes to the recipe.
-        seed: expert i depends on it and on i alone.
-        only: train these experts alone, for a share of the work elsewhere.
+        seed: expert i depends only on the seed and on i.
+        only: train only these experts, to split the work between machines.
         machine: where the work is done.
         progress: whether progress is shown.
 
     Returns:
-        The trajectories. An interrupted call, repeated, trains the missing experts only.
+        The trajectories. After an interruption, the same call trains only the missing experts.
 
     Raises:
         DstillError: the method needs no experts, or whatever `run` would refuse at once.
@@ -104,12 +104,12 @@ def distill(
         net: a network instead of the recipe's.
         distill: changes to the section `distill`, such as `{"iterations": 300}`.
         experts: trajectories or their folder; or changes to the section `experts`. Without trajectories, the recipe's are
-            taken, and trained if the cache lacks them.
+            used, and trained if the cache lacks them.
         changes: changes to the recipe.
         init: a set, its file or its folder, to start from instead of the recipe's initialisation.
         out: folder for metrics, checkpoints, pictures and the set. A call with the same arguments resumes there.
-        seed: decides initial images and every draw.
-        recording: what is recorded on the way.
+        seed: determines the initial images and all draws.
+        recording: what is recorded while distilling.
         machine: where the work is done.
         progress: whether progress is shown.
 
@@ -139,7 +139,7 @@ def distill(
 
 
 def _trajectories(job: Job, given: Trajectories | str | Path | None, *, describing: bool = True) -> Trajectories | None:
-    """The experts that are given, else the job's own, else None where the method needs none."""
+    """The given experts, or else the job's own; None if the method needs none."""
     if given is not None:
         trajectories = given if isinstance(given, Trajectories) else Trajectories(Path(given))
         check_experts(trajectories, job)
@@ -155,7 +155,7 @@ def _distilled(
     out: Path | None,
     initial: DistilledSet | None = None,
 ) -> DistilledSet:
-    """One set, with a folder or without."""
+    """Distils one set, with or without a folder."""
     problem, reporter = job.problem(seed, trajectories, initial), job.place.reporter
     pictures = recording.picture_every if out else 0
     cadence = Cadence(checkpoint=recording.checkpoint_every, validate=recording.validate_every, picture=pictures)
@@ -169,9 +169,9 @@ class Task:
     """What a run does with its job.
 
     Attributes:
-        sets: synthetic sets, with seeds that count from the job's.
+        sets: number of synthetic sets; their seeds count up from the job's.
         evaluation: how they are measured.
-        recording: what is recorded on the way.
+        recording: what is recorded while distilling.
     """
 
     sets: int = 1
@@ -197,32 +197,32 @@ def run(
     machine: Machine = Machine(),
     progress: Progress = None,
 ) -> Result:
-    """Experts, distillation, evaluation, report. Interrupted, the same call resumes where it stopped.
+    """Trains experts, distils, evaluates and reports. After an interruption, the same call resumes where it stopped.
 
     Args:
         source: the real data: a name, a path, arrays, or a `RealSet`; see `load_real`.
-        method: a name of `dstill ls methods`, or a class of your own; it must agree with the recipe's. `ast` where there is
-            neither.
-        ipc: images per class; 1 where neither this nor the recipe says.
+        method: a name of `dstill ls methods`, or a class of your own; it must agree with the recipe's. `ast` if
+            neither is given.
+        ipc: images per class; the recipe's if left out, or 1 without a recipe.
         recipe: a name of `dstill ls recipes`, a YAML file, or a `Recipe`; `smoke` for a run of seconds. Left out: the data
-            set's own recipe, else settings derived from the nearest one.
+            set's own recipe, or else settings derived from the nearest one.
         net: a network instead of the recipe's, with its own defaults: a name of `dstill ls networks`, a class or a function
             that makes one, your `package.module:Class`, or a mapping with `name` and options.
         distill: changes to the section `distill` of the recipe, such as `{"iterations": 300}`.
         experts: changes to the section `experts`, such as `{"count": 4}`.
         changes: changes to any part of the recipe: a mapping, nested or with dotted keys, such as
             `{"preprocess": "zca", "net.width": 32}`, or assignments such as `["net.width=32"]`.
-        out: run folder; `runs/<data>-<method>-ipc<k>-seed<s>` if left out. Holds `result.json`, `report.html`, and in
+        out: run folder; `runs/<data>-<method>-ipc<k>-seed<s>` if left out. It gets `result.json`, `report.html`, and in
             `set-<k>/` the distilled set, its picture, its metrics and its curves.
         sets: synthetic sets to distil, with seeds `seed`, `seed + 1` …, from the same experts.
-        seed: decides everything random; `Seeds` where experts have another one.
+        seed: determines everything random; `Seeds` if the experts have another one.
         evaluation: how the sets are measured.
-        recording: what is recorded on the way.
+        recording: what is recorded while distilling.
         machine: where the work is done.
         progress: whether progress is shown: None shows it on a terminal and in a notebook; a `Reporter` receives it.
 
     Returns:
-        The result, as `result.json` has it.
+        The result, as in `result.json`.
 
     Raises:
         DstillError: whatever the user can put right, in a sentence.
@@ -242,13 +242,13 @@ def run(
 
 
 def run_job(job: Job, folder: Path, task: Task, started: float | None = None) -> Result:
-    """`run`, resolved.
+    """`run` for a resolved job.
 
     Args:
-        job: what is run.
+        job: the job to run.
         folder: the run folder.
         task: what is done with the job.
-        started: when the call began, where loading the data counts.
+        started: when the call began, so that loading the data counts.
     """
     started = time.perf_counter() if started is None else started
     evaluation, recording, reporter = task.evaluation, task.recording, job.place.reporter

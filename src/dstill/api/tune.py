@@ -1,4 +1,4 @@
-"""The function that searches settings, `tune`: on the validation part, within a time budget."""
+"""`tune` searches settings on the validation part, within a time budget."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ def tune(
 ) -> Path:
     """Searches a method's most important settings, and writes the best recipe found.
 
-    For trajectory matching these are lr_images, T+ and α₀. Everything is judged on a stratified tenth of the training images
-    that experts and images never see; the test set is not touched. The first candidate is the recipe itself; the others
-    change the settings by factors around the best so far. A candidate that collapses is out. What was tried is written beside
-    the recipe, and the same call resumes from there.
+    For trajectory matching these are lr_images, T+ and α₀. Candidates are judged on a stratified tenth of the training images,
+    on which neither experts nor images are trained; the test set is not used. The first candidate is the recipe itself; the
+    others multiply the settings of the best so far by factors. A candidate that collapses is discarded. All candidates are
+    recorded beside the recipe, and the same call resumes from there.
 
     Args:
         source: the real data, see `load_real`.
-        budget: minutes of this call; the candidate under way when it ends is finished.
+        budget: minutes of this call; the candidate in progress when they end is finished.
         method: name or class; see `run`, as for the next six.
         ipc: images per class.
         recipe: where to start.
         net: a network instead of the recipe's.
-        distill: changes to the section `distill`; `iterations` bounds a candidate's length.
+        distill: changes to the section `distill`; `iterations` limits the length of a candidate.
         experts: changes to the section `experts`.
         changes: changes to the recipe.
         out: recipe file to write; `<data>-<method>-ipc<k>.yaml` if left out.
-        seed: decides the validation part and the candidates.
+        seed: determines the validation part and the candidates.
         machine: where the work is done.
         progress: whether progress is shown.
 
     Returns:
-        The recipe file, which `--recipe FILE` takes. It is written after every candidate, the best so far; `<name>.tried.jsonl`
-        has a line for each of them.
+        The recipe file, which `--recipe FILE` takes. It is rewritten after every candidate with the best so far;
+        `<name>.tried.jsonl` has one line per candidate.
 
     Raises:
         DstillError: the method has nothing to tune, every candidate collapsed, or whatever `distill` raises.
@@ -83,7 +83,7 @@ def tune(
     job = Job.resolve(source, Choice(method, ipc, recipe, net, changes, distill, experts), seed, place)
     base, real = job.recipe, job.real
     if not base.distill.search_factors:
-        raise DstillError(f"tune searches settings of trajectory matching, and method {base.method!r} is none: take ast or mtt")
+        raise DstillError(f"tune searches settings of trajectory matching; method {base.method!r} has none: take ast or mtt")
     target = Path(out) if out else Path(f"{real.name}-{base.method.rpartition(':')[2]}-ipc{base.ipc}.yaml")
     if target.is_dir():
         raise DstillError(f"{target} is a folder: pass the recipe file to write, such as {target / 'tuned.yaml'}")
@@ -103,7 +103,7 @@ def tune(
 
 
 def _longest(base: Recipe) -> Recipe:
-    """The recipe whose experts are long enough for every candidate: its settings are multiplied by their largest factors."""
+    """The recipe with the largest factors applied, so that its experts are long enough for every candidate."""
     largest = {name: max(factors) for name, factors in base.distill.search_factors.items()}
     limit = base.experts.epochs if base.experts else None
     return base.model_copy(update={"distill": base.distill.scaled(largest, limit)})
@@ -114,8 +114,8 @@ class _Search:
 
     Args:
         target: the recipe file to write.
-        held: the job on the part of the data that candidates are distilled from.
-        note: told of every candidate.
+        held: the job on the part of the data from which candidates are distilled.
+        note: called with a line on every candidate.
     """
 
     def __init__(self, target: Path, held: Job, note: Callable[[str], None]) -> None:
@@ -124,17 +124,17 @@ class _Search:
         known = {"recipe": canonical(held.recipe, exclude={"note"}), "data": held.real.fingerprint, "seed": held.seeds.images}
         self.journal = _Journal(target, known)
         if self.journal.rows:
-            note(f"{self.journal.path} has {len(self.journal.rows)} candidates of this search: it goes on from there")
+            note(f"{self.journal.path} has {len(self.journal.rows)} candidates of this search: it resumes from there")
 
     @property
     def exhausted(self) -> bool:
-        """Whether every candidate that an earlier call tried has been seen again, and at least one was."""
+        """Whether all candidates of earlier calls have been read again, and there was at least one."""
         return self.tried >= max(1, len(self.journal.rows))
 
     def consider(self, factors: Mapping[str, float], longest: int | None, judge: Callable[[Recipe], float | None]) -> None:
-        """One more candidate: the recipe itself at first, then the best so far with its settings multiplied.
+        """Tries one more candidate: first the recipe itself, then the best so far with its settings multiplied.
 
-        The score of a candidate that an earlier call tried is read. T+ stays within experts of `longest` epochs.
+        If an earlier call tried the candidate, its score is read. T+ stays within experts of `longest` epochs.
         """
         settings = self.best
         if self.tried:
@@ -154,14 +154,14 @@ class _Search:
             self._write()
 
     def finish(self) -> None:
-        """Writes the best recipe once more, since an earlier call may have been interrupted before it wrote it.
+        """Writes the best recipe again, since an earlier call may have been interrupted before writing it.
 
         Raises:
             DstillError: every candidate collapsed.
         """
         if self.best_score < 0:
             raise DstillError(
-                f"all of {self.tried} candidates collapsed: start from a smaller distill.lr_images, or give it more --budget"
+                f"all of {self.tried} candidates collapsed: start from a smaller distill.lr_images, or give a larger --budget"
             )
         self._write()
         self.note(f"wrote {self.target}: pass it as --recipe {self.target}")
@@ -173,9 +173,9 @@ class _Search:
 
 
 class _Journal:
-    """What was tried, a line a candidate, beside the recipe: a search that was broken off has lost none of it.
+    """The candidates tried, one line each, beside the recipe, so that an interrupted search loses none of them.
 
-    Candidates are drawn from the seed alone, so that the scores of the same search are those of its first candidates.
+    Candidates depend only on the seed. The stored scores of a search are therefore those of its first candidates.
     """
 
     def __init__(self, target: Path, search: dict[str, Any]) -> None:
@@ -185,27 +185,27 @@ class _Journal:
         self._others = [row for row in found if row.get("search") != self.search]
 
     def add(self, settings: Recipe, score: float | None) -> None:
-        """Writes down one more."""
+        """Appends a candidate."""
         self.rows.append({"search": self.search, "tried": _named(settings), "score": score})
         write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (*self._others, *self.rows)))
 
 
 def _named(settings: Recipe) -> str:
-    """The searched settings of a candidate, in words."""
+    """The searched settings of a candidate, as text."""
     values = {name: getattr(settings.distill, name) for name in settings.distill.search_factors}
     return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
 def _candidates(choices: Mapping[str, tuple[float, ...]], seed: int) -> Iterator[dict[str, float]]:
-    """Endless factors of the searched settings, drawn without a memory; the first ones are ignored."""
+    """Yields factors for the searched settings without end, drawn independently. The first ones are ignored."""
     generator = seeding.generator(seed, "tune")
     while True:
         yield {name: some[int(torch.randint(len(some), (), generator=generator))] for name, some in choices.items()}
 
 
 def _judge(job: Job, trajectories: Trajectories) -> float | None:
-    """The accuracy on the validation part; None for settings that collapse."""
-    # No longer than the finished recipe's experts will be: the last epoch describes the images of the start.
+    """The accuracy on the validation part; None if the run collapses."""
+    # No longer than the experts of the final recipe: the initialisation uses the features of their last epoch.
     experts = Trajectories(trajectories.folder, len(trajectories), job.recipe.expert_config.epochs)
     check_experts(experts, job)
     try:

@@ -11,5 +11,5 @@ app = App(
     version=__version__,
     help="Dataset distillation: a large labelled image set in, a tiny synthetic one out.",
     version_flags=["--version"],
-    suppress_keyboard_interrupt=False,  # `main` answers it
+    suppress_keyboard_interrupt=False,  # `main` handles it
 )

@@ -1,4 +1,4 @@
-"""Whether files are what was written."""
+"""Checks files for damage."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dstill.errors import DstillError
 
 
 def check(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Every file of dstill among `paths` and below them, with what is wrong with it; an empty string if it is whole.
+    """All files of dstill among `paths` and below them, each with its fault, or an empty string if it is intact.
 
     Raises:
-        DstillError: there is no such file or folder, or no file of dstill in it.
+        DstillError: a path does not exist, or there is no file of dstill.
     """
     found: list[Path] = []
     for path in paths:

@@ -21,8 +21,8 @@ def export(distilled: Path, kind: Literal["hf", "png", "npz", "pt"], *, out: Out
 
     Args:
         distilled: distilled.safetensors or its folder.
-        kind: hf: a Hugging Face data set folder; png: a file an image; npz: NumPy arrays; pt: the field's images_best.pt,
-            labels_best.pt and lr_best.pt.
+        kind: hf: a Hugging Face data set folder; png: one file per image; npz: NumPy arrays; pt: images_best.pt,
+            labels_best.pt and lr_best.pt, as trajectory matching scripts read them.
         out: folder.
     """
     from dstill.artifacts.distilled import DistilledSet
@@ -50,12 +50,12 @@ def import_(
     Args:
         path: images_best.pt beside labels_best.pt (MTT, FTD, TESLA, DATM), res_*.pt (DC, DSA, DM), or an export of dstill.
         source: the real data that it was distilled from; see `dstill run`.
-        preprocess: what its images went through: published: the constants of the field's scripts; standardise or zca: fitted
-            on the real data. This and the next four are for files of other programs: ours tell it themselves.
-        method: name for tables.
+        preprocess: preprocessing of its images: published: the constants of the field's scripts; standardise or zca: fitted
+            on the real data. This and the next four are only for files of other programs; exports of dstill contain them.
+        method: method name for tables.
         net: network that it was distilled with.
         augmentation: DSA operations joined by _ to train with, or none.
-        alpha: learning rate, where no lr_best.pt tells it.
+        alpha: learning rate, if there is no lr_best.pt.
         out: folder for distilled.safetensors.
         data: how the real data are read.
         common: how the command behaves.
@@ -85,7 +85,7 @@ def import_experts(*buffers: Path, out: Out) -> None:
 
 @app.command
 def show(path: Path, *, png: Path | None = None) -> None:
-    """Say what a file or folder of dstill is.
+    """Describe a file or folder of dstill.
 
     Args:
         path: a distilled set, a run folder, a folder of experts, or a result.json.
@@ -105,7 +105,7 @@ def ls(
     *,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """List what dstill knows by name.
+    """List the names that dstill knows.
 
     Args:
         kind: what to list.
@@ -134,7 +134,7 @@ def check(*paths: Path) -> None:
     """Read files whole and compare them with their checksums. The exit code is 1 if one is damaged.
 
     Args:
-        paths: files, or folders with all that is below them.
+        paths: files, or folders with everything below them.
     """
     from dstill.cli.check import check as check_files
 

@@ -68,7 +68,7 @@ def judge(
     machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
-    """Ask what a set owes to its images, its labels, its augmentation and its network.
+    """Test how much of a set's accuracy comes from its images, its labels, its augmentation and its network.
 
     Args:
         distilled: distilled.safetensors or its folder.
@@ -76,7 +76,7 @@ def judge(
         nets: evaluation networks, joined by commas.
         augmentations: DSA strategies, joined by commas (default: the set's own, and none).
         protocol: ast, mtt, frepo, quick, or a YAML file (default: the recipe's).
-        networks: fresh networks a row (default: the protocol's).
+        networks: fresh networks per row (default: the protocol's).
         whole: also train on the whole training set, for each network and augmentation.
         out: folder for judgement.json and judgement.md.
         data: how the real data are read.
@@ -103,14 +103,14 @@ def plan(
     machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
-    """Say what `dstill run` with the same options would take: time, memory and disk, stage by stage.
+    """Estimate what `dstill run` with the same options would take: time, memory and disk, stage by stage.
 
     Args:
-        source: see `dstill run`; data of a known name that are not embedded are not loaded for this.
+        source: see `dstill run`; data of a known name are not loaded for this, unless they are embedded.
         choice: which settings it takes.
         sets: synthetic sets to distil and evaluate.
         evaluation: how the sets are measured.
-        recording: what is recorded on the way.
+        recording: what is recorded while distilling.
         data: how the real data are read.
         machine: where the work would be done.
         common: how the command behaves.
@@ -142,8 +142,9 @@ def compare(
     machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
-    """Run several methods and put them in one table. Interrupted, the same command resumes. The exit code is 1 if a row
-    failed.
+    """Run several methods and put them in one table.
+
+    After an interruption, the same command resumes. The exit code is 1 if a row failed.
 
     Args:
         source: see `dstill run`.
@@ -151,9 +152,9 @@ def compare(
         ipc: synthetic images per class: one number, or several joined by commas.
         recipe: smoke for runs of seconds (default: each method's own).
         changes: section.key=value for every row, for example `--set net.width=32`.
-        out: folder of the table and of a run for each row (default runs/DATA-compare-seedS).
-        sets: synthetic sets a row.
-        networks: fresh networks a set (default: the protocol's).
+        out: folder of the tables and of a run folder for each row (default runs/DATA-compare-seedS).
+        sets: synthetic sets per row.
+        networks: fresh networks per set (default: the protocol's).
         protocol: ast, mtt, frepo, quick, or a YAML file, for every row.
         whole: also train on the whole training set.
         checkpoint_every: store the state every so many iterations.
@@ -188,16 +189,18 @@ def reproduce(
     machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
-    """Work out a table or figure of the paper, ours beside the published figures. Interrupted, the same command resumes.
+    """Run a table or figure of the paper and show our figures beside the published ones.
+
+    After an interruption, the same command resumes.
 
     Args:
         what: table1 to table8, fig3 to fig11 (`dstill ls reproductions`).
-        scale: smoke: seconds on the digits; cpu: hours on a few cores; gpu: minutes a row on a large card (table3, fig6);
-            paper: as published.
+        scale: smoke: seconds on the digits; cpu: hours on a few cores; gpu: minutes per row on a large card (table3,
+            fig6); paper: as published.
         source: NAME=SOURCE for data that are not to be taken from the hub, for example cifar10=data/cifar10-*.parquet.
-        only: names of rows to run, joined by commas; the others are shown if they are there.
-        sets: distilled sets a row (default: the scale's number); a later call with more goes on from those that are there.
-        plan: say what it would take if nothing were there yet, and stop.
+        only: names of rows to run, joined by commas; the others are shown if they exist.
+        sets: distilled sets per row (default: the scale's number); a later call with more makes only those that are missing.
+        plan: estimate what it would take if nothing existed yet, and stop.
         out: folder of results.
         runs: folder of run folders, shared by all reproductions.
         checkpoint_every: store the state every so many iterations.

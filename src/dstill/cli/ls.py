@@ -1,4 +1,4 @@
-"""What `dstill ls` prints; no torch."""
+"""What `dstill ls` prints. Importing this does not import torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dstill.evaluation.protocols import load_protocol, protocol_names
 from dstill.nets.networks import NETWORKS
 from dstill.reproductions.spec import load_reproduction, reproduction_names
 
-# Of the objects of a kind, what a printed list shows.
+# The keys of each kind that a printed list shows.
 _SHOWN = {"methods": ("name", "family", "needs", "labels", "paper", "note")}
 
 
 def table(kind: str) -> list[str]:
-    """The printed list of a kind, a line an object, in columns."""
+    """The printed list of a kind in columns, one line per object."""
     keys = _SHOWN.get(kind, ("name", "note"))
     cells = [[str(row[key]) for key in keys] for row in rows(kind)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(keys))]

@@ -1,6 +1,6 @@
-"""The command line: a command that makes or measures something is the public function of the same name.
+"""The entry point of the command line.
 
-Importing this never imports torch.
+Importing this does not import torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FAULTS = {
 
 
 def machine_fault(error: BaseException) -> str | None:
-    """What the machine lacks, in words; None where the error is of another kind."""
+    """What the machine lacks, in words; None for other errors."""
     if isinstance(error, OSError) and error.errno in _FAULTS:
         return _FAULTS[error.errno] + (f" ({error.filename})" if error.filename else "")
     text = str(error)
@@ -41,7 +41,7 @@ def machine_fault(error: BaseException) -> str | None:
 
 
 def main() -> None:
-    """Entry point: one sentence instead of a traceback for whatever the user can put right."""
+    """Entry point. Prints one sentence instead of a traceback for everything that the user can fix."""
     debug = "--debug" in sys.argv
     raise_on_sigterm()
     try:
@@ -52,13 +52,13 @@ def main() -> None:
         print(f"dstill: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ndstill: interrupted; what was stored is kept, and the same command goes on from there", file=sys.stderr)
+        print("\ndstill: interrupted; what was stored is kept, and the same command resumes from there", file=sys.stderr)
         sys.exit(130)
     except Terminated:
-        print("\ndstill: terminated; what was stored is kept, and the same command goes on from there", file=sys.stderr)
+        print("\ndstill: terminated; what was stored is kept, and the same command resumes from there", file=sys.stderr)
         sys.exit(143)
     except MemoryError:
-        print("dstill: out of memory; what was stored is kept, and dstill plan says what a run takes", file=sys.stderr)
+        print("dstill: out of memory; what was stored is kept, and dstill plan estimates what a run takes", file=sys.stderr)
         sys.exit(3)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,7 +67,7 @@ def main() -> None:
         sentence = machine_fault(error)
         if debug or sentence is None:
             raise
-        print(f"dstill: {sentence}; what was stored is kept, and the same command goes on from there", file=sys.stderr)
+        print(f"dstill: {sentence}; what was stored is kept, and the same command resumes from there", file=sys.stderr)
         sys.exit(3)
 
 

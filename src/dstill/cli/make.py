@@ -26,7 +26,7 @@ def run(
     machine: Machine = _MACHINE,
     common: Common = _COMMON,
 ) -> None:
-    """Experts, distillation, evaluation and a summary. Interrupted, the same command resumes.
+    """Train experts, distil, evaluate, and print a summary. After an interruption, the same command resumes.
 
     Args:
         source: digits, cifar10, another name of `dstill ls datasets`, a hub id, a folder of images, or Parquet files.
@@ -34,7 +34,7 @@ def run(
         out: run folder (default runs/DATA-METHOD-ipcK-seedS).
         sets: synthetic sets to distil and evaluate.
         evaluation: how the sets are measured.
-        recording: what is recorded on the way.
+        recording: what is recorded while distilling.
         expert_seed: seed of the experts (default: --seed), for sets of other seeds from the same experts.
         data: how the real data are read.
         machine: where the work is done.
@@ -63,7 +63,7 @@ def train_experts(
     Args:
         source: see `dstill run`.
         choice: which settings it takes.
-        only: numbers of the experts to train, joined by commas, for a share of the work elsewhere.
+        only: numbers of the experts to train, joined by commas, to split the work between machines.
         data: how the real data are read.
         machine: where the work is done.
         common: how the command behaves.
@@ -96,7 +96,7 @@ def distill(
         experts: folder of trajectories (default: the recipe's, trained if the cache lacks them).
         init: a distilled set to start from, instead of the recipe's initialisation.
         out: folder for the set, its picture, its metrics and its checkpoints.
-        recording: what is recorded on the way.
+        recording: what is recorded while distilling.
         expert_seed: seed of the experts (default: --seed), for sets of other seeds from the same experts.
         data: how the real data are read.
         machine: where the work is done.

@@ -1,4 +1,4 @@
-"""Options of the command line alone, beside those that it shares with Python (`dstill.api.options`). No torch here."""
+"""Options of the command line only; `dstill.api.options` has those that it shares with Python. Never imports torch."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Data:
 
     Attributes:
         image_size: side in pixels to bring every image to.
-        fit: how: pad, resize or crop.
-        train_fraction: share of the training images to keep; which ones does not depend on the seed.
+        fit: how to bring it there: pad, resize or crop.
+        train_fraction: share of the training images to keep; the choice does not depend on the seed.
         classes: names of the classes to keep, joined by commas.
-        test_fraction: cut this share off the training images, for data that has no test split; always the same images.
+        test_fraction: share of the training images to use for testing, for data without a test split; always the same images.
     """
 
     image_size: Whole | None = None
@@ -42,18 +42,18 @@ class Data:
     test_fraction: float | None = None
 
     def load(self, source: str, out: Path | None = None) -> RealSet:
-        """The data. They do not depend on the command's seed: images that one command judges by, none may have trained on.
+        """Loads the data. The splits do not depend on the seed, so that no command trains on the test images of another.
 
         Raises:
-            DstillError: see `load_real`; or `out`, where results will go, lies inside a folder of images, of which it would be
-                a part the next time.
+            DstillError: see `load_real`; or `out`, the folder of results, lies inside the folder of images, so that the next
+                command would read it as data.
         """
         from dstill.data.real import load_real
 
         folder = Path(source).expanduser()
         inside = out is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve())
         if inside and next(folder.rglob("*.parquet"), None) is None:
-            raise DstillError(f"{out} lies inside the images' folder {folder}: pass -o a folder outside it")
+            raise DstillError(f"{out} lies inside the folder of images {folder}: pass -o a folder outside it")
         return load_real(
             source,
             image_size=self.image_size,
@@ -70,7 +70,7 @@ class Common:
     """How a command behaves.
 
     Attributes:
-        seed: decides everything random.
+        seed: determines everything random.
         quiet: print the result only.
         debug: show the traceback of an error.
     """
@@ -80,7 +80,7 @@ class Common:
     debug: bool = False
 
     def arguments(self, machine: Machine, expert_seed: int | None = None) -> dict[str, Any]:
-        """Arguments of the public functions: the seed, the machine with all its cores, and who is told of the progress."""
+        """Arguments of the public functions: the seed, the machine with all its cores, and whether progress is shown."""
         seed = self.seed if expert_seed is None else Seeds(self.seed, expert_seed)
         machine = replace(machine, workers="auto") if machine.workers is None else machine
         return {"seed": seed, "machine": machine, "progress": ConsoleReporter(sys.stderr, quiet=self.quiet)}
@@ -110,10 +110,10 @@ class Choice:
 
 
 def numbers(text: str | None, option: str) -> list[int]:
-    """Whole numbers between commas.
+    """Whole numbers, separated by commas.
 
     Raises:
-        DstillError: something else stands there; names the option.
+        DstillError: the text is something else; names the option.
     """
     try:
         return [int(number) for number in names(text)]
@@ -125,7 +125,7 @@ def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
     """NAME=VALUE as a mapping.
 
     Raises:
-        DstillError: no equals sign; names the option.
+        DstillError: there is no equals sign; names the option.
     """
     pairs = [text.partition("=") for text in texts]
     for name, sign, value in pairs:

@@ -16,11 +16,11 @@ def describe(path: Path) -> str:
     """A few lines on a distilled set, a run folder, a folder of experts or a result.
 
     Raises:
-        DstillError: it is none of them.
+        DstillError: the path is none of them.
     """
     if path.is_dir():
         if (path / RESULT_NAME).exists():
-            # A run before may have had more sets.
+            # The folder may hold further sets of an earlier run.
             folders = [path / f"set-{k}" for k in range(Result.load(path / RESULT_NAME).sets)]
             sets = [_distilled(folder) for folder in folders if (folder / FILE_NAME).exists()]
             return "\n".join([_result(path / RESULT_NAME), *sets])
@@ -45,7 +45,7 @@ def _distilled(path: Path) -> str:
     one = DistilledSet.load(path)
     labels = "hard labels"
     if one.labels.is_floating_point():
-        labels = f"soft labels that give their first class {one.labels.softmax(1).amax(1).mean():.0%} on average"
+        labels = f"soft labels that give their most likely class {one.labels.softmax(1).amax(1).mean():.0%} on average"
     shape = "x".join(str(side) for side in one.images.shape[1:])
     rate = f"{one.alpha:.4g}" if one.alpha else "of the protocol"
     lines = [

@@ -1,4 +1,4 @@
-"""The tables that commands end with."""
+"""The tables that commands print at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dstill.artifacts.result import Result
 from dstill.planning.plan import Plan
 from dstill.support.console import duration, printable, size
 
-_PIPED = 140  # piped output has no width of its own, and a cut number would be a wrong one
+_PIPED = 140  # piped output has no width, and a truncated number would be wrong
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -42,12 +42,12 @@ def _print(lines: Sequence[Sequence[str]], left: Sequence[str], title: str) -> N
 
 
 def _plain(text: str) -> str:
-    """Text that means nothing to rich or to the terminal, whatever file it came from."""
+    """Text without markup for rich or control characters for the terminal, since it may come from any file."""
     return escape(printable(text))
 
 
 def print_plan(plan: Plan) -> None:
-    """The stages of a plan, their sum, and what stands against it."""
+    """The stages of a plan, their sum, and warnings."""
     table = Table(title=_plain(plan.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("stage", "time", "memory", "disk", ""):
         table.add_column(column, justify="right" if column in ("time", "memory", "disk") else "left")
@@ -63,7 +63,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def print_result(result: Result) -> None:
-    """The table at the end: the method beside random images and, where measured, the whole set."""
+    """The table of a result: the method beside random images and, if measured, the whole training set."""
     table = Table(title=_plain(result.title))
     for column in ("", f"{result.measured_on} accuracy %", "± std", "n"):
         table.add_column(column, justify="left" if not column else "right")

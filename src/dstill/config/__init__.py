@@ -1,4 +1,4 @@
 """Settings: their types, the table of methods, YAML files, and recipes.
 
-Nothing here imports torch when it is imported. What a setting does is in the room that reads it.
+Importing this room does not import torch. What a setting does is in the room that reads it.
 """

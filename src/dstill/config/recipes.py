@@ -1,4 +1,4 @@
-"""Recipes: every published setting as a file, and how one is found, changed by flags, or derived for other data."""
+"""Recipes: every published setting is a file. Recipes are found by name, changed by flags, or derived for other data."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ Changes = Sequence[str] | Mapping[str, Any]
 _FOLDER = Path(__file__).parent / "recipe_files"
 # Data sets that share the recipes of another name.
 _SHARED = dict.fromkeys(("nette", "woof", "meow", "squawk", "fruit", "yellow"), "imagenet-subset")
-# Side, classes of the data sets that recipes are written for: how near another data set is to them.
+# Side and number of classes of the data sets that have recipes, to find the one nearest to other data.
 _PUBLISHED = {"cifar10": (32, 10), "cifar100": (32, 100), "tiny-imagenet": (64, 200), "imagenet-subset": (128, 10)}
 _ZCA_MAX_PIXELS = 3 * 48 * 48
-DERIVED = "derived from"  # begins the note of settings that no recipe was written for
-_FOREIGN = 100.0  # added to the distance of other data: more than any two cases of one data set are apart
+DERIVED = "derived from"  # first words of the note of settings derived for a case without a recipe
+_FOREIGN = 100.0  # distance added for another data set: more than between any two cases of the same one
 
 
 def recipe_names() -> list[str]:
-    """Names of all shipped recipes, `<data>/<method>[-released|-tuned]-ipc<k>`: the paper's, its code's, what won here."""
+    """Names of all shipped recipes, `<data>/<method>[-released|-tuned]-ipc<k>`: of the paper, its code, or tuned here."""
     return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.glob("*/*.yaml"))
 
 
 def recipe_heads() -> dict[str, dict[str, Any]]:
-    """What the shipped recipes say first, by name: note, data, method, IPC. No method is imported for it."""
+    """The first keys of the shipped recipes, by name: note, data, method, IPC. Imports no method."""
     files = {name: yamls.read_mapping(_FOLDER / f"{name}.yaml") for name in recipe_names()}
     return {name: {key: values[key] for key in ("note", "data", "method", "ipc")} for name, values in files.items()}
 
 
 def load_recipe(name: str) -> Recipe:
-    """A shipped recipe by name, or one in a YAML file of your own.
+    """A shipped recipe by name, or one from your own YAML file.
 
     Args:
         name: a name of `dstill ls recipes`, or a path that ends in .yaml.
 
     Returns:
-        The settings; keys that the file leaves out have the method's defaults.
+        The settings. Keys that the file leaves out take the method's defaults.
 
     Raises:
         DstillError: unknown name, unknown key, wrong type.
@@ -77,14 +77,14 @@ def resolve(
     """The settings of a run, and a sentence on where they come from.
 
     Args:
-        recipe: name or file; `smoke` for a tiny run on any data; None: the data set's own recipe, the tuned one where there
-            is one, else settings derived from the nearest recipe.
+        recipe: name or file; `smoke` for a tiny run on any data; None for the data set's own recipe (the tuned one if there
+            is one), or else settings derived from the nearest recipe.
         data: name of the real data.
         shape: shape of the real data.
-        method: must agree with the recipe's; `ast` where there is neither.
-        ipc: overrides the recipe's; 1 where there is neither.
+        method: must agree with the recipe's method; `ast` if neither is given.
+        ipc: overrides the recipe's; 1 if neither is given.
         changes: assignments `section.key=value`, applied last.
-        memory: bytes of memory of the device, which derived settings must fit.
+        memory: memory of the device in bytes, which derived settings must fit.
 
     Raises:
         DstillError: see `load_recipe`; or a change names an unknown key.
@@ -96,7 +96,7 @@ def resolve(
     about = _About(data, shape, memory)
     if recipe == "smoke":
         found = _smoke(_default(about, method or "ast", ipc or 1)[0])
-        origin = "settings of a smoke run: they show that everything works, not what it can reach"
+        origin = "settings of a smoke run: they show that everything works, not what accuracy is possible"
     elif recipe is None:
         found, origin = _default(about, method or "ast", ipc or 1)
     else:
@@ -109,7 +109,7 @@ def resolve(
 
 
 class _About(NamedTuple):
-    """The data that settings are looked for."""
+    """The data for which settings are wanted."""
 
     name: str
     shape: Shape
@@ -117,7 +117,7 @@ class _About(NamedTuple):
 
 
 def check_method(recipe: Recipe, method: str | None, name: str) -> None:
-    """Raises `DstillError` where another method is asked for than the recipe's, whose settings are not that one's."""
+    """Raises `DstillError` if the method is not the recipe's, whose settings would not apply to it."""
     if method is not None and method != recipe.method:
         raise DstillError(f"{name} is for method {recipe.method!r}, not {method!r}: leave one of the two out")
 
@@ -126,14 +126,14 @@ def assignments(changes: Changes) -> list[str]:
     """Changes as assignments `section.key=value`.
 
     Raises:
-        DstillError: they are neither a mapping nor a list of assignments.
+        DstillError: `changes` is neither a mapping nor a list of assignments.
 
     Example:
         >>> assignments({"distill": {"iterations": 300}, "net.width": 32})
         ['distill.iterations=300', 'net.width=32']
     """
     if isinstance(changes, str) or not isinstance(changes, Mapping | Sequence):
-        raise DstillError(f"changes are a mapping or a list of 'section.key=value', got {changes!r}")
+        raise DstillError(f"changes must be a mapping or a list of 'section.key=value', got {changes!r}")
     if not isinstance(changes, Mapping):
         return list(changes)
     found: list[str] = []
@@ -146,7 +146,7 @@ def assignments(changes: Changes) -> list[str]:
 
 
 def _assign(values: dict[str, Any], changes: Sequence[str]) -> None:
-    """Puts assignments into the nested plain values of a recipe."""
+    """Applies assignments to the nested plain values of a recipe."""
     for change in changes:
         path, separator, text = change.partition("=")
         if not separator:
@@ -177,13 +177,13 @@ def _default(about: _About, method: str, ipc: int) -> tuple[Recipe, str]:
 
 
 def published(data: str, method: str, ipc: int) -> str | None:
-    """Name of the recipe with a method's published settings for a case, None where there is none."""
+    """Name of the recipe with a method's published settings for a case; None if there is none."""
     name = f"{_SHARED.get(data, data)}/{method}-ipc{ipc}"
     return name if name in recipe_names() else None
 
 
 def _tuned(name: str) -> str:
-    """The recipe with the settings that won here, where there is one beside the published one."""
+    """The recipe with settings tuned here, if there is one beside the published one."""
     tuned = name.replace("-ipc", "-tuned-ipc")
     return tuned if tuned in recipe_names() else name
 
@@ -197,7 +197,7 @@ def _distance(about: _About, ipc: int, candidate: Recipe) -> float:
 
 
 def _comparable(about: _About, method: str) -> list[str]:
-    """The method's recipes that settings for these data can be derived from."""
+    """The method's recipes from which settings for these data can be derived."""
     return [
         name
         for name in recipe_names()
@@ -206,9 +206,9 @@ def _comparable(about: _About, method: str) -> list[str]:
 
 
 def _derived(about: _About, method: str, ipc: int) -> tuple[Recipe, str]:
-    """Settings for a case that no recipe was written for: those of the nearest recipe, adapted.
+    """Settings for a case without a recipe: those of the nearest recipe, adapted.
 
-    The data set's own recipe of another IPC is nearest; else published cases are compared by side, classes and IPC.
+    A recipe of the same data set at another IPC is nearest. Otherwise published cases are compared by side, classes and IPC.
     """
     nearest = _tuned(min(_comparable(about, method), key=lambda name: _distance(about, ipc, load_recipe(name))))
     base, missing = load_recipe(nearest), f"no recipe for {about.name} at IPC {ipc}: settings derived from {nearest}"
@@ -229,27 +229,27 @@ def _derived(about: _About, method: str, ipc: int) -> tuple[Recipe, str]:
 
 
 def _depth(side: int) -> int:
-    """Blocks of a ConvNet for images of this side: as published from 16 pixels on, one more for smaller images."""
+    """Blocks of a ConvNet for images of this side: the published depth from 16 pixels on, one more for smaller images."""
     return max(1, min(5, int(math.log2(side)) - 2)) if side >= 16 else max(1, int(math.log2(side)) - 1)
 
 
 def _mirrors(name: str) -> bool:
-    """Whether a mirrored image keeps its class; unknown data are taken to."""
+    """Whether a mirrored image keeps its class; assumed for unknown data."""
     return name not in DATASETS or DATASETS[name].mirror
 
 
 def _augmentation(strategy: str, mirror: bool) -> str:
-    """Without the mirror for data whose classes it changes."""
+    """The augmentation, without mirroring for data whose classes it changes."""
     return strategy if mirror else "_".join(op for op in strategy.split("_") if op != "flip")
 
 
 def _preprocess(kind: Literal["standardise", "zca"], shape: Shape) -> Literal["standardise", "zca"]:
-    """ZCA takes the square of the pixels in memory and their cube in time: only for small images."""
+    """ZCA only for small images: its memory grows with the square of the pixels, its time with the cube."""
     return kind if shape.numbers <= _ZCA_MAX_PIXELS else "standardise"
 
 
 def _smoke(recipe: Recipe) -> Recipe:
-    """A recipe shrunk until it takes seconds: narrow network, two short experts, a few iterations."""
+    """A recipe reduced to a run of seconds: narrow network, two short experts, a few iterations."""
     net = recipe.net.model_copy(update={"width": 8})
     update: dict[str, Any] = {"net": net, "protocol": "quick", "distill": recipe.distill.smoke()}
     if recipe.experts:
@@ -258,13 +258,13 @@ def _smoke(recipe: Recipe) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """A recipe as YAML text that `load_recipe` reads back; nulls where leaving a key out would mean the method's default."""
+    """A recipe as YAML text for `load_recipe`. Null is written if leaving the key out would mean the method's default."""
     short = canonical(recipe, exclude_none=True)
     return yamls.dump(short if Recipe.model_validate(short) == recipe else canonical(recipe))
 
 
 def changed(recipe: Recipe, changes: Sequence[str], where: str) -> Recipe:
-    """A recipe with assignments `section.key=value` applied and checked."""
+    """A recipe with assignments `section.key=value` applied; the result is checked."""
     values = recipe.model_dump()
     _assign(values, changes)
     return yamls.validate(Recipe, values, where)

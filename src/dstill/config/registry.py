@@ -1,4 +1,4 @@
-"""The table of methods. A new method is one file and one line here, or an entry point of another package.
+"""The table of methods. A new method takes one file and one line here, or an entry point of another package.
 
 Nothing here imports torch. Another package registers a method by an entry point of the group `dstill.methods`. The entry
 point's name is the method's name, and its value is a `MethodInfo`.
@@ -23,17 +23,17 @@ Labels = Literal["hard", "soft"]
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What can be said of a method without importing it.
+    """Facts about a method that are known without importing it.
 
     Attributes:
         path: `module:Class` of a `dstill.methods.base.Method`.
-        family: the idea that it belongs to.
+        family: the family of methods, such as `trajectory matching`.
         needs: what is trained first. `experts`: expert trajectories; `trained network`: one network trained on the real
-            images, with a record of what it got wrong on the way; `real images`: nothing.
+            images, with the number of times it forgot each of them; `real images`: nothing.
         labels: `hard` class ids, or `soft` labels that are part of the result.
         paper: who published it.
         note: one line for `dstill ls methods`.
-        curves: metrics of its own that reports draw, and their titles; `loss` and `alpha` are drawn anyway.
+        curves: further metrics that reports draw, and their titles; `loss` and `alpha` are always drawn.
 
     Example:
         >>> info = MethodInfo("my_package:Mine", family="mine", needs="real images", labels="hard", note="a line")
@@ -135,22 +135,22 @@ METHODS: dict[str, MethodInfo] = {
 
 @functools.cache
 def methods() -> dict[str, MethodInfo]:
-    """All methods: dstill's own, and those that installed packages register.
+    """All methods: those of dstill, and those that installed packages register.
 
     Raises:
-        DstillError: a package registers something else than a `MethodInfo`, or a name that is taken, or cannot be imported.
+        DstillError: a package registers something other than a `MethodInfo`, uses a name that is taken, or cannot be imported.
     """
     found = dict(METHODS)
     for point in metadata.entry_points(group=ENTRY_POINTS):
         reason = "the name is taken" if point.name in found else ""
         try:
             info = point.load()
-        except Exception as error:  # whatever that package does when it is imported
+        except Exception as error:  # importing the package may raise anything
             reason = f"{type(error).__name__}: {error}"
         else:
             reason = reason or _fault(info)
         if reason:
-            raise DstillError(f"method {point.name!r} of {point.value} cannot be registered: {reason}; uninstall or mend it")
+            raise DstillError(f"method {point.name!r} of {point.value} cannot be registered: {reason}; uninstall or repair it")
         found[point.name] = info
     return found
 
@@ -164,9 +164,9 @@ def _fault(info: object) -> str:
 
 
 def known(name: object) -> bool:
-    """Whether a file may name this method: a registered one, or a class of a module that is imported already.
+    """Whether a file may name this method: it is registered, or a class of a module that is already imported.
 
-    A file does not decide what is imported.
+    A file must not decide what is imported.
 
     Example:
         >>> known("ast"), known("somewhere.else:Method")
@@ -178,12 +178,12 @@ def known(name: object) -> bool:
 
 
 def method_info(name: str) -> MethodInfo:
-    """The entry of a method in the table, or what your own `package.module:Class` says of itself.
+    """The entry of a method in the table, or the `info` of your own `package.module:Class`.
 
     Raises:
         DstillError: the name is unknown.
     """
-    if name in METHODS:  # without importing what other packages register
+    if name in METHODS:  # avoids importing other packages
         return METHODS[name]
     if ":" in name:
         said = getattr(load_class(name, "method"), "info", None)
@@ -194,19 +194,19 @@ def method_info(name: str) -> MethodInfo:
 
 
 def load_method(name: str) -> Any:
-    """The class of a method, imported now; see `dstill.methods.base.method_class`, which knows its type.
+    """Imports the class of a method; `dstill.methods.base.method_class` returns it with its type.
 
     Raises:
-        DstillError: the name is unknown, or the class cannot be imported, or is no method.
+        DstillError: the name is unknown, or the class cannot be imported, or is not a method.
     """
     found = load_class(method_info(name).path, f"method {name!r}")
     if not (isinstance(found, type) and hasattr(found, "Settings")):
-        raise DstillError(f"method {name!r} is {found!r}, which is no class of dstill.Method: derive it from that")
+        raise DstillError(f"method {name!r} is {found!r}, which is no class of dstill.Method: derive it from dstill.Method")
     return found
 
 
 def curve_titles(method: str) -> dict[str, str]:
-    """Metrics that reports draw for a method, and their titles; those of every method where it is not installed.
+    """Metrics that reports draw for a method, and their titles; those of all methods if this one is not installed.
 
     Example:
         >>> curve_titles("dm")

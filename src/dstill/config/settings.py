@@ -1,4 +1,4 @@
-"""Every setting, typed and frozen. Unknown keys are refused; nothing here imports torch."""
+"""All settings, typed and frozen. Unknown keys are refused. Importing this does not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Form = Literal["off", "paper", "released"]
 Precision = Literal["float32", "bfloat16-backward", "bfloat16"]
 Positive = Annotated[float, Field(gt=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-# More than anybody can wait for or store, and few enough for every integer type.
+# More than anyone can wait for or store, yet small enough for every integer type.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -30,7 +30,7 @@ class NetConfig(Settings):
     """A network by name; options left out take the network's own defaults."""
 
     name: str = "convnet"
-    """A name of `dstill ls networks`, or the user's own `package.module:Class` taking (channels, classes, size, **options)."""
+    """A name of `dstill ls networks`, or your own `package.module:Class`, which takes (channels, classes, size, **options)."""
     width: Count | None = None
     """Channels of each convolution (ConvNet)."""
     depth: Count | None = None
@@ -40,7 +40,7 @@ class NetConfig(Settings):
 
 
 def evaluation_nets(own: NetConfig, names: Sequence[str]) -> list[NetConfig]:
-    """The networks of these names, `own` with its options where it is named; `own` alone where none is."""
+    """The networks of these names, where `own` keeps its options; only `own` if there are no names."""
     return [own if name == own.name else NetConfig(name=name) for name in names] or [own]
 
 
@@ -48,9 +48,9 @@ class GsamConfig(Settings):
     """Surrogate-gap sharpness-aware minimisation, for FTD's flat experts."""
 
     rho: Positive = 0.01
-    """Radius of the (adaptive) ascent step."""
+    """Radius of the adaptive ascent step."""
     alpha: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the descent along the part of the gradient that is orthogonal to the perturbed one."""
+    """Weight of the part of the gradient that is orthogonal to the perturbed one."""
 
 
 class ExpertConfig(Settings):
@@ -59,9 +59,9 @@ class ExpertConfig(Settings):
     count: Count = 50
     """Number of experts."""
     epochs: Count | None = None
-    """Passes over the real training set, one record each; left out: what the matching needs, T+ + M - 1."""
+    """Passes over the real training set, each recorded; left out: as many as matching needs, T+ + M - 1."""
     planned_epochs: Count = 50
-    """The E that the learning-rate step at E/2 refers to, also where fewer epochs are trained."""
+    """The E of the learning-rate step at E/2, even if fewer epochs are trained."""
     optimiser: Literal["sgd", "adam"] = "sgd"
     """`sgd` with `momentum`, or Adam."""
     lr: Positive = 0.003
@@ -71,21 +71,21 @@ class ExpertConfig(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
     """L2 coefficient added to the gradient."""
     batch_size: Count = 256
-    """Real images a step."""
+    """Real images per step."""
     clipped_loss: Form = "paper"
-    """λ of Eq. 19: over 5 epochs (paper), over 10 (released), or off."""
+    """λ of Eq. 19: grows over 5 epochs (paper) or over 10 (released), or off."""
     gradient_penalty: Form = "paper"
-    """Second term of Eq. 19: norm over a sample, μ = 1 (paper); over channels at each pixel, μ = 2 (released); or off."""
+    """Second term of Eq. 19: norm over a sample, μ = 1 (paper); over the channels at each pixel, μ = 2 (released); or off."""
     lr_step: Form = "paper"
-    """Halved at epoch E/2 (paper); times 0.6 after epoch E/2 + 1 with the momentum lost (released); or never."""
+    """Learning rate: halved at epoch E/2 (paper); times 0.6 after epoch E/2 + 1, momentum reset (released); or constant."""
     gsam: GsamConfig | None = None
-    """Flat minima by GSAM (FTD); left out: plain gradients."""
+    """GSAM for flat minima (FTD); left out: plain gradients."""
     store: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which trajectories are stored."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the convolutions' products (ConvNet with instance norm); bfloat16 is an approximation."""
     compile: bool = False
-    """torch.compile the training step where native kernels do not run: about a minute, then faster."""
+    """torch.compile the training step where native kernels do not run. It takes about a minute; then steps are faster."""
 
 
 class TrainingConfig(Settings):
@@ -100,20 +100,20 @@ class TrainingConfig(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """L2 coefficient added to the gradient."""
     batch_size: Count = 256
-    """Real images a step."""
+    """Real images per step."""
 
 
 class Passes(NamedTuple):
-    """How often a batch goes through a network, for the estimate of a run's cost.
+    """How often a batch passes through a network, to estimate the cost of a run.
 
     Attributes:
-        kind: `forward`, `gradient` (forward and backward) or `tangent` (the second order alone), by the hand-written
-            derivatives where the network has them; `library-forward` and `library` are the first two by the library, for
-            methods that cannot use those derivatives.
-        times: how often in one iteration.
+        kind: `forward`, `gradient` (forward and backward) or `tangent` (only the second order), by the hand-written
+            derivatives if the network has them. `library-forward` and `library` are the first two by torch, for methods
+            that cannot use those derivatives.
+        times: passes per iteration.
         images: images in the batch.
         net: the network; None for the recipe's.
-        precision: of the convolutions.
+        precision: precision of the convolutions.
     """
 
     kind: Literal["forward", "gradient", "tangent", "library-forward", "library"]
@@ -124,14 +124,14 @@ class Passes(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What settings are derived for, where no recipe was written for it.
+    """A case without a recipe, for which settings are derived.
 
     Attributes:
         shape: shape of the real data.
         ipc: images per class.
         net: the network, with its depth.
         mirror: whether a mirrored image keeps its class.
-        memory: bytes of memory of the device.
+        memory: memory of the device in bytes.
     """
 
     shape: Shape
@@ -142,17 +142,17 @@ class Case(NamedTuple):
 
 
 class DistillConfig(Settings):
-    """Base of the settings of a method, the section `distill` of its recipes.
+    """Base of a method's settings, the section `distill` of its recipes.
 
-    What the rest of dstill must know of a method before it runs, the settings say. Each answer has a default, so that a
-    method only overrides what is special about it.
+    The settings also tell the rest of dstill what it must know about a method before a run. All of this has defaults, so that
+    a method overrides only what differs.
     """
 
     iterations: Annotated[int, Field(ge=0, le=10**9)] = 0
     """Updates of the synthetic set; 0 for methods that select real images."""
 
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-    """Settings that `tune` searches, with the factors that it may multiply each by; none: the method cannot be tuned."""
+    """Settings that `tune` searches, with the factors to multiply them by; if empty, the method cannot be tuned."""
 
     @classmethod
     def expert_defaults(cls) -> dict[str, Any]:
@@ -161,42 +161,42 @@ class DistillConfig(Settings):
 
     @property
     def epochs_needed(self) -> int | None:
-        """Epochs of an expert that the method reads; None where it does not say."""
+        """Expert epochs that the method reads; None if it does not say."""
         return None
 
     @property
     def describing_epochs(self) -> int | None:
-        """Epochs of the expert whose features describe images for the initialisation; None where any expert will do."""
+        """Epochs of the expert whose features the initialisation uses; None if any expert will do."""
         return None
 
     @property
     def starts_from_representatives(self) -> bool:
-        """Whether the synthetic set starts from real images that are chosen by an expert's features."""
+        """Whether the synthetic set starts from real images chosen by an expert's features."""
         return False
 
     @property
     def network_training(self) -> TrainingConfig:
-        """How the network that the method looks through is trained, for methods that need one."""
+        """How the network of methods that need a trained one is trained."""
         return TrainingConfig()
 
     def adapted(self, case: Case) -> Self:
-        """These settings for a case that they were not written for."""
+        """These settings adapted to a case that they were not written for."""
         return self
 
     def fitted(self, case: Case) -> tuple[Self, str]:
-        """These settings cut down to other data and to the memory, and a remark on what was cut, or an empty string."""
+        """These settings reduced to fit other data and the memory, and a remark on what was reduced, or an empty string."""
         return self, ""
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        """About what one iteration costs; nothing for methods that select."""
+        """The approximate cost of one iteration; empty for selection methods."""
         return []
 
     def scaled(self, factors: Mapping[str, float], longest: int | None) -> Self:
-        """These settings with those of `search_factors` multiplied; T+ stays within experts of `longest` epochs."""
+        """These settings with those in `search_factors` multiplied; T+ stays within experts of `longest` epochs."""
         return self.model_copy(update={name: getattr(self, name) * factor for name, factor in factors.items()})
 
     def smoke(self) -> Self:
-        """These settings cut down until a run takes seconds."""
+        """These settings reduced to a run of seconds."""
         return self.model_copy(update={"iterations": min(self.iterations, 5)})
 
 
@@ -204,7 +204,7 @@ class Recipe(Settings):
     """All settings of one result: a file `recipes/<data>/<method>-ipc<k>.yaml`, or your own."""
 
     data: str
-    """Data set that the settings were made for."""
+    """Data set that the settings were made for; only a note."""
     method: str
     """A name of `dstill ls methods`."""
     ipc: Count
@@ -218,16 +218,16 @@ class Recipe(Settings):
     net: NetConfig = NetConfig()
     """Network of experts, student and evaluation."""
     experts: ExpertConfig | None = None
-    """Expert trajectories; left out by methods that need none."""
+    """Expert trajectories; left out for methods that need none."""
     distill: Annotated[SerializeAsAny[DistillConfig], Field(validate_default=True)] = DistillConfig()
-    """The method's own settings; keys and defaults are those of the class that the method names."""
+    """The method's own settings; the method's class of settings defines keys and defaults."""
     protocol: str = "ast"
     """Evaluation protocol, a name of `dstill ls protocols`."""
 
     @field_validator("experts", mode="before")
     @classmethod
     def _experts_of_the_method(cls, section: Any, info: ValidationInfo) -> Any:
-        """Fills a section up with the method's own defaults: an expert of MTT is not one of AST."""
+        """Completes the section with the method's own defaults, since methods differ in how they train experts."""
         if not isinstance(section, dict) or "method" not in info.data:
             return section
         return {**settings_class(info.data["method"]).expert_defaults(), **section}
@@ -235,14 +235,14 @@ class Recipe(Settings):
     @field_validator("distill", mode="before")
     @classmethod
     def _settings_of_the_method(cls, section: Any, info: ValidationInfo) -> Any:
-        """Reads `distill` as the class of the method's settings."""
+        """Reads `distill` as an instance of the method's settings class."""
         if "method" not in info.data:
-            return DistillConfig()  # the missing method is what the user is told of
+            return DistillConfig()  # the error message is about the missing method
         wanted = settings_class(info.data["method"])
         if type(section) is wanted:
             return section
         if isinstance(section, DistillConfig) and issubclass(wanted, type(section)):
-            # A base class states all its fields, but for the common one, which knows the method's by what was set alone.
+            # A base class such as MatchingConfig determines all its fields, DistillConfig only those that were set.
             section = section.model_dump(exclude_unset=type(section) is DistillConfig)
         if isinstance(section, DistillConfig):
             raise ValueError(f"method {info.data['method']!r} takes a {wanted.__name__}, not a {type(section).__name__}")
@@ -250,14 +250,14 @@ class Recipe(Settings):
 
     @property
     def expert_config(self) -> ExpertConfig:
-        """The experts' settings with `epochs` filled in: no more than the matching needs unless asked."""
+        """The experts' settings with `epochs` filled in: as many as matching needs, unless they are set."""
         experts = self.experts or ExpertConfig(**self.distill.expert_defaults())
         if experts.epochs is not None:
             return experts
         return experts.model_copy(update={"epochs": self.distill.epochs_needed or experts.planned_epochs})
 
     def describing_expert(self, epochs: int) -> ExpertConfig | None:
-        """The one longer expert that the initialisation asks for beside experts of `epochs` epochs; None if they will do."""
+        """The one longer expert that the initialisation needs beside experts of `epochs` epochs; None if those suffice."""
         wanted = self.distill.describing_epochs
         if wanted is None or epochs >= wanted:
             return None
@@ -265,18 +265,18 @@ class Recipe(Settings):
 
 
 class Protocol(Settings):
-    """An evaluation protocol: versioned data, a file of `evaluation/protocol_files`."""
+    """An evaluation protocol, a versioned file in `evaluation/protocol_files`."""
 
     name: str
-    """Name that every result carries."""
+    """Name that is recorded in every result."""
     version: Count
     """Raised whenever a number below changes."""
     passes: Count
     """Passes over the synthetic set."""
     batch_size: Count
-    """Synthetic images a step."""
+    """Synthetic images per step."""
     loss: Literal["cross-entropy", "squared"] = "cross-entropy"
-    """Cross-entropy, or mean squared error of the outputs to the label probabilities minus 1/K, over √(K/10) (FRePo)."""
+    """Cross-entropy, or the mean squared error to the label probabilities minus 1/K, divided by √(K/10) (FRePo)."""
     optimiser: Literal["sgd", "adam"] = "sgd"
     """`sgd` with `momentum`, or Adam."""
     momentum: Momentum
@@ -284,13 +284,13 @@ class Protocol(Settings):
     weight_decay: Annotated[float, Field(ge=0)]
     """L2 coefficient."""
     lr: Positive
-    """Learning rate of sets that carry no learned α, and of Adam."""
+    """Learning rate for sets without a learned α, and for Adam."""
     schedule: Literal["step", "cosine"] = "step"
-    """Times `lr_factor` at half of the passes; or growth over `warmup` passes, then half a cosine to 0."""
+    """Times `lr_factor` at half of the passes; or raised over `warmup` passes, then lowered to 0 along half a cosine."""
     lr_factor: Positive = 1.0
     """Factor on the learning rate at half of the passes."""
     warmup: Annotated[int, Field(ge=0)] = 0
-    """Passes over which the cosine schedule grows."""
+    """Passes over which the cosine schedule raises the learning rate."""
     networks: Count
     """Fresh networks trained and measured."""
 
@@ -306,7 +306,7 @@ def settings_class(method: str) -> type[DistillConfig]:
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """Names plain JSON values: the first 16 hex digits of their SHA-256, whatever the order of the keys."""
+    """A name for plain JSON values: the first 16 hex digits of their SHA-256. The order of the keys does not matter."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

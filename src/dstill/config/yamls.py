@@ -19,11 +19,11 @@ _FLOAT = re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the booleans and floats of YAML 1.2, and without aliases: a few lines of them unfold to gigabytes."""
+    """SafeLoader with the booleans and floats of YAML 1.2. It refuses aliases: a few lines of them can expand to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(None, None, "aliases are not read", self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(None, None, "aliases are not supported", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
 
@@ -39,11 +39,11 @@ def parse(text: str, where: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        DstillError: it is not YAML, with the line.
+        DstillError: the text is not YAML; names the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except Exception as error:  # also what constructors raise at a date such as 2024-13-45, and RecursionError
+    except Exception as error:  # includes constructors at a date such as 2024-13-45, and RecursionError
         raise DstillError(f"{where} is not valid YAML: {error}") from error
 
 
@@ -66,7 +66,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        DstillError: the file cannot be read, or holds no mapping.
+        DstillError: the file cannot be read, or does not hold a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")

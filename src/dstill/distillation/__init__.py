@@ -1,4 +1,4 @@
-"""The outer loop that every method shares, and what a run folder receives on the way.
+"""The outer loop that every method shares, and what is written to the run folder meanwhile.
 
 What one iteration does is in `methods`.
 """

@@ -1,4 +1,4 @@
-"""One distillation in a folder of its own: what is written, and what is told while it goes on."""
+"""One distillation in its own folder: what is written, and what is reported during the run."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ FRAMES = "frames"
 
 
 class Watcher:
-    """Tells the console, the sinks and the folder of frames how a distillation goes.
+    """Reports the progress of a distillation to the console, the sinks and the folder of frames.
 
     Args:
-        problem: what is worked on.
+        problem: what is distilled.
         reporter: the console.
-        out: the run folder; without one there are no sinks and no pictures.
+        out: the run folder; without one, there are no sinks and no pictures.
         logs: names of sinks.
     """
 
@@ -63,7 +63,7 @@ class Watcher:
             sink.log(iteration + 1, row)
 
     def picture(self, iteration: int, distilled: DistilledSet) -> None:
-        """Keeps the images as they are after an iteration."""
+        """Stores a picture of the images after an iteration."""
         if self.out is None:
             return
         pictures.save_grid(distilled, self.out / FRAMES / f"{iteration:07d}.png")
@@ -81,13 +81,13 @@ class Watcher:
 def distill_into(
     out: Path, problem: Problem, known: dict[str, Any], cadence: Cadence, reporter: Reporter, logs: Sequence[str] = ()
 ) -> DistilledSet:
-    """Distils into a folder, from where an earlier call stopped, and writes what shows the result.
+    """Distils into a folder, resuming an interrupted run, and writes the set, its picture and its curves.
 
     Args:
         out: the folder.
-        problem: what is worked on.
-        known: what tells the run from others before its experts are trained.
-        cadence: how often what is done.
+        problem: what is distilled.
+        known: what identifies the run before its experts are trained.
+        cadence: how often to checkpoint, validate and store pictures.
         reporter: receives progress.
         logs: names of sinks.
 
@@ -115,10 +115,10 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
         with watching_memory(problem.device) as peak_bytes, Watcher(problem, reporter, out, logs) as watcher:
             started = time.perf_counter()
             distilled = run_method(problem, folder, cadence=cadence, observer=watcher, painter=watcher.picture)
-            # A selection takes no steps; steps know their own time, also those before an interruption.
+            # A selection takes no steps. Steps record their own time, including those before an interruption.
             seconds = sum(row["seconds"] for row in folder.metrics()) or time.perf_counter() - started
             Cost(seconds=seconds, peak_bytes=peak_bytes()).save(out)
-            distilled.save(out)  # before the sinks are closed: whatever they do, it is safe
+            distilled.save(out)  # before the sinks are closed, so that their errors cannot lose the set
     settings = out / RECIPE_NAME
     if settings.exists():
         return distilled
@@ -127,13 +127,13 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
     title = f"{problem.recipe.method}, {problem.real.name}, IPC {problem.recipe.ipc}"
     if (drawn := figures.run_curves(SetRecord.of(folder.metrics(), curve_titles(problem.recipe.method)), title)) is not None:
         figures.save(drawn, out / "curves.png")
-    files.write_text(settings, recipes.dump(problem.recipe))  # last: it says that everything beside the set is there
+    files.write_text(settings, recipes.dump(problem.recipe))  # last: once it exists, so do the other files
     folder.finish()
     return distilled
 
 
 def _write_beginnings(out: Path, problem: Problem) -> None:
-    """What a report shows of where the run came from: its experts, and how its initial images were chosen."""
+    """Writes what a report shows about the start of the run: its experts, and how its initial images were chosen."""
     if problem.trajectories is None or (out / EXPERTS_NAME).exists():
         return
     if problem.recipe.distill.starts_from_representatives and problem.initial is None:
@@ -142,7 +142,7 @@ def _write_beginnings(out: Path, problem: Problem) -> None:
 
 
 def _how(problem: Problem) -> str:
-    """What computes the numbers, in a line."""
+    """How the numbers are computed, in one line."""
     device = problem.device
     where = f"{torch.get_num_threads()} CPU thread(s)" if device.type == "cpu" else str(device)
     engine = method_class(problem.recipe.method).engine(problem)

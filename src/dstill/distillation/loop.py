@@ -1,4 +1,4 @@
-"""The outer loop, once, for every method: step, log, maybe validate, maybe checkpoint."""
+"""The outer loop of all methods: step, log, validate and checkpoint if due."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dstill.support.stopping import between_steps
 
 _LONGEST_SECONDS = 60.0
 _CHEAP_SECONDS = 0.5
-_LARGEST_SHARE = 20.0  # seconds of work for a second of storing
+_LARGEST_SHARE = 20.0  # least seconds of work per second of storing
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Cadence:
     """How often things happen, in iterations; 0 for never.
 
     Attributes:
-        checkpoint: store the state; where iterations are slow also whenever a minute has passed, and where storing is slow
-            (half a second and more) not so often that it takes more than a twentieth of the time.
+        checkpoint: store the state. If iterations are slow, it is also stored once a minute has passed; if storing is slow
+            (half a second or more), less often, so that it takes at most a twentieth of the time.
         validate: train a network on the set so far, under the protocol `quick`, and measure it on the validation part.
-        picture: hand the set so far to the painter, also after the last one.
+        picture: pass the set so far to the painter, also after the last iteration.
     """
 
     checkpoint: int = 25
@@ -37,7 +37,7 @@ class Cadence:
 
 
 class _Due:
-    """Whether the state should be stored now, see `Cadence`."""
+    """Decides whether the state should be stored now, see `Cadence`."""
 
     def __init__(self, every: int) -> None:
         self.every, self.cost, self.last = every, 0.0, time.perf_counter()
@@ -48,7 +48,7 @@ class _Due:
         return wanted and since >= _LARGEST_SHARE * self.cost
 
     def stored(self, seconds: float) -> None:
-        """Notes that the state was stored just now, and how long it took."""
+        """Records that the state has just been stored, and how long that took."""
         self.cost, self.last = seconds if seconds > _CHEAP_SECONDS else 0.0, time.perf_counter()
 
 
@@ -67,14 +67,14 @@ def run_method(
     observer: Callable[[int, int, Metrics], None] | None = None,
     painter: Callable[[int, DistilledSet], None] | None = None,
 ) -> DistilledSet:
-    """Runs a method to its end and returns the distilled set, continuing from the folder's checkpoint if it has one.
+    """Runs a method and returns the distilled set. Resumes from the folder's checkpoint if there is one.
 
-    The generator of an iteration depends on the seed and the iteration alone, so a continued run equals an uninterrupted
-    one bit for bit on the CPU. SIGINT and SIGTERM are answered after the step under way: its state is stored first.
+    The generator of an iteration depends only on the seed and the iteration, so that a resumed run equals an uninterrupted
+    one bit for bit on the CPU. On SIGINT and SIGTERM, the current step is finished and its state stored before the run ends.
 
     Args:
         problem: what to work on.
-        folder: where metrics and checkpoints go; nothing is written without it.
+        folder: folder for metrics and checkpoints; without one, nothing is written.
         cadence: how often to checkpoint and to validate.
         observer: called after each iteration with its number, the total, and the metrics.
         painter: called with the number of iterations done and the set so far.
@@ -113,15 +113,15 @@ def run_method(
                     folder.checkpoint(done, state)
                 break
     if stopped:
-        raise KeyboardInterrupt  # where the signal itself did not end the process
+        raise KeyboardInterrupt  # if the signal itself did not end the process
     return method.result(state)
 
 
 def _validator(problem: Problem, cadence: Cadence) -> Callable[[DistilledSet], float]:
-    """Measures a set on the validation part: never on test images.
+    """Returns a function that measures a set on the validation part, never on test images.
 
-    Where the problem is a hold-out, that part was kept from everything. Where the set is distilled from the full training
-    set, the part is some of the training images, and the curve is a monitor that nothing is chosen by.
+    If the problem is a hold-out, nothing has been trained on that part. If the set is distilled from all training images, the
+    part consists of training images; the curve then only monitors the run, and nothing is chosen by it.
     """
     real = problem.real
     if not cadence.validate:

@@ -1,4 +1,4 @@
-"""Where metrics may go besides `metrics.jsonl`: TensorBoard and Weights & Biases. They see the numbers and change none."""
+"""Sinks for metrics besides `metrics.jsonl`: TensorBoard and Weights & Biases. They change no numbers."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from dstill.errors import DstillError, suggest
 
 
 class Sink(Protocol):
-    """Receives what a run measures."""
+    """Receives the metrics and pictures of a run."""
 
     def log(self, iteration: int, row: Mapping[str, float]) -> None:
         """The metrics of one iteration."""
         ...
 
     def picture(self, iteration: int, image: Image.Image) -> None:
-        """The images as they are after an iteration."""
+        """The images after an iteration, as a picture."""
         ...
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Ends the log."""
         ...
 
 
 def check_sinks(names: Sequence[str]) -> None:
-    """Raises `DstillError` for an unknown name, or for a package that is not installed, with the extra that brings it."""
+    """Raises `DstillError` for an unknown name, or if a package is missing, with the extra that installs it."""
     for name in names:
         if name not in SINKS:
             raise DstillError(f"unknown log {name!r}; {suggest(name, SINKS)}")
@@ -43,9 +43,9 @@ def open_sinks(names: Sequence[str], folder: Path, title: str, config: Mapping[s
 
     Args:
         names: keys of `SINKS`.
-        folder: of the run; they write below it.
-        title: of the run.
-        config: its settings, as plain values.
+        folder: the run folder, below which they write.
+        title: title of the run.
+        config: settings of the run, as plain values.
 
     Raises:
         DstillError: see `check_sinks`.
@@ -94,7 +94,7 @@ class WandB:
 
 
 def _needed(module: str) -> ModuleType:
-    """The package of a sink, which the extra of the same name brings."""
+    """The package of a sink, which the extra of the same name installs."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

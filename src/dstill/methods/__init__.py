@@ -1,4 +1,4 @@
-"""Distillation methods: one file a system, with its settings beside it.
+"""Distillation methods, one file each, with their settings.
 
-`base` is the interface. The loop around a method is in `distillation`, its line in the table in `config.registry`.
+`base` is the interface. The outer loop is in `distillation`, and the table of methods is in `config.registry`.
 """

@@ -44,7 +44,7 @@ def balance_factor(start: int, max_start: int, *, offset: float = 8.0, base: flo
 
 
 def balanced_loss(start: int, max_start: int, form: Form) -> float:
-    """ν of the balanced inner loss ν CE (Eq. 21): natural logarithm in the paper, base 5 in the released code, 1 when off."""
+    """ν of the balanced inner loss ν CE (Eq. 21): natural logarithm (paper), base 5 (released code), or 1 (off)."""
     match form:
         case "off":
             return 1.0
@@ -55,12 +55,12 @@ def balanced_loss(start: int, max_start: int, form: Form) -> float:
 
 
 def matching_points(student_steps: int, expert_epochs: int, form: Form) -> dict[int, int]:
-    """Student step -> expert epochs ahead of the start at which the two are compared (Eq. 22 and Algorithm 2).
+    """When student and expert are compared (Eq. 22 and Algorithm 2), as student step -> expert epochs after the start.
 
     Args:
         student_steps: N.
         expert_epochs: M.
-        form: `paper`: after floor(kN/M) steps; `released`: after k floor(N/M); `off`: the final match alone.
+        form: `paper`: after floor(kN/M) steps; `released`: after k floor(N/M) steps; `off`: only the final match.
 
     Example:
         >>> matching_points(20, 3, "paper"), matching_points(20, 3, "released"), matching_points(20, 3, "off")
@@ -80,14 +80,14 @@ def intermediate_matching(
     """Targets and weights β_k / |start - θ*_{t+k}|² of the total matching loss (Eq. 22).
 
     Args:
-        segment: the expert's rows.
+        segment: the expert's weights, from the start epoch on.
         start: the vector the denominators are measured from (the perturbed start, or θ*_t).
         student_steps: N.
-        form: which points are matched.
-        scale: β = 1 for all, or k / M for the k-th intermediate one; the final match always weighs 1.
+        form: which intermediate points are matched, see `matching_points`.
+        scale: β = 1 for all, or k / M for the k-th intermediate one; the final match always has weight 1.
 
     Raises:
-        DstillError: the expert does not move, so that Eq. 22 would divide by zero.
+        DstillError: the expert's weights do not change, so that Eq. 22 would divide by zero.
     """
     span = len(segment.targets)
     targets: dict[int, tuple[Tensor, float]] = {}
@@ -97,7 +97,7 @@ def intermediate_matching(
         distance = float((start - target).square().sum())
         if distance == 0:
             raise DstillError(
-                f"expert {segment.expert} stands still between epochs {segment.epoch} and {segment.epoch + ahead}: "
+                f"expert {segment.expert} does not change between epochs {segment.epoch} and {segment.epoch + ahead}: "
                 "there is nothing to match; train it with a higher experts.lr"
             )
         targets[step] = (target, beta / distance)
@@ -109,9 +109,9 @@ def perturb_weights(parameters: Sequence[Tensor], form: Form, rho: float, genera
 
     Args:
         parameters: weights in their own shapes; a filter is an output channel of a convolution or a row of a linear layer.
-        form: `paper`: for each filter d ~ N(0, 1), d / |d| |θ_filter|, times `rho`. `released`: convolutions only, one draw a
+        form: `paper`: for each filter d ~ N(0, 1), d / |d| |θ_filter|, times `rho`. `released`: convolutions only, one draw per
             layer, (d / |d|) ⊙ θ, about 40 times weaker. `off`: no change.
-        rho: relative size of the paper's form.
+        rho: relative size of the perturbation in the paper's form.
         generator: CPU generator.
     """
     return [_perturbed(weight, form, rho, generator) for weight in parameters]

@@ -12,17 +12,17 @@ class AstConfig(MatchingConfig):
     """Trajectory matching with the four parts of AST, in the paper's form."""
 
     initialisation: Initialisation = "representative"
-    """Nearest to K-Means centroids of expert features (IV-C1)."""
+    """Real images nearest to the K-Means centroids of expert features (IV-C1)."""
     balanced_loss: Form = "paper"
-    """ν of Eq. 20."""
+    """Balanced inner loss (Eq. 20 and 21)."""
     intermediate_matching: Form = "paper"
-    """Eq. 22."""
+    """Matching at intermediate points (Eq. 22)."""
     perturbation: Form = "paper"
-    """Eq. 23."""
+    """Perturbation of the student's start (Eq. 23)."""
 
     @classmethod
     def expert_defaults(cls) -> dict[str, Any]:
-        """Smooth, as `ExpertConfig` has them."""
+        """Smooth experts, which are the defaults of `ExpertConfig`."""
         return {}
 
 

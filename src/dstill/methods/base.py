@@ -1,4 +1,4 @@
-"""The interface of a method: what it is given, what it keeps, what it returns."""
+"""The interface of a method: what it receives, the state it keeps, and what it returns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dstill.experts.trajectory import Trajectories
 from dstill.nets import networks as nets
 from dstill.support import seeding
 
-# Everything that must survive a restart, by name; `step` replaces entries in place.
+# Everything that a resumed run needs, by name; `step` replaces entries in place.
 State = dict[str, Tensor]
 Metrics = dict[str, float]
 _Settings = TypeVar("_Settings", bound=DistillConfig)
@@ -33,14 +33,14 @@ class Problem:
 
     Attributes:
         real: real data.
-        preprocess: fitted on its training part.
+        preprocess: preprocessing, fitted on the training images.
         recipe: the resolved settings.
         trajectories: expert trajectories, for methods that need them.
         device: where tensors live.
-        seed: decides every draw; recorded in the result.
-        feature_expert: the trajectory whose last epoch describes real images; the first of `trajectories` if left out.
+        seed: master seed of all random draws; recorded in the result.
+        feature_expert: the expert whose last epoch gives the features of real images; the first of `trajectories` if left out.
         trained: the recipe's network trained on all real images, for methods that need it.
-        initial: a set whose images the synthetic set starts from, instead of the recipe's initialisation.
+        initial: a set whose images are the start of the synthetic set, instead of the recipe's initialisation.
     """
 
     real: RealSet
@@ -54,7 +54,7 @@ class Problem:
     initial: DistilledSet | None = None
 
     def settings(self, kind: type[_Settings]) -> _Settings:
-        """The recipe's `distill` section, which is of the class that the method's table entry names."""
+        """The recipe's `distill` section, which is an instance of the method's settings class."""
         found = self.recipe.distill
         assert isinstance(found, kind), f"{self.recipe.method} has {type(found).__name__} for settings, not {kind.__name__}"
         return found
@@ -64,28 +64,28 @@ class Problem:
         return from_bytes(self.preprocess, self.real.train.images[rows], self.device)
 
     def network(self, weights: Tensor | None = None) -> nn.Module:
-        """A network of the recipe's kind with these weights `[P]`; left out, they mean nothing yet."""
+        """A network of the recipe's kind with these weights `[P]`; without them, its weights are placeholders."""
         net = self.fresh_network(seeding.generator(self.seed, "skeleton"))
         if weights is not None:
             nn.utils.vector_to_parameters(weights.to(self.device), net.parameters())
         return net
 
     def fresh_network(self, generator: torch.Generator, config: NetConfig | None = None) -> nn.Module:
-        """A network of the recipe's kind, or another, with random weights."""
+        """A network of the recipe's kind, or of `config`, with random weights."""
         real = self.real
         return nets.build(config or self.recipe.net, real.channels, real.classes, real.size, generator).to(self.device)
 
     def trained_network(self) -> nn.Module:
-        """The recipe's network as it is after training on all real images."""
+        """The recipe's network, trained on all real images."""
         assert self.trained is not None
         return self.network(self.trained.weights)
 
     def labels(self) -> Tensor:
-        """Class ids of a synthetic set, `ipc` of each class in turn."""
+        """Class ids of a synthetic set: `ipc` per class, class by class."""
         return torch.arange(self.real.classes).repeat_interleave(self.recipe.ipc).to(self.device)
 
     def result(self, images: Tensor, labels: Tensor, alpha: float | None) -> DistilledSet:
-        """Wraps tensors of `labels()` order as a distilled set."""
+        """Makes a distilled set from images and labels in the order of `labels()`."""
         recipe = self.recipe
         return DistilledSet(
             images=images.detach().cpu().clone(),
@@ -107,19 +107,19 @@ class Problem:
 class Method(abc.ABC):
     """A distillation method; `dstill.distillation.loop` runs it.
 
-    The three abstract functions are the method. The rest is what dstill asks about it beforehand, with answers that suit
-    most methods.
+    A method must define the three abstract functions. The rest is what dstill asks before a run; the defaults suit most
+    methods.
     """
 
     info: ClassVar[MethodInfo | None] = None
-    """What the table of methods says of it, where it is not dstill's own; an entry point may name it."""
+    """The entry in the table of methods, for a method outside dstill; an entry point may refer to it."""
     Settings: ClassVar[type[DistillConfig]] = DistillConfig
-    """Class of the `distill` section of its recipes."""
+    """Class of the `distill` section in its recipes."""
     starts_from_a_set: ClassVar[bool] = True
     """Whether it can start from the images of another set."""
 
     def start(self, problem: Problem) -> None:
-        """Called on every launch, also when a run is resumed: builds what is not state."""
+        """Builds everything that is not state. Called at the start of every run, also of a resumed one."""
         self.problem = problem
 
     @abc.abstractmethod
@@ -132,7 +132,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
-        """One update of `state`; `generator` depends on seed and iteration alone, so a resumed run draws the same."""
+        """One update of `state`. `generator` depends only on seed and iteration, so a resumed run makes the same draws."""
 
     @abc.abstractmethod
     def result(self, state: State) -> DistilledSet:
@@ -140,7 +140,7 @@ class Method(abc.ABC):
 
     @classmethod
     def check(cls, recipe: Recipe, network: nn.Module) -> None:
-        """Refuses early what `start` would refuse after the experts are trained.
+        """Checks beforehand what `start` would otherwise refuse only after the experts are trained.
 
         Args:
             recipe: the resolved settings.
@@ -149,15 +149,15 @@ class Method(abc.ABC):
         Raises:
             DstillError: the method cannot work with this network or these settings.
         """
-        return None  # most methods refuse nothing
+        return None  # most methods accept everything
 
     @classmethod
     def peak_bytes(cls, recipe: Recipe, shape: Shape, device: torch.device) -> float:
-        """About how much memory one iteration takes.
+        """Estimates the memory of one iteration.
 
-        By default that is what the library holds of the largest batch: four copies of the first block's maps, by far the
-        largest. For a gradient the library keeps the maps of every block, and without one it needs room to work: that is the
-        same within a factor of two.
+        By default this is what torch holds for the largest batch: four copies of the first block's feature maps, which are by
+        far the largest. With a gradient, torch keeps the maps of every block; without one, it needs working memory. Both are
+        the same within a factor of two.
         """
         work = recipe.distill.work(ipc=recipe.ipc, classes=shape.classes)
         batches = [(passes.net or recipe.net, passes.images) for passes in work if passes.kind != "forward"]
@@ -165,12 +165,12 @@ class Method(abc.ABC):
 
     @classmethod
     def engine(cls, problem: Problem) -> str:
-        """What computes the gradients and whether they are exact, for the log; empty where there is no choice."""
+        """How gradients are computed and whether they are exact, for the log; empty if there is no choice."""
         return ""
 
 
 def library_bytes(net: NetConfig, images: int, shape: Shape) -> float:
-    """What the library holds of a batch in float32; see `Method.peak_bytes`."""
+    """Memory that torch holds for a batch in float32; see `Method.peak_bytes`."""
     return 4 * images * 4 * (net.width or 128) * math.prod(shape.size)
 
 
@@ -178,7 +178,7 @@ def method_class(name: str) -> type[Method]:
     """The class of a method.
 
     Raises:
-        DstillError: the name is unknown, or the class cannot be imported, or is no `Method`.
+        DstillError: the name is unknown, or the class cannot be imported, or is not a `Method`.
     """
     found: type[Method] = load_method(name)
     return found

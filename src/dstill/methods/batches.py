@@ -1,4 +1,4 @@
-"""What methods share that improve images against batches of real ones: state, batches, networks' training, and the step."""
+"""Shared by the methods that optimise images against batches of real ones: state, batches, inner training, update."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dstill.unrolling.student import sgd_step
 
 
 class ImageConfig(DistillConfig):
-    """What every method has that improves images by SGD against batches of real ones."""
+    """Settings of every method that optimises images by SGD against batches of real ones."""
 
     iterations: Count = 1000
-    """Updates, each with a network of its own."""
+    """Updates, each with its own network."""
     batch_real: Count = 256
-    """Real images of a class in a batch; all of them where a class has fewer."""
+    """Real images of a class in a batch; all of them if the class has fewer."""
     lr_images: Positive = 0.1
     """Step size of the images, in preprocessed units squared per unit of the objective."""
     image_momentum: Momentum = 0.5
@@ -32,29 +32,30 @@ class ImageConfig(DistillConfig):
     initialisation: Literal["random", "noise"] = "random"
     """Real images drawn at random, or standard normal noise in preprocessed units."""
     augment: bool = True
-    """Whether real and synthetic images of a class are augmented by one and the same draw of the recipe's augmentation."""
+    """Whether the real and synthetic images of a class share one draw of the recipe's augmentation."""
 
     def smoke(self) -> Self:
         return self.model_copy(update={"iterations": 5, "batch_real": min(self.batch_real, 16)})
 
 
 class InnerConfig(ImageConfig):
-    """What is added where a network is trained on the synthetic set between updates."""
+    """Additional settings of methods that train a network on the synthetic set between updates."""
 
     lr_net: Positive = 0.01
-    """Learning rate of its SGD, which has no momentum."""
+    """Learning rate of the network's SGD, which has no momentum."""
     batch_train: Count = 256
-    """Synthetic images a step of its training."""
+    """Synthetic images per step of the network's training."""
 
     def training(self, images: int) -> Passes:
-        """One pass over a synthetic set of so many images."""
+        """The cost of one pass over a synthetic set of `images` images."""
         return Passes("gradient", math.ceil(images / self.batch_train), min(images, self.batch_train))
 
 
 class ClassBatch(NamedTuple):
     """Augmented real and synthetic images of one class.
 
-    `synthetic` is differentiable in `source`, the images of the class before augmentation, which stand in `rows` of the set.
+    `source` holds the synthetic images before augmentation, `rows` their rows in the set. `synthetic` is differentiable in
+    `source`.
     """
 
     real: Tensor
@@ -64,15 +65,15 @@ class ClassBatch(NamedTuple):
 
 
 def mean_distance(real: Tensor, synthetic: Tensor) -> Tensor:
-    """|mean real - mean synthetic|^2 of what a network makes of a class, `[n, ...]` and `[m, ...]`.
+    """|mean real - mean synthetic|^2 of a network's outputs for the images of a class, `[n, ...]` and `[m, ...]`.
 
-    Summed, not averaged, over all numbers but the images (DM, Eq. 5; CAFE, Eq. 3, for each layer).
+    Means are over the images. The squares are summed, not averaged (DM, Eq. 5; CAFE, Eq. 3, for each layer).
     """
     return (real.mean(0) - synthetic.mean(0)).square().sum()
 
 
 def initial_state(problem: Problem, settings: ImageConfig, generator: torch.Generator) -> State:
-    """`images` and `images.momentum`, `[S, C, H, W]`."""
+    """The state at the start: `images` and `images.momentum`, `[S, C, H, W]`."""
     images = initial_images(problem, settings.initialisation, generator)
     return {"images": images, "images.momentum": torch.zeros_like(images)}
 
@@ -81,16 +82,16 @@ class ClassBatches:
     """Draws batches of one class at a time.
 
     Args:
-        problem: whose real images.
-        settings: how many real images a batch has (all of a class where it has fewer), and whether one draw of the recipe's
-            augmentation hits the real and the synthetic images of a class alike (siamese).
+        problem: provides the real images.
+        settings: the number of real images in a batch (all of a class if it has fewer), and whether the real and synthetic
+            images of a class share one draw of the recipe's augmentation (siamese).
     """
 
     def __init__(self, problem: Problem, settings: ImageConfig) -> None:
         self.problem, self.size = problem, settings.batch_real
         self.strategy = problem.recipe.augmentation if settings.augment else "none"
         self.rows = problem.real.train.by_class(problem.real.classes)
-        # One for all the networks that a method trains: what is recorded on a card serves them all.
+        # One for all the networks that a method trains, so that a recorded CUDA graph is reused.
         self.cross_entropy = cross_entropy_objective(derivatives_of(problem.network()))
 
     def real(self, c: int, generator: torch.Generator, size: int | None = None) -> Tensor:
@@ -99,7 +100,7 @@ class ClassBatches:
         return self.problem.prepared(rows[torch.randperm(len(rows), generator=generator)[: size or self.size]])
 
     def draw(self, c: int, images: Tensor, generator: torch.Generator) -> ClassBatch:
-        """Real images of class c beside the synthetic ones. Where gradients are enabled, `synthetic` has one by `source`."""
+        """Real and synthetic images of class c. With gradients enabled, `synthetic` is differentiable in `source`."""
         ipc = self.problem.recipe.ipc
         rows = torch.arange(c * ipc, (c + 1) * ipc, device=images.device)
         real = self.real(c, generator)
@@ -111,7 +112,7 @@ class ClassBatches:
 def train_on_synthetic(
     net: nn.Module, images: Tensor, batches: ClassBatches, settings: InnerConfig, epochs: int, generator: torch.Generator
 ) -> None:
-    """Passes of plain SGD over the synthetic set, under the augmentation of the batches."""
+    """Trains by plain SGD for some passes over the synthetic set, with the augmentation of the batches."""
     fit(
         net,
         images,
@@ -126,10 +127,10 @@ def train_on_synthetic(
 
 
 def update_images(state: State, gradient: Tensor, lr: float, momentum: float) -> None:
-    """One SGD step on `state["images"]`, in place of the old entries.
+    """One SGD step on `state["images"]`; replaces the entries of `state`.
 
     Raises:
-        DstillError: the images would not be finite.
+        DstillError: the images would no longer be finite.
     """
     images, buffer = sgd_step(state["images"], state["images.momentum"], gradient, lr, momentum)
     if not bool(torch.isfinite(images).all()):

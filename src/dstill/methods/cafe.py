@@ -1,8 +1,9 @@
 """CAFE: condensation by aligning features (Wang et al. 2022).
 
-Two parts are minimised by the images. Alignment: in every layer, the mean features of a class agree between real and
-synthetic images. Discrimination: the synthetic means of the last features, taken as a classifier, classify real features.
-The network is trained on the synthetic set in between, for as long as a batch of real images, the query, says.
+The images minimise the sum of two losses. Alignment: in every layer, the mean features of a class agree between real and
+synthetic images. Discrimination: the synthetic means of the last features, used as a classifier, classify real features.
+Between updates the network is trained on the synthetic set. Its accuracy on a batch of real images, the query, determines
+how long.
 """
 
 from __future__ import annotations
@@ -27,34 +28,34 @@ class CafeConfig(InnerConfig):
     """Feature alignment (CAFE)."""
 
     iterations: Count = 2000
-    """Networks, each with a loop of updates."""
+    """Networks, each with its own loop of updates."""
     initialisation: Literal["random", "noise"] = "noise"
     """Real images drawn at random, or standard normal noise in preprocessed units."""
     augment: bool = False
-    """Whether real and synthetic images are augmented by one and the same draw (the row CAFE + DSA)."""
+    """Whether real and synthetic images share one draw of the augmentation (the paper's CAFE + DSA)."""
     deep_weight: Positive = 1.0
-    """Weight of the features before the classifier and of the last block's maps."""
+    """Weight of the last block's maps and of the features before the classifier."""
     shallow_weight: Positive = 0.1
     """Weight of the maps of the blocks before the last."""
     discrimination: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the discrimination loss."""
     batch_query: Count = 128
-    """Real images of a class that the accuracy of the loops is measured on."""
+    """Real images per class in the query, on which the accuracy is measured."""
     window: Annotated[int, Field(ge=2)] = 10
-    """Accuracies that the loops look back on."""
+    """Number of latest accuracies that decide when a loop ends."""
     settled: Positive = 0.04
-    """λ1: the outer loop ends once the window's accuracies lie within this."""
+    """λ1: the outer loop ends once the accuracies of the window spread by less than this."""
     moved: Positive = 0.03
-    """λ2: the training of the network pauses once the window's accuracies spread by more than this."""
+    """λ2: the inner loop, the network's training, ends once they spread by more than this."""
     max_outer: Count = 30
-    """Most updates of the images a network."""
+    """Most updates of the images per network."""
     max_inner: Count = 50
     """Most passes of training between two updates."""
     halve_at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.6, 0.8, 0.9)
     """Shares of the iterations after which `lr_images` is halved."""
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        """With loops as long as they are on CIFAR-10 at IPC 1, of which the shortest is a window."""
+        """Assumes loops as long as on CIFAR-10 at IPC 1; no loop is shorter than a window."""
         outer, inner = min(1.6 * self.window, self.max_outer), min(2.0 * self.window, self.max_inner)
         matching = [Passes("library-forward", outer * classes, self.batch_real), Passes("library", outer * classes, ipc)]
         training = self.training(ipc * classes)
@@ -77,7 +78,7 @@ def spread_of(values: Sequence[float], window: int) -> float | None:
 
 @final
 class Cafe(Method):
-    """State: `images` and `images.momentum` `[S, C, H, W]`. One step is one network: its loops, both bounded."""
+    """State: `images` and `images.momentum` `[S, C, H, W]`. One step is one network with its outer and inner loops."""
 
     Settings = CafeConfig
 
@@ -105,7 +106,7 @@ class Cafe(Method):
         return {"loss": losses[0], "loss_last": losses[-1], "updates": len(losses), "query_accuracy": accuracies[-1]}
 
     def _loss(self, net: nn.Module, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The objective and its gradient by the synthetic images, which stand class by class in the set."""
+        """The objective and its gradient by the synthetic images, which are ordered class by class."""
         settings, classes = self.settings, self.problem.real.classes
         loss, features, centres, sources = torch.zeros((), device=images.device), list[Tensor](), list[Tensor](), list[Tensor]()
         with torch.enable_grad():
@@ -118,7 +119,7 @@ class Cafe(Method):
                 weights = [settings.deep_weight] * 2 + [settings.shallow_weight] * len(of_real)
                 for weight, r, s in zip(weights, reversed(of_real), reversed(of_synthetic), strict=False):
                     loss = loss + weight * mean_distance(r, s)
-                # The centres that discriminate are aligned by a term of their own.
+                # The centres used for discrimination have their own alignment term.
                 loss = loss + mean_distance(of_real[-1], of_synthetic[-1])
                 features.append(of_real[-1])
                 centres.append(of_synthetic[-1].mean(0))
@@ -129,14 +130,14 @@ class Cafe(Method):
             return loss.detach(), torch.cat(torch.autograd.grad(loss, sources))
 
     def _query(self, net: nn.Module, generator: torch.Generator) -> float:
-        """Accuracy of the network on a fresh batch of real training images, the same number of each class where possible."""
+        """Accuracy on a fresh batch of real training images, with equally many of each class where possible."""
         classes = self.problem.real.classes
         drawn = [self.batches.real(c, generator, self.settings.batch_query) for c in range(classes)]
         labels = torch.cat([torch.full((len(some),), c) for c, some in enumerate(drawn)])
         return accuracy(net, torch.cat(drawn), labels.to(self.problem.device))
 
     def _train(self, net: nn.Module, images: Tensor, generator: torch.Generator) -> None:
-        """Passes over the synthetic set until the network has moved: its query accuracies spread."""
+        """Trains on the synthetic set until the network has changed enough: its query accuracies spread."""
         settings, accuracies = self.settings, list[float]()
         for _ in range(settings.max_inner):
             train_on_synthetic(net, images, self.batches, settings, 1, generator)

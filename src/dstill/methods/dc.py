@@ -13,7 +13,7 @@ class DcConfig(GradientMatchingConfig):
     initialisation: Literal["random", "noise"] = "noise"
     """Standard normal noise in preprocessed units, or real images drawn at random."""
     augment: bool = False
-    """Whether real and synthetic images of a class are augmented, as in DSA."""
+    """Whether real and synthetic images of a class share one draw of the augmentation, as in DSA."""
 
 
 @final

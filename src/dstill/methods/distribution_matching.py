@@ -1,4 +1,4 @@
-"""DM: distribution matching (Zhao and Bilen 2023). Mean features of real and synthetic images agree in random networks."""
+"""DM: distribution matching (Zhao and Bilen 2023). Matches mean features of real and synthetic images in random networks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DistributionMatchingConfig(ImageConfig):
         return [Passes("forward", classes, self.batch_real), Passes("library", classes, ipc)]
 
     iterations: Count = 20000
-    """Updates, each with a network of its own."""
+    """Updates, each with its own network."""
     lr_images: Positive = 1.0
     """Step size of the images, in preprocessed units squared per unit of the objective."""
 

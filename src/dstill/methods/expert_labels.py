@@ -8,19 +8,19 @@ from torch import Tensor
 from dstill.support.devices import full_precision
 from dstill.unrolling.student import Student
 
-_BLOCK = 256  # images at a time: no more memory than a step of the student needs
+_BLOCK = 256  # images at a time, so that the memory stays below that of a student step
 
 
 @torch.no_grad()
 @full_precision()
 def expert_labels(student: Student, theta: Tensor, images: Tensor) -> Tensor:
-    """Label logits `[S, K]` that a network with the weights `theta` `[P]` gives to images `[S, C, H, W]`."""
+    """Logits `[S, K]` of a network with the weights `theta` `[P]` on images `[S, C, H, W]`."""
     return torch.cat([student.logits(theta, block) for block in images.split(_BLOCK)])
 
 
 @full_precision()
 def gradient_through_labels(student: Student, theta: Tensor, images: Tensor, by_labels: Tensor) -> Tensor:
-    """What a gradient by `expert_labels` `[S, K]` means for the images `[S, C, H, W]`: the pullback through the expert."""
+    """Pulls a gradient by the labels `[S, K]` back through the expert to the images `[S, C, H, W]`."""
     parts = list[Tensor]()
     for block, gradient in zip(images.split(_BLOCK), by_labels.split(_BLOCK), strict=True):
         block = block.detach().requires_grad_()

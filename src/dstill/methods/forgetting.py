@@ -11,7 +11,7 @@ from dstill.methods.selection import Selection, SelectionConfig
 
 
 def most_forgotten(forgotten: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Rows of the `count` highest numbers of events `[n]`; ties are broken at random."""
+    """Rows of the `count` images with the most forgetting events, of `[n]` counts; ties are broken at random."""
     shuffled = torch.randperm(len(forgotten), generator=generator)
     order = forgotten[shuffled].argsort(descending=True, stable=True)
     return shuffled[order[:count]]
@@ -19,7 +19,7 @@ def most_forgotten(forgotten: Tensor, count: int, generator: torch.Generator) ->
 
 @final
 class Forgetting(Selection):
-    """Takes the images of each class that a training forgot most often."""
+    """Selects the images of each class that a network forgot most often during training."""
 
     Settings = SelectionConfig
 

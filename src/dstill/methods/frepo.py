@@ -1,8 +1,8 @@
 """FRePo: neural feature regression with a pool (Zhou et al. 2022).
 
-Kernel ridge regression from the synthetic set, on the features of a network that is trained on that set, predicts the
-labels of real images; images and labels are moved to lower its error. The network comes from a pool of networks of
-different ages, each trained one step further whenever it was used.
+Kernel ridge regression predicts the labels of real images from the synthetic set, on the features of a network trained on
+that set. Images and labels are optimised to lower the error. The network is drawn from a pool of networks of different
+ages; each use trains it one step further.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ class FrepoConfig(DistillConfig):
     """Neural feature regression with a pool (FRePo)."""
 
     iterations: Count = 500_000
-    """Updates of images and labels, one network of the pool each."""
+    """Updates of images and labels, each with one network of the pool."""
     batch_real: Count = 1024
-    """Real images a step, of all classes."""
+    """Real images per step, of all classes."""
     lr: Positive = 3e-4
     """Step size of LAMB on images and labels; falls to a tenth along a cosine."""
     initialisation: Literal["random", "noise"] = "random"
     """Real images drawn at random, or standard normal noise in preprocessed units."""
     learn_labels: bool = True
-    """Whether the labels are learned, too."""
+    """Whether the labels are learned as well."""
     flip: bool = False
-    """Whether the mirror images take part as further synthetic images (published for IPC 1)."""
+    """Whether mirror images are used as further synthetic images (published for IPC 1)."""
     net: NetConfig = NetConfig(name="convnet-widening", norm="batch")
-    """Network of the pool; the recipe's own `net` is that of the evaluation."""
+    """Network of the pool; the recipe's own `net` is used for the evaluation."""
     pool: Count = 10
     """Networks in the pool."""
     max_age: Count = 100
-    """Training steps after which a network is replaced by a fresh one; the first ones start with staggered ages."""
+    """Training steps after which a network is replaced by a fresh one. The first networks start at staggered ages."""
     lr_net: Positive = 3e-4
     """Learning rate of the networks' Adam."""
     batch_train: Count = 500
-    """Synthetic images a step of the networks' training."""
+    """Synthetic images per step of the networks' training."""
     ridge: Positive = 1e-6
-    """λ of the regression, a share of the kernel's mean diagonal."""
+    """λ of the regression, as a share of the kernel's mean diagonal."""
 
     def adapted(self, case: Case) -> Self:
         net = self.net.model_copy(update={"depth": case.net.depth})
@@ -70,7 +70,7 @@ class FrepoConfig(DistillConfig):
 
 
 def centred(labels: Tensor, classes: int) -> Tensor:
-    """One-hot labels `[B, K]` minus 1/K: what the regression aims at."""
+    """One-hot labels `[B, K]` minus 1/K: the targets of the regression."""
     return F.one_hot(labels, classes).float() - 1 / classes
 
 
@@ -83,7 +83,7 @@ def kernel_regression(real: Tensor, synthetic: Tensor, labels: Tensor, ridge: fl
         labels: Y_s `[S, K]`.
         ridge: relative to the kernel's diagonal.
     """
-    # In float32 the kernel of more images than features loses its definiteness to rounding, and large numbers cancel in the
+    # In float64: with more images than features, rounding makes a float32 kernel indefinite, and large numbers cancel in the
     # product. (Apple's MPS has no float64.)
     wide = synthetic if synthetic.device.type == "mps" else synthetic.double()
     kernel = wide @ wide.t()
@@ -95,13 +95,13 @@ def kernel_regression(real: Tensor, synthetic: Tensor, labels: Tensor, ridge: fl
 
 
 def label_margin(labels: Tensor) -> Tensor:
-    """Mean over labels `[S, K]` of -min(largest - second largest, 1/K): keeps a label's class the winner."""
+    """Mean over labels `[S, K]` of -min(largest - second largest, 1/K), so that a label keeps its class."""
     top = labels.topk(2, dim=1).values
     return -(top[:, 0] - top[:, 1]).clamp_max(1 / labels.shape[1]).mean()
 
 
 def label_logits(labels: Tensor) -> Tensor:
-    """Learned labels `[S, K]` as logits whose softmax undoes their centring and scaling; nothing below 1e-4 is kept."""
+    """Learned labels `[S, K]` as logits, without their centring and scaling; probabilities are at least 1e-4."""
     classes = labels.shape[1]
     probabilities = (labels * math.sqrt(classes / 10) + 1 / classes).clamp_min(_SMALLEST_PROBABILITY)
     return (probabilities / probabilities.sum(1, keepdim=True)).log()
@@ -109,7 +109,7 @@ def label_logits(labels: Tensor) -> Tensor:
 
 @final
 class Frepo(Method):
-    """State: `images`, `labels` (Y_s), LAMB's moments of both, and of the pool weights, buffers, Adam's moments and ages."""
+    """State: `images` and `labels` (Y_s) with LAMB's moments; the pool's weights, buffers, Adam's moments and ages."""
 
     Settings = FrepoConfig
 
@@ -178,7 +178,7 @@ class Frepo(Method):
         return [buffer for buffer in self.net.buffers() if buffer.is_floating_point()]
 
     def _member(self) -> dict[str, Tensor]:
-        """The network at hand as a fresh member of the pool."""
+        """The current network as a fresh member of the pool."""
         weights = nn.utils.parameters_to_vector(self.net.parameters()).detach()
         buffers = torch.cat([torch.zeros(0, device=weights.device), *(buffer.reshape(-1) for buffer in self._buffers())])
         zero = torch.zeros_like(weights)
@@ -190,7 +190,7 @@ class Frepo(Method):
             state[f"pool.{name}"][i] = value
 
     def _take(self, state: State, i: int) -> None:
-        """Puts member i's weights and buffers into the network."""
+        """Loads the weights and buffers of member i into the network."""
         nn.utils.vector_to_parameters(state["pool.weights"][i].clone(), self.net.parameters())
         buffers = self._buffers()
         parts = state["pool.buffers"][i].split([buffer.numel() for buffer in buffers]) if buffers else ()
@@ -198,7 +198,7 @@ class Frepo(Method):
             buffer.copy_(part.view_as(buffer))
 
     def _train(self, state: State, i: int, generator: torch.Generator) -> None:
-        """One Adam step of member i on squared errors to the synthetic labels."""
+        """One Adam step of member i on the squared error to the synthetic labels."""
         settings = self.settings
         self._take(state, i)
         rows = torch.randperm(len(state["images"]), generator=generator)[: settings.batch_train].to(state["images"].device)

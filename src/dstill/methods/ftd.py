@@ -10,7 +10,7 @@ from dstill.methods.trajectory_matching import MatchingConfig, TrajectoryMatchin
 
 
 class FtdConfig(MatchingConfig):
-    """Trajectory matching with flat experts, whose result is a moving average."""
+    """Trajectory matching with flat experts; the result is a moving average of the images."""
 
     image_ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.9995
     """Decay of the moving average of the images."""

@@ -1,8 +1,8 @@
-"""Gradient matching, once: DC (Zhao et al. 2021) and DSA (Zhao and Bilen 2021) are settings of it.
+"""Gradient matching: DC (Zhao et al. 2021) and DSA (Zhao and Bilen 2021) differ only in its settings.
 
-The images are moved so that a network's gradient on them agrees with its gradient on real images, class by class, along
-the network's training on the synthetic set. With g the gradient on the synthetic images and v = ∂D/∂g of the distance D,
-the gradient by the images is ∂<g, v>/∂x: one tangent pass, the same that unrolled students take.
+The images are optimised so that a network's gradient on them agrees with its gradient on real images, class by class, while
+the network is trained on the synthetic set. With g the gradient on the synthetic images and v = ∂D/∂g of the distance D,
+the gradient by the images is ∂<g, v>/∂x. It takes one tangent pass, as in an unrolled student.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class GradientMatchingConfig(InnerConfig):
     """Gradient matching. Defaults are DSA's."""
 
     outer_steps: Count | None = None
-    """K_o, updates of the images along one network's training; left out: the published table by IPC, see `loops`."""
+    """K_o, updates of the images per network; left out: the published number for the IPC, see `loops`."""
     inner_epochs: Annotated[int, Field(ge=0)] | None = None
-    """K_i, passes over the synthetic set between updates; left out: the table."""
+    """K_i, passes over the synthetic set between updates; left out: likewise."""
 
     def smoke(self) -> Self:
         return super().smoke().model_copy(update={"outer_steps": 2, "inner_epochs": 2})
@@ -42,9 +42,9 @@ class GradientMatchingConfig(InnerConfig):
         return [real, *synthetic, training._replace(times=training.times * outer * inner)]
 
     def loops(self, ipc: int) -> tuple[int, int]:
-        """(K_o, K_i). Published: (1, 1), (10, 50), (20, 25), (30, 20), (40, 15), (50, 10) for IPC 1, 10 ... 50.
+        """The numbers (K_o, K_i). Published: (1, 1), (10, 50), (20, 25), (30, 20), (40, 15), (50, 10) for IPC 1, 10 ... 50.
 
-        Our extension between and beyond: K_o = IPC up to 50, and K_i by linear interpolation.
+        For other IPC (our extension), K_o = IPC up to 50, and K_i is interpolated linearly.
         """
         known = ((1, 1), (10, 50), (20, 25), (30, 20), (40, 15), (50, 10))
         low = max(pair for pair in known if pair[0] <= ipc)
@@ -57,8 +57,8 @@ class GradientMatchingConfig(InnerConfig):
 def gradient_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
     """D(g, g') = Σ_tensors Σ_rows 1 - <g_r, g'_r> / (|g_r| |g'_r| + 1e-6) (DC, Eq. 9 and its code).
 
-    A row holds the weights into one output unit: `[O, I, k, k]` is seen as O rows of I k k numbers. Tensors of one
-    dimension (biases, scales and shifts of norms) do not take part.
+    A row holds the weights of one output unit: `[O, I, k, k]` is read as O rows of I k k numbers. One-dimensional tensors
+    (biases, scales and shifts of norms) are left out.
     """
     total = torch.zeros_like(ours[0].reshape(-1)[0])
     for a, b in zip(ours, theirs, strict=True):
@@ -69,7 +69,7 @@ def gradient_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tenso
 
 
 def matching_gradient(student: Student, theta: Tensor, real: Tensor, synthetic: Tensor, label: int) -> tuple[Tensor, Tensor]:
-    """The distance between the gradients of real and synthetic images of one class, and its gradient by the latter.
+    """The distance between the gradients on real and synthetic images of one class, and its gradient by the synthetic ones.
 
     Args:
         student: the network.
@@ -89,7 +89,7 @@ def matching_gradient(student: Student, theta: Tensor, real: Tensor, synthetic: 
 
 
 class GradientMatching(Method):
-    """State: `images` and `images.momentum` `[S, C, H, W]`. One step is one network: its outer and inner loops."""
+    """State: `images` and `images.momentum` `[S, C, H, W]`. One step is one network with its outer and inner loops."""
 
     Settings = GradientMatchingConfig
 
@@ -119,7 +119,7 @@ class GradientMatching(Method):
         return {"loss": sum(distances) / outer, "loss_first": distances[0], "loss_last": distances[-1]}
 
     def _distance(self, theta: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Summed over the classes, and its gradient by the synthetic images. One class at a time, to spare memory."""
+        """The distance summed over the classes, and its gradient by the synthetic images. Takes one class at a time."""
         total, gradient = torch.zeros((), device=images.device), torch.zeros_like(images)
         for c in range(self.problem.real.classes):
             with torch.enable_grad():

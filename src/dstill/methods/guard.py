@@ -1,4 +1,4 @@
-"""The guard of trajectory matching: steps that would ruin the synthetic set are skipped, and hopeless runs end."""
+"""The guard of trajectory matching: it skips steps that would ruin the synthetic set, and ends hopeless runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Guard:
     """Decides whether a step is taken.
 
     Attributes:
-        on: skip bad steps; off, a step that is not finite ends the run.
+        on: whether bad steps are skipped. If not, a non-finite step ends the run.
         max_skip_share: the run ends once more than this share of its steps, and at least 10, have been skipped.
     """
 
@@ -30,7 +30,7 @@ class Guard:
         """Whether the step to these images and this α is taken.
 
         A step is bad if the loss, the images or α are not finite, or if α is not positive. A skipped step is counted in
-        `state["skipped"]`, and the momentum that led to it is dropped, since it would lead there again.
+        `state["skipped"]`, and the momentum is reset, since it would lead to the same step again.
 
         Raises:
             CollapseError: too many steps were skipped; or the guard is off and the step is not finite.

@@ -1,6 +1,6 @@
-"""Herding: real images chosen one by one so that their mean feature stays nearest to the class's (Welling 2009).
+"""Herding: real images chosen one by one so that their mean feature stays close to the class mean (Welling 2009).
 
-Features are what enters the last layer of the recipe's network, trained on all real images.
+Features are the inputs of the last layer of the recipe's network, trained on all real images.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dstill.training.fit import described
 def herd(features: Tensor, count: int) -> Tensor:
     """Rows of `count` distinct images of one class.
 
-    With m the mean feature and s the sum of the k features chosen so far, the next is the unchosen one nearest to
-    (k + 1) m - s: the one that brings the mean of the chosen nearest to m.
+    With m the mean feature and s the sum of the k features chosen so far, the next image is the one nearest to
+    (k + 1) m - s among the rest: it brings the mean of the chosen images nearest to m.
 
     Args:
         features: `[n, F]`, n >= count, not normalised.
-        count: images wanted.
+        count: number of images to choose.
     """
     features = features.cpu().double()
     mean, total = features.mean(0), torch.zeros_like(features[0])
@@ -33,12 +33,12 @@ def herd(features: Tensor, count: int) -> Tensor:
         chosen.append(int(torch.where(free, distance, torch.inf).argmin()))
         free[chosen[-1]] = False
         total = total + features[chosen[-1]]
-    return torch.tensor(chosen)  # on the CPU, where real images are
+    return torch.tensor(chosen)  # on the CPU, as the real images are
 
 
 @final
 class Herding(Selection):
-    """Herds the images of each class by the features of a trained network."""
+    """Herding in each class, on the features of a trained network."""
 
     Settings = SelectionConfig
 

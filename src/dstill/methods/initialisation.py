@@ -1,4 +1,4 @@
-"""Where synthetic images start: random real images, representative ones (paper IV-C1), or noise."""
+"""How synthetic images are initialised: random real images, representative ones (paper IV-C1), or noise."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _BLOCK = 512
 
 
 def random_rows(split: Split, classes: int, ipc: int, generator: torch.Generator) -> Tensor:
-    """Rows of `ipc` distinct real images of each class (all of them where there are fewer), class by class."""
+    """Rows of `ipc` distinct real images of each class (all of them if there are fewer), class by class."""
     return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:ipc]] for rows in split.by_class(classes)])
 
 
 def clusters(ipc: int, *, released: bool) -> int:
-    """How many K-Means clusters a class has.
+    """Number K of K-Means clusters per class.
 
-    Paper: K = IPC up to 10; IPC 50 has 10 clusters with 5 images each, and other multiples of 10 likewise (our extension).
-    Released: always 10, which below IPC 10 would give no image at all; K = IPC there.
+    Paper: K = IPC up to 10; 10 clusters of 5 images each at IPC 50, and likewise at other multiples of 10 (our extension).
+    Released: always 10. Below IPC 10 that would give no images, so that K = IPC there.
     """
     if ipc < 10:
         return ipc
@@ -39,9 +39,9 @@ def nearest_to_centroids(features: np.ndarray, ipc: int, count: int, seed: int) 
 
     Args:
         features: `[n, F]`, n >= ipc.
-        ipc: rows wanted.
-        count: number of clusters; each gets ipc / count images, the first ones one more where that is no integer.
-        seed: of K-Means.
+        ipc: number of rows to choose.
+        count: number of clusters; each gets ipc / count images, rounded down; the first ones get the remainder.
+        seed: seed of K-Means.
     """
     from sklearn.cluster import KMeans
 
@@ -59,10 +59,10 @@ def nearest_to_centroids(features: np.ndarray, ipc: int, count: int, seed: int) 
 
 @torch.no_grad()
 def expert_network(problem: Problem) -> nn.Module:
-    """The network that describes real images: the last recorded epoch of the feature expert, else of the first expert."""
+    """The network that gives the features of real images: the feature expert, else the first one, at its last epoch."""
     trajectories = problem.feature_expert or problem.trajectories
     if trajectories is None:
-        raise DstillError("representative initialisation needs expert trajectories: take a method that has them")
+        raise DstillError("representative initialisation needs expert trajectories: use a method that has them")
     theta = trajectories.rows(0, trajectories.epochs, trajectories.epochs + 1)[0]
     return problem.network(theta).eval()
 
@@ -71,7 +71,7 @@ def expert_network(problem: Problem) -> nn.Module:
 def representative_rows(problem: Problem, generator: torch.Generator, *, released: bool) -> Tensor:
     """Rows of the real images nearest to the K-Means centroids of each class (paper IV-C1).
 
-    The features are what enters the fully connected layer of a trained expert; the released code takes its logits instead.
+    The features are the inputs of a trained expert's fully connected layer; the released code uses its logits instead.
     """
     net, real = expert_network(problem), problem.real
     chosen: list[Tensor] = []
@@ -89,7 +89,7 @@ def _described(problem: Problem, net: nn.Module, rows: Tensor, *, released: bool
 def _representatives(problem: Problem, features: np.ndarray, generator: torch.Generator, *, released: bool) -> np.ndarray:
     if not np.isfinite(features).all():
         raise DstillError(
-            "the expert that describes real images gives features that are not finite: lower experts.lr, or pass "
+            "the expert used for the initialisation gives features that are not finite: lower experts.lr, or pass "
             "--set distill.initialisation=random"
         )
     seed, ipc = int(torch.randint(2**31, (), generator=generator)), problem.recipe.ipc
@@ -98,15 +98,15 @@ def _representatives(problem: Problem, features: np.ndarray, generator: torch.Ge
 
 @torch.no_grad()
 def initialisation_map(problem: Problem, classes: int = 3, points: int = 200) -> list[dict[str, Any]]:
-    """The first classes' features on their first two principal components, and which images were chosen (Fig. 10).
+    """Features of the first classes on two principal components, and which images were chosen (Fig. 10).
 
     Args:
-        problem: as the run had it, so that the same images are found.
-        classes: how many classes.
-        points: how many images of a class besides the chosen ones.
+        problem: the same as in the run, so that the same images are chosen.
+        classes: number of classes.
+        points: number of images per class besides the chosen ones.
 
     Returns:
-        For each class its `name`, and `points`, `[[x, y], …]`, of the images and of the `chosen` ones.
+        For each class its `name`, and the coordinates `[[x, y], …]` of some images (`points`) and of those `chosen`.
     """
     from sklearn.decomposition import PCA
 
@@ -124,12 +124,12 @@ def initialisation_map(problem: Problem, classes: int = 3, points: int = 200) ->
 
 
 def check_initial(initial: DistilledSet, real: RealSet, ipc: int) -> Tensor:
-    """The class that each image of a set to start from stands for, `[S]`.
+    """The class of each image of an initial set, `[S]`.
 
-    With soft labels an image belongs to no class: then the order in the set says which it was made for.
+    With soft labels an image has no class. It then follows from the image's position in the set.
 
     Raises:
-        DstillError: the set has images of another shape, or not `ipc` of them in each class.
+        DstillError: the images have another shape, or their number in a class is not `ipc`.
     """
     ids = initial.class_ids
     if initial.labels.is_floating_point() and len(ids) == real.classes * ipc:
@@ -145,7 +145,7 @@ def check_initial(initial: DistilledSet, real: RealSet, ipc: int) -> Tensor:
 
 
 def _images_of(problem: Problem, initial: DistilledSet) -> Tensor:
-    """The images of another set, class by class, in the problem's preprocessing."""
+    """The images of another set, class by class, converted to the problem's preprocessing."""
     images = initial.images[check_initial(initial, problem.real, problem.recipe.ipc).argsort(stable=True)]
     before, now = initial.preprocess.tensors(), problem.preprocess.tensors()
     if before.keys() != now.keys() or not all(torch.equal(before[name], now[name]) for name in now):
@@ -154,12 +154,12 @@ def _images_of(problem: Problem, initial: DistilledSet) -> Tensor:
 
 
 def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> Tensor:
-    """Preprocessed start of the synthetic set, `[ipc * classes, C, H, W]`, class by class.
+    """The initial synthetic images, preprocessed, `[ipc * classes, C, H, W]`, class by class.
 
     Args:
         problem: data, recipe and experts.
         kind: `random`, `representative`, `representative-released` or `noise` (standard normal in preprocessed units).
-        generator: source of every draw.
+        generator: generator of all random draws.
     """
     real, ipc = problem.real, problem.recipe.ipc
     if problem.initial is not None:

@@ -1,4 +1,4 @@
-"""LAMB (You et al. 2020), which torch does not have, and the cosine that its rate falls along."""
+"""LAMB (You et al. 2020), which torch lacks, and its cosine schedule."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _FLOOR = 0.1
 
 
 def cosine(lr: float, iteration: int, total: int) -> float:
-    """From `lr` at iteration 0 down to a tenth of it at `total`, along half a cosine."""
+    """The learning rate: `lr` at iteration 0, a tenth of it at `total`, along half a cosine."""
     return lr * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * iteration / total)))
 
 
 def lamb_step(state: State, name: str, gradient: Tensor, lr: float, step: int) -> None:
-    """One step on `state[name]`, with its moments in `name.first` and `name.second`.
+    """One step on `state[name]`, with the moments in `name.first` and `name.second`.
 
         m = β1 m + (1 - β1) g     v = β2 v + (1 - β2) g^2     u = m^ / (sqrt(v^) + ε)     w = w - lr |w| / |u| u
 
-    m^ and v^ are m and v without their bias towards zero; where |w| or |u| is zero, their ratio is 1.
+    m^ and v^ are m and v corrected for their bias towards zero; if |w| or |u| is zero, their ratio is 1.
 
     Args:
-        state: holds the tensor and its moments; new ones take their place.
-        name: of the tensor.
-        gradient: by it.
+        state: holds the tensor and its moments; all three are replaced.
+        name: name of the tensor.
+        gradient: gradient by the tensor.
         lr: step size relative to the tensor's norm.
         step: 1 for the first.
     """

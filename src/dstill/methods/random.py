@@ -1,4 +1,4 @@
-"""Random: real images drawn uniformly without replacement in each class. The floor under every other row."""
+"""Random: real images drawn uniformly without replacement in each class. The baseline of every other method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection, once: the synthetic set is some of the real images. Random, Herding and Forgetting say which."""
+"""Selection: the synthetic set is a subset of the real images, chosen by Random, Herding or Forgetting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SelectionConfig(DistillConfig):
     """Selection by a trained network (Herding, Forgetting)."""
 
     training: TrainingConfig = TrainingConfig()
-    """How the recipe's network is trained before it is asked."""
+    """How the recipe's network is trained before it is used to select images."""
 
     @property
     def network_training(self) -> TrainingConfig:
@@ -28,7 +28,7 @@ class SelectionConfig(DistillConfig):
 
 
 class Selection(Method):
-    """A method without steps."""
+    """A method that selects real images and takes no steps."""
 
     starts_from_a_set = False
 
@@ -43,7 +43,7 @@ class Selection(Method):
         return 0
 
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
-        raise AssertionError("a selection takes no steps")
+        raise AssertionError("a selection method takes no steps")
 
     def result(self, state: State) -> DistilledSet:
         return self.problem.result(state["images"], self.problem.labels(), None)

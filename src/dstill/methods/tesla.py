@@ -9,14 +9,14 @@ from dstill.methods.trajectory_matching import MatchingConfig, Mode, SoftLabels,
 
 
 class TeslaConfig(MatchingConfig):
-    """Trajectory matching by TESLA's gradient, with its labels."""
+    """Trajectory matching with TESLA's gradient and labels."""
 
     iterations: Count = 10_000
-    """Segments matched, one update of the images each."""
+    """Segments matched, each with one update of the images."""
     soft_labels: SoftLabels = "expert"
-    """Logits of the target expert, held constant."""
+    """Logits of the target expert, constant in the gradient."""
     gradient: Mode = "tesla"
-    """Without the Hessian term."""
+    """TESLA's approximation, without the Hessian term."""
 
 
 @final

@@ -1,4 +1,4 @@
-"""Trajectory matching, once: MTT, TESLA, FTD and AST are settings of it (paper Algorithm 2)."""
+"""Trajectory matching (paper Algorithm 2): MTT, TESLA, FTD and AST differ only in its settings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Mode = Literal["adjoint", "graph", "tesla"]
 
 
 class MatchingConfig(DistillConfig):
-    """How a synthetic set is made to reproduce expert segments (paper IV-C, IV-D, Algorithm 2). Defaults are MTT's."""
+    """How a synthetic set is optimised to reproduce expert segments (paper IV-C, IV-D, Algorithm 2). Defaults are MTT's."""
 
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "lr_images": (0.1, 0.3, 1.0, 3.0, 10.0),
@@ -46,17 +46,17 @@ class MatchingConfig(DistillConfig):
     }
 
     iterations: Count = 5000
-    """Segments matched, one update of the images each."""
+    """Segments matched, each with one update of the images."""
     student_steps: Count = 30
-    """N, steps of the student in a segment."""
+    """N, student steps per segment."""
     expert_epochs: Count = 2
-    """M, expert epochs that a segment spans."""
+    """M, expert epochs per segment."""
     max_start_epoch: Count = 20
     """T+, exclusive upper end of the start epochs."""
     min_start_epoch: Annotated[int, Field(ge=0)] = 0
-    """Lowest start epoch (0 in the paper; others for Fig. 11)."""
+    """Lowest start epoch (0 in the paper, except in Fig. 11)."""
     batch_syn: Count | None = None
-    """Synthetic images a student step; left out: the whole set."""
+    """Synthetic images per student step; left out: the whole set."""
     lr_images: Positive = 100.0
     """Step size of the images, in preprocessed units squared per unit of matching loss."""
     lr_alpha: Annotated[float, Field(ge=0)] = 1e-5
@@ -70,39 +70,39 @@ class MatchingConfig(DistillConfig):
     initialisation: Initialisation = "random"
     """Real images drawn at random; nearest to K-Means centroids of expert features (paper) or logits (released); or noise."""
     feature_epochs: Count | None = None
-    """Epochs of the expert whose features are clustered (50 in the paper, trained for this where the experts are shorter);
+    """Epochs of the expert whose features are clustered (50 in the paper; if the experts are shorter, one is trained this far);
     left out: the last recorded epoch of the first expert."""
     balanced_loss: Form = "off"
     """ν of Eq. 20: natural logarithm (paper), base 5 (released), or 1 (off)."""
     intermediate_matching: Form = "off"
-    """Eq. 22: points after floor(kN/M) steps (paper), k floor(N/M) (released), or the final match alone."""
+    """Eq. 22: points after floor(kN/M) steps (paper), k floor(N/M) (released), or only the final match."""
     intermediate_scale: Literal["equal", "ramp"] = "equal"
     """β of the intermediate terms: 1, or k/M for the k-th."""
     perturbation: Form = "off"
-    """Eq. 23: one normalised draw a filter, scaled by rho (paper); one a 4-d layer, times the weight (released); or off."""
+    """Eq. 23: one normalised draw per filter, scaled by rho (paper); one per 4-d layer, times the weight (released); or off."""
     rho: Positive = 0.1
     """Relative size of the paper's perturbation."""
     denominator: Literal["perturbed", "unperturbed"] = "perturbed"
-    """Which start the denominators of Eq. 22 are measured from."""
+    """Whether the denominators of Eq. 22 are measured from the perturbed or the unperturbed start."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the student's starting weights set to zero after the perturbation (Fig. 11)."""
     soft_labels: SoftLabels = "off"
-    """Class ids; logits of the target expert on the current images, renewed every iteration and held constant in the gradient
-    (TESLA); or the same with the gradient going through the expert to the images (ours)."""
+    """Class ids; logits of the target expert on the current images, renewed every iteration and constant in the gradient
+    (TESLA); or the same with the gradient through the expert (ours)."""
     image_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of the moving average of the images that is the result (FTD); left out: the images themselves."""
+    """Decay of a moving average of the images, which becomes the result (FTD); left out: the images themselves."""
     gradient: Mode = "adjoint"
-    """Exact in the memory of one step; exact by plain autograd; or TESLA's approximation."""
+    """Exact, with the memory of one step if need be; exact by plain autograd; or TESLA's approximation."""
     memory: Literal["auto", "keep", "recompute"] = "auto"
-    """What the adjoint keeps of the forward sweep: as much as half of the free memory holds, everything, or nothing. The
-    numbers are the same; keeping is faster."""
+    """What the adjoint keeps of the forward sweep: as much as fits in half of the free memory, everything, or nothing. The
+    numbers are the same; keeping more is faster."""
     precision: Precision = "float32"
-    """Exact; bfloat16 convolutions in the backward sweep; or everywhere. The last two are approximations."""
+    """Exact; bfloat16 convolutions in the backward sweep; or bfloat16 everywhere. The last two are approximations."""
     compile: bool = False
-    """torch.compile the student's step where native kernels do not run: about a minute, then faster."""
+    """torch.compile the student's step where native kernels do not run. It takes about a minute; then steps are faster."""
     guard: Literal["on", "off"] = "on"
-    """Skip a step whose loss or gradient is not finite or that would make α non-positive, and drop the momentum that led to it.
-    Off only to study collapse."""
+    """Skip a step that is not finite or would make α non-positive, and reset the momentum that led to it. Turn this off only to
+    study collapse."""
     max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The run stops with advice once more than this share of the steps, and at least 10, has been skipped."""
 
@@ -119,7 +119,7 @@ class MatchingConfig(DistillConfig):
         if self.student_steps < self.expert_epochs:
             raise ValueError(f"student_steps {self.student_steps} must be at least expert_epochs {self.expert_epochs}")
         if self.gradient == "graph" and self.precision != "float32":
-            raise ValueError(f"gradient graph is plain autograd in float32, precision {self.precision} is for the adjoint")
+            raise ValueError(f"gradient graph is plain autograd in float32; precision {self.precision} needs gradient adjoint")
         return self
 
     @property
@@ -136,7 +136,7 @@ class MatchingConfig(DistillConfig):
         return self.initialisation.startswith("representative")
 
     def fitted(self, case: Case) -> tuple[Self, str]:
-        """Cuts N so that the kept vectors fit the memory, and drops a `batch_syn` that holds the whole set."""
+        """Reduces N so that the kept vectors fit into memory, and drops a `batch_syn` that covers the whole set."""
         steps = min(self.student_steps, max(self.expert_epochs, self._steps_in_memory(case)))
         whole = case.ipc * case.shape.classes
         batch = self.batch_syn if self.batch_syn is not None and self.batch_syn < whole else None
@@ -144,7 +144,7 @@ class MatchingConfig(DistillConfig):
         return self.model_copy(update={"student_steps": steps, "batch_syn": batch}), cut
 
     def _steps_in_memory(self, case: Case) -> int:
-        """N of which the kept parameter vectors (two a step with momentum) take a quarter of the memory."""
+        """The N at which the kept parameter vectors (two per step with momentum) take a quarter of the memory."""
         (channels, size, classes), width, depth = case.shape[:3], case.net.width or 128, case.net.depth or 1
         last = math.prod(max(1, side >> depth) for side in size)
         parameters = 9 * width * (channels + width * (depth - 1)) + 3 * width * depth + (width * last + 1) * classes
@@ -156,7 +156,7 @@ class MatchingConfig(DistillConfig):
         return [Passes(kind, self.student_steps, batch, precision=self.precision) for kind in ("gradient", "tangent")]
 
     def scaled(self, factors: Mapping[str, float], longest: int | None) -> Self:
-        """T+ is a whole number above its lower end, within what experts of `longest` epochs serve."""
+        """T+ stays an integer above the lowest start epoch and within experts of `longest` epochs."""
         last = math.inf if longest is None else longest - self.expert_epochs + 1
         span = math.ceil(self.max_start_epoch * factors["max_start_epoch"])
         start = min(last, max(self.min_start_epoch + 1, span))
@@ -171,8 +171,8 @@ class MatchingConfig(DistillConfig):
 class TrajectoryMatching(Method):
     """The images and α are optimised so that a student trained on them follows segments of expert trajectories.
 
-    State: `images` and `images.momentum` `[S, C, H, W]`, `alpha` and `alpha.momentum`, `skipped`; `labels` where they are
-    soft, `images.average` where a moving average is kept.
+    State: `images` and `images.momentum` `[S, C, H, W]`, `alpha` and `alpha.momentum`, `skipped`; `labels` if they are
+    soft, `images.average` if a moving average is kept.
     """
 
     Settings = MatchingConfig
@@ -242,7 +242,7 @@ class TrajectoryMatching(Method):
         return self.problem.result(images, state.get("labels", self.problem.labels()), float(state["alpha"]))
 
     def _draw_segment(self, generator: torch.Generator) -> Segment:
-        """An expert and a start epoch, both uniform, and the weights from there to M epochs later."""
+        """Draws an expert and a start epoch uniformly, and reads the weights from there to M epochs later."""
         settings = self.settings
         expert = int(torch.randint(len(self.trajectories), (), generator=generator))
         epoch = int(torch.randint(settings.min_start_epoch, settings.max_start_epoch, (), generator=generator))
@@ -251,7 +251,7 @@ class TrajectoryMatching(Method):
         return Segment(expert, epoch, segment.start.to(device), segment.targets.to(device))
 
     def _perturbed(self, theta: Tensor, generator: torch.Generator) -> Tensor:
-        """The student's start: the expert's weights perturbed (Eq. 23), and dropped out where that is asked for (Fig. 11)."""
+        """The student's start: the expert's weights, perturbed (Eq. 23), and with dropout if it is set (Fig. 11)."""
         settings = self.settings
         weights = perturb_weights(self.student.split(theta), settings.perturbation, settings.rho, generator)
         start = torch.cat([weight.reshape(-1) for weight in weights])
@@ -261,7 +261,7 @@ class TrajectoryMatching(Method):
         return start
 
     def _targets(self, segment: Segment, start: Tensor) -> Targets:
-        """What the student must reach, and after how many steps (Eq. 22)."""
+        """The target weights, and the student steps after which they are compared (Eq. 22)."""
         settings = self.settings
         origin = start if settings.denominator == "perturbed" else segment.start
         return intermediate_matching(
@@ -269,7 +269,7 @@ class TrajectoryMatching(Method):
         )
 
     def _draw_steps(self, generator: torch.Generator) -> list[Step]:
-        """N mini-batches, each with its draw of the augmentation."""
+        """Draws N mini-batches, each with its own augmentation."""
         recipe, settings = self.problem.recipe, self.settings
         count = self.problem.real.classes * recipe.ipc
         return [
@@ -285,7 +285,7 @@ class TrajectoryMatching(Method):
         return state["labels"]
 
     def _by_images(self, state: State, segment: Segment, unrolled: Unrolled) -> Tensor:
-        """The gradient by the images, with the part that goes through the labels where that is asked for."""
+        """The gradient by the images, including the part through the labels if they are differentiated."""
         if self.settings.soft_labels != "expert-differentiated":
             return unrolled.grads.images
         assert unrolled.grads.labels is not None
@@ -293,7 +293,7 @@ class TrajectoryMatching(Method):
         return unrolled.grads.images + through
 
     def _update(self, state: State, by_images: Tensor, unrolled: Unrolled, iteration: int) -> bool:
-        """One SGD step on images and α, unless the guard skips it; whether it was taken."""
+        """One SGD step on images and α, unless the guard skips it. Returns whether it was taken."""
         settings = self.settings
         images, images_momentum = sgd_step(
             state["images"], state["images.momentum"], by_images, settings.lr_images, settings.image_momentum
@@ -311,7 +311,7 @@ class TrajectoryMatching(Method):
 
     @classmethod
     def peak_bytes(cls, recipe: Recipe, shape: Shape, device: torch.device) -> float:
-        """The vectors θ_0 … θ_N and their buffers, and what the unroll keeps of the student's steps."""
+        """Counts the vectors θ_0 … θ_N, their buffers, and what the unroll keeps of the student's steps."""
         settings = recipe.distill
         assert isinstance(settings, MatchingConfig)
         student = Student(nets.build(recipe.net, shape.channels, shape.classes, shape.size, torch.Generator()))
@@ -331,7 +331,7 @@ class TrajectoryMatching(Method):
         if settings.gradient == "graph":
             engine = "library autograd"
         elif not supports(problem.network()):
-            engine = "library double backward"
+            engine = "torch double backward"
         else:
             engine = native.describe(problem.device, compiled=settings.compile)
         exact = settings.gradient != "tesla" and settings.precision == "float32"
@@ -339,19 +339,19 @@ class TrajectoryMatching(Method):
 
 
 def matching_settings(distilled: DistilledSet) -> MatchingConfig:
-    """The settings that a set of trajectory matching was distilled with.
+    """The settings that a set was distilled with by trajectory matching.
 
     Raises:
-        DstillError: the set was made in another way.
+        DstillError: the set was made by another method.
     """
     settings = distilled.recipe.distill if distilled.recipe else None
     if not isinstance(settings, MatchingConfig) or distilled.alpha is None:
-        raise DstillError(f"only sets of trajectory matching follow an expert, this one is of {distilled.method}")
+        raise DstillError(f"only sets of trajectory matching follow an expert; this one was made by {distilled.method}")
     return settings
 
 
 def segment_metrics(segment: Segment, start: Tensor, unrolled: Unrolled, by_images: Tensor) -> Metrics:
-    """What is logged of a segment beside the loss and α: diagnostics that change nothing."""
+    """Diagnostics of a segment that are logged beside the loss and α. They change nothing."""
     span = (segment.start - segment.targets[-1]).norm()
     return {
         "start_epoch": segment.epoch,
@@ -364,6 +364,6 @@ def segment_metrics(segment: Segment, start: Tensor, unrolled: Unrolled, by_imag
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """The cosine of the angle between two gradients, worked out in float64."""
+    """The cosine of the angle between two gradients, computed in float64."""
     a, b = a.cpu().double(), b.cpu().double()
     return float((a * b).sum() / (a.norm() * b.norm()))

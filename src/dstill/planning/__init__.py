@@ -1,4 +1,4 @@
-"""What a run will take: time, memory and disk, from a short calibration on this machine.
+"""Estimates what a run takes: time, memory and disk, from a short calibration on this machine.
 
 Nothing here runs a method.
 """

@@ -1,4 +1,4 @@
-"""How long a batch takes on this machine: what `dstill plan` reckons with."""
+"""How long a batch takes on this machine, for the estimates of `dstill plan`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dstill.nets import networks as nets
 from dstill.training.fit import Batch, cross_entropy_objective, fit, predictions
 from dstill.unrolling.student import Student
 
-_PROBES = (4, 32, 256)  # images; beyond, a batch's time is taken to grow as its size
+_PROBES = (4, 32, 256)  # images; for larger batches, time is assumed proportional to size
 _PROBE_SECONDS = 0.2
-_PROBE_EPOCHS = (4, 64)  # of slow steps and of quick ones, where what `fit` does once would count
+_PROBE_EPOCHS = (4, 64)  # for slow and for quick steps, whose time the setup of `fit` would distort
 
 
 class Clock:
-    """Seconds of one batch on this machine, measured once each.
+    """Seconds per batch on this machine; each kind of work is measured once.
 
     Args:
-        shape: of the images.
-        device: where.
+        shape: shape of the data.
+        device: device to measure.
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class Clock:
         self._measured: dict[tuple[Any, ...], float] = {}
 
     def passes(self, own: NetConfig, passes: Passes) -> float:
-        """Seconds of all of them, on all threads; `own` is the recipe's network."""
+        """Seconds of these passes, on all threads; `own` is the recipe's network."""
         net, precision = passes.net or own, passes.precision
 
         def seconds(images: int) -> float:
@@ -45,7 +45,7 @@ class Clock:
             return self._time(key, lambda: self._work(net, passes.kind, images, precision))
 
         found = self._scaled(passes.images, seconds)
-        if passes.kind == "tangent":  # the first order is counted by itself
+        if passes.kind == "tangent":  # the first order is counted separately
             found = max(0.0, found - self.passes(net, Passes("gradient", 1, passes.images)))
         return found * passes.times
 
@@ -70,7 +70,7 @@ class Clock:
 
     @staticmethod
     def _scaled(images: int, seconds: Callable[[int], float]) -> float:
-        """Seconds of a batch of so many images, along the line through two small ones that take long enough to tell."""
+        """Seconds of a batch of `images`, extrapolated linearly from two small batches that take long enough to measure."""
         for probe in _PROBES:
             small = min(images, probe)
             found = seconds(small)
@@ -79,7 +79,7 @@ class Clock:
             if found > _PROBE_SECONDS / 4:
                 break
         larger = min(images, 3 * small)
-        # What does not grow with the batch, such as the transforms of the filters, is in both.
+        # Both include costs that do not grow with the batch, such as the transforms of the filters.
         slope = max(0.0, seconds(larger) - found) / (larger - small)
         return found + slope * (images - small)
 
@@ -103,7 +103,7 @@ class Clock:
         return self._scaled(images, seconds)
 
     def expert(self, net: NetConfig, config: ExpertConfig, threads: int) -> float:
-        """Seconds of one expert step on a batch of the experts' size, penalty included."""
+        """Seconds of one expert step at the experts' batch size, including the gradient penalty."""
 
         def make(probe: int) -> Callable[[], Any]:
             network = self._network(net)
@@ -130,7 +130,7 @@ class Clock:
     def _time(
         self, key: tuple[Any, ...], make: Callable[[], Callable[[], Any]], threads: int | None = None, most: int = 20
     ) -> float:
-        """The median of a few repetitions, after one that warms up."""
+        """The median of a few repetitions, after one to warm up."""
         if key in self._measured:
             return self._measured[key]
         before = torch.get_num_threads()
@@ -150,7 +150,7 @@ class Clock:
         return self._measured[key]
 
     def _recorded(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        """The work, after as many calls as a card records it in: so it runs in training."""
+        """The work, after enough calls for its CUDA graph to be recorded, as in training."""
         for _ in range(CALLS_BEFORE + 1 if self.device.type == "cuda" else 0):
             work()
         return work

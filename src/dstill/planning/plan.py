@@ -1,4 +1,4 @@
-"""The function that says beforehand what a run takes, `plan`: time, memory and disk, stage by stage."""
+"""`plan` estimates what a run takes: time, memory and disk, stage by stage."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ from dstill.support.workers import cores, threads_each
 
 _FLOATS = 4  # bytes
 _GIB = 2**30
-_BASE = 32 * 2**20  # what the libraries take for themselves as soon as they work
+_BASE = 32 * 2**20  # memory that the libraries take once they run
 
 
 class Stage(BaseModel):
-    """What one part of a run takes."""
+    """What one stage of a run takes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     seconds: float
     peak_bytes: float
-    """Growth of the memory while it lasts."""
+    """Growth of memory during the stage."""
     disk_bytes: float
-    """What it leaves behind."""
+    """Size of the files that remain."""
     note: str = ""
     makes: str = ""
-    """Names what it makes where other runs can use that, too."""
+    """Names the product of the stage if other runs can reuse it."""
 
 
 class Plan(BaseModel):
-    """The stages of a run, in order, and what stands against it."""
+    """The stages of a run, in order, and warnings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -90,9 +90,9 @@ def plan(
     machine: Machine = Machine(),
     progress: Progress = None,
 ) -> Plan:
-    """What `run` with the same arguments would take on this machine, from a calibration of some seconds.
+    """Estimates what `run` with the same arguments would take on this machine, from a calibration of some seconds.
 
-    Data of a name that `dstill ls datasets` knows are not loaded: then nothing is taken to be cached.
+    Data of a name that `dstill ls datasets` knows are not loaded; the plan then assumes that nothing is cached.
 
     Args:
         source: see `run`, as for all that follow.
@@ -104,14 +104,14 @@ def plan(
         experts: changes to the section `experts`.
         changes: changes to the recipe.
         sets: synthetic sets.
-        seed: of the experts that may be cached.
+        seed: seed of the experts, which may be cached.
         evaluation: how the sets are measured.
-        recording: what is recorded on the way.
+        recording: what is recorded while distilling.
         machine: where the work would be done.
         progress: whether progress is shown.
 
     Returns:
-        The stages of the run, and what stands against it.
+        The stages of the run, and warnings.
 
     Raises:
         DstillError: whatever `run` would refuse at once.
@@ -131,19 +131,19 @@ def plan(
         check_early(job, [network_name(net) for net in evaluation.nets])
     elif job.recipe.ipc * job.shape.classes > job.shape.train:
         each = job.shape.train // job.shape.classes
-        raise DstillError(f"{job.name} has {each} training images a class, fewer than {job.recipe.ipc}")
+        raise DstillError(f"{job.name} has {each} training images per class, fewer than {job.recipe.ipc}")
     return plan_job(job, task, Clock(job.shape, place.device))
 
 
 def _processes(job: Job) -> int:
-    """How many processes share the work that is worth it."""
+    """Number of processes for work that is worth sharing."""
     if job.place.workers == "auto":
         return cores() if job.place.device.type == "cpu" else 1
     return job.place.workers
 
 
 def together(plans: Sequence[Plan], title: str) -> Plan:
-    """Several runs as one plan, a stage a run, what they share counted once."""
+    """Several runs as one plan, one stage per run. What they share is counted once."""
     made: set[str] = set()
     stages = []
     for one in plans:
@@ -156,7 +156,7 @@ def together(plans: Sequence[Plan], title: str) -> Plan:
 
 
 def plan_job(job: Job, task: Task, clock: Clock) -> Plan:
-    """The plan of a resolved run, whose data need not be loaded."""
+    """The plan of a resolved run. Its data need not be loaded."""
     stages = [
         *_experts(job, clock),
         *_trained(job, clock),
@@ -175,7 +175,7 @@ def _experts(job: Job, clock: Clock) -> list[Stage]:
     longer = job.recipe.describing_expert(config.epochs)
     if longer is None:
         return [_expert_stage("experts", job, config, range(config.count), clock)]
-    stages = [_expert_stage("expert that describes images", job, longer, range(1), clock)]
+    stages = [_expert_stage("expert for the initialisation", job, longer, range(1), clock)]
     if config.count > 1:
         stages.append(_expert_stage("experts", job, config, range(1, config.count), clock))
     return stages
@@ -192,7 +192,7 @@ def _expert_stage(name: str, job: Job, config: ExpertConfig, wanted: range, cloc
     plain = clock.training(recipe.net, config.batch_size, "none", threads)
     step = clock.expert(recipe.net, config, threads) * (2 if config.gsam else 1) + max(0.0, augmented - plain)
     judging = clock.passes(recipe.net, Passes("forward", 1, shape.test))
-    # The records, and the network with its optimiser's buffers, from which a training resumes.
+    # The records, and the network with its optimiser's buffers, from which training resumes.
     state = {"adam": 3, "sgd": 2 if config.momentum else 1}[config.optimiser]
     disk = ((epochs + 1) * (4 if config.store == "float32" else 2) + 4 * state) * _parameters(recipe.net, shape)
     return Stage(
@@ -206,7 +206,7 @@ def _expert_stage(name: str, job: Job, config: ExpertConfig, wanted: range, cloc
 
 
 def _missing(job: Job, config: ExpertConfig, wanted: range) -> int:
-    """How many of these experts the cache lacks."""
+    """Number of these experts that the cache lacks."""
     if job.data is None:
         return len(wanted)
     recipe, seed = job.recipe, job.seeds.experts
@@ -228,7 +228,7 @@ def _trained(job: Job, clock: Clock) -> list[Stage]:
 
 
 def _named(kind: str, recipe: Recipe, settings: Any = None) -> str:
-    """The same for runs that share what a stage makes."""
+    """A name that is the same for all runs that share the product of a stage."""
     shared = {"data": recipe.data, "net": recipe.net.model_dump(), "preprocess": recipe.preprocess, "settings": settings}
     return f"{kind}-{digest({**shared, 'augmentation': recipe.augmentation})}"
 
@@ -250,7 +250,8 @@ def _distilling(job: Job, task: Task, clock: Clock) -> list[Stage]:
         judging = clock.passes(recipe.net, Passes("forward", 1, shape.train // 10))
         held = shape.train // 10 * _image_bytes(shape)
         seconds = sets * looks * (one + judging)
-        stages.append(Stage(name="validation", seconds=seconds, peak_bytes=held, disk_bytes=0, note=f"{looks} looks a set"))
+        note = f"measured {looks} times per set"
+        stages.append(Stage(name="validation", seconds=seconds, peak_bytes=held, disk_bytes=0, note=note))
     return stages
 
 

@@ -1,4 +1,4 @@
-"""How far a student drifts from an expert when it trains on a distilled set without being put back on the way."""
+"""How far a student drifts from an expert while it trains on a distilled set."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from dstill.unrolling.student import Student, sgd_step
 def accumulated_error(distilled: DistilledSet, trajectories: Trajectories, expert: int, device: torch.device) -> list[float]:
     """|ε_t| / |θ*_t - θ*_0| at every M-th expert epoch t, with ε_t = θ̂_t - θ*_t.
 
-    Distilling matches one segment at a time, each from the expert's own weights; training on the finished set goes from
-    segment to segment, and its errors add up. The student starts at θ*_0 and takes N steps for every M expert epochs, with
-    the set's α and the batches and momentum that it was distilled with, as a network does that trains on the set: unperturbed,
-    with the plain cross-entropy (ν = 1), the momentum going on from segment to segment; up to the last epoch that matching
-    reads.
+    Distillation matches one segment at a time, each from the expert's own weights. Training on the finished set runs through
+    all segments, so that the errors add up. The student starts at θ*_0 and takes N steps for every M expert epochs, up to the
+    last epoch that matching reads. It uses the set's α, and the batches and momentum of the distillation, and keeps the
+    momentum from segment to segment. As in plain training, the weights are not perturbed and ν = 1.
 
     Args:
         distilled: a set of trajectory matching.
         trajectories: experts.
-        expert: which one is followed.
-        device: where.
+        expert: number of the expert to follow.
+        device: device to train on.
 
     Raises:
         DstillError: the set was not made by trajectory matching.

@@ -1,4 +1,4 @@
-"""A reproduction's table, figure and page from what its runs recorded; no private numbers."""
+"""The table, figure and page of a reproduction, made only from what its runs recorded."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ HEADINGS: dict[Measure, str] = {
 
 
 class Entry(BaseModel):
-    """One set of a row of a case: the run it stands on.
+    """One set of a row and case, with the run that made it.
 
     Attributes:
-        row: its name.
-        case: its case's name.
-        set: number of the set, which its seed counts from that of the reproduction.
-        request: what decided the numbers, see `dstill.api.apart.request`.
-        record: of the run.
+        row: name of the row.
+        case: name of the case.
+        set: number of the set, from 0; its seed is the reproduction's plus this number.
+        request: what the numbers depend on, see `dstill.api.apart.request`.
+        record: record of the run.
         following: see `dstill.reproductions.following.accumulated_error`.
-        picture: file name of the distilled images beside this file.
-        environment: what it ran on.
+        picture: file name of the picture of the distilled images, beside this file.
+        environment: the machine and software of the run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,24 +60,24 @@ class Entry(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Entry:
-        """Reads what a reproduction wrote.
+        """Reads an entry that a reproduction wrote.
 
         Raises:
-            DstillError: it is not that, or another version of dstill wrote it.
+            DstillError: the file is not such an entry, or another version of dstill wrote it.
         """
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DstillError(f"{path} is damaged or of another version of dstill: remove it, or pass another -o") from error
+            raise DstillError(f"{path} is damaged or from another version of dstill: remove it, or pass another -o") from error
 
 
 class Sets:
     """The sets of one row of one case, at least one.
 
     Attributes:
-        entries: one a set.
-        first: the first set that was measured; where none was, the first.
-        record: of all sets together.
+        entries: one per set.
+        first: the first set that was measured; if none was, the first.
+        record: record of all sets together.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -86,7 +86,7 @@ class Sets:
         self.record = self.first.record.pooled([entry.record for entry in entries])
 
     def accuracies(self) -> dict[int, float]:
-        """Mean accuracy by number of the set, where it was measured."""
+        """Mean accuracy of each set that was measured, by its number."""
         return {e.set: e.record.result.accuracy.mean for e in self.entries if e.record.result}
 
 
@@ -94,7 +94,7 @@ Entries = Mapping[tuple[str, str], Sets]
 
 
 def cell(measure: Measure, sets: Sets, first: Sets | None) -> str:
-    """A measure as text, – where the row has none. What is no accuracy is that of one set."""
+    """A measure as text; – if the row has none. Measures other than accuracies are those of one set."""
     record, result, experts = sets.first.record, sets.record.result, sets.record.experts
     match measure:
         case "accuracy" if result:
@@ -122,13 +122,13 @@ def cell(measure: Measure, sets: Sets, first: Sets | None) -> str:
 
 
 def _accuracy(score: Score) -> str:
-    """Over all networks of all sets; the spread between the sets' means where there are several."""
+    """The mean over all networks of all sets; with several sets, also the spread between their means."""
     between = "" if score.between_sets is None else f"; ± {100 * score.between_sets:.1f} between sets"
     return f"{100 * score.mean:.1f} ± {100 * score.std:.1f} (n = {score.n}{between})"
 
 
 def collapsed(sets: Sets) -> str:
-    """After how many iterations, and of how many sets where there are several."""
+    """After how many iterations sets collapsed; with several sets, also how many did."""
     lost = [entry.record.sets[0].iterations for entry in sets.entries if entry.record.collapsed]
     if not lost:
         return "no"
@@ -137,7 +137,7 @@ def collapsed(sets: Sets) -> str:
 
 
 def seconds(record: RunRecord, first: RunRecord | None) -> float:
-    """Mean time of an iteration, brought to as many student steps as the first row's where the row takes fewer."""
+    """Mean time per iteration, scaled to the first row's number of student steps if this row takes fewer."""
     cost, steps = record.cost, record.recipe.get("distill", {}).get("student_steps")
     assert cost is not None
     wanted = first.recipe.get("distill", {}).get("student_steps") if first else None
@@ -145,7 +145,7 @@ def seconds(record: RunRecord, first: RunRecord | None) -> float:
 
 
 def reached(record: RunRecord, first: RunRecord) -> str:
-    """When the first set's validation accuracy was first as high as the first row's after its last iteration (Fig. 6)."""
+    """When the row's first set reached the first row's last validation accuracy (Fig. 6)."""
     if not record.sets or not first.sets:
         return "–"
     one, other = record.sets[0], first.sets[0]
@@ -158,7 +158,7 @@ def reached(record: RunRecord, first: RunRecord) -> str:
 
 
 def paired_difference(sets: Sets, first: Sets) -> str:
-    """Mean over the sets that both rows have, in points, with its standard error: a pair shares its seed and its experts."""
+    """Mean difference over the sets that both rows have, in points, with its standard error. Pairs share seed and experts."""
     ours, theirs = sets.accuracies(), first.accuracies()
     gains = [100 * (ours[k] - theirs[k]) for k in sorted(ours.keys() & theirs.keys())]
     if not gains:
@@ -170,7 +170,7 @@ def paired_difference(sets: Sets, first: Sets) -> str:
 def table(
     measures: Sequence[Measure], nets: Sequence[str], rows: Sequence[Row], case: Case, entries: Entries
 ) -> list[list[str]]:
-    """Heading and rows of one case; published figures of other cases where the paper has none for this one."""
+    """Heading and rows of one case, with the published figures of another case if the paper has none for this one."""
     where = published_case(rows, case)
     suffix = "" if where == case.name else f" ({where})"
     published = {row.name: row.published.get(where, {}) for row in rows}
@@ -199,13 +199,13 @@ def table(
 
 
 def published_case(rows: Sequence[Row], case: Case) -> str:
-    """The case whose published figures stand beside ours: this one, or the first that the paper has where it lacks this one."""
+    """The case whose published figures are shown beside ours: this one, or the paper's first if the paper lacks it."""
     named = [name for row in rows for name in row.published]
     return next(iter(named), case.name) if case.name not in named else case.name
 
 
 def verdict(rows: Sequence[Row], case: Case, entries: Entries) -> str:
-    """A sentence on how ours and the published accuracies compare; empty where nothing can be compared."""
+    """A sentence that compares our accuracies with the published ones; empty if nothing can be compared."""
     where = published_case(rows, case)
     pairs, lost = [], 0
     for row in rows:
@@ -238,7 +238,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _about(rows: Sequence[Row], case: Case, entries: Entries) -> str:
-    """The shares of the published budget, in words."""
+    """The budget of our runs, as text."""
     there = [sets.first.record for row in rows if (sets := entries.get((row.name, case.name)))]
     done = [record for record in there if record.result and record.sets]
     iterations = sorted({record.sets[0].iterations for record in done})
@@ -273,7 +273,7 @@ def page(what: str, reproduction: Reproduction, scale: ScaleName, entries: Entri
 
 
 def _spent(record: RunRecord) -> float:
-    """Seconds of distilling, also of a set that was given up."""
+    """Seconds of distilling, including those of a set that collapsed."""
     if record.cost:
         return record.cost.seconds
     return sum(one.seconds.values[-1] for one in record.sets if one.seconds)

@@ -1,4 +1,4 @@
-"""The function that works out a table or figure of the paper, `reproduce`, at a scale that the user chooses."""
+"""`reproduce` makes a table or figure of the paper, at a scale that the user chooses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from dstill.support.devices import processor
 from dstill.support.workers import cores, refuse_import
 from dstill.version import __version__
 
-# What decides how a set is judged, but not how it is distilled. The recipe names the protocol, whose content may change.
+# Determines how a set is evaluated, but not how it is distilled. The recipe names the protocol, whose content may change.
 _JUDGING = ("networks", "nets", "random", "whole", "protocol")
 
 
@@ -48,9 +48,9 @@ class _Case:
     Attributes:
         row: the row.
         case: the case.
-        job: what is run for the first set.
-        options: what the request says beside the job's recipe and data.
-        sets: how many sets are asked for. Each is a run and a file of its own: what one machine has done, another goes on from.
+        job: the job of the first set.
+        options: what the request contains beside the job's recipe and data.
+        sets: number of sets. Each has its own run and file, so that another machine can resume the work of this one.
     """
 
     row: Row
@@ -60,17 +60,17 @@ class _Case:
     sets: int
 
     def seeded(self, index: int) -> Job:
-        """The job of one set: its own seed, and the experts that all sets share."""
+        """The job of one set, with its own seed and the experts that all sets share."""
         return replace(self.job, seeds=Seeds(self.job.seeds.images + index, self.job.seeds.experts))
 
     def request(self, index: int) -> dict[str, Any]:
-        """What decides the numbers of one set."""
+        """What the numbers of one set depend on."""
         seeds = self.seeded(index).seeds
         apart = {"expert_seed": seeds.experts} if index else {}
         return request(self.job, {**self.options, "seed": seeds.images, **apart})
 
     def name(self, index: int) -> str:
-        """File name of one set, without its ending."""
+        """File name of one set, without the extension."""
         return _name(self.row, self.case, index)
 
 
@@ -79,9 +79,9 @@ class _Call:
     """One call of `reproduce`.
 
     Attributes:
-        reproduction: what is made.
-        folder: where results go.
-        runs: where run folders go.
+        reproduction: the table or figure.
+        folder: folder of the results.
+        runs: folder of the run folders.
         checkpoint_every: iterations between two checkpoints.
     """
 
@@ -109,31 +109,31 @@ def reproduce(
     machine: Machine = Machine(),
     progress: Progress = None,
 ) -> Path:
-    """Runs what a table or figure of the paper needs, and writes ours beside the published figures.
+    """Runs what a table or figure of the paper needs, and writes our figures beside the published ones.
 
-    Every row is an ordinary `run` in a process of its own. Rows that any reproduction has finished with the same settings
-    are read, experts are shared, and an interrupted call resumes where it stopped.
+    Every row is an ordinary `run` in its own process. Rows that any reproduction has finished with the same settings are
+    reused, experts are shared, and an interrupted call resumes where it stopped.
 
     Args:
         what: `table1` … `table8`, `fig3` … `fig11`.
-        scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `gpu`, minutes a row on a large card, for
-            `table3` and `fig6` alone; `paper`, as published.
+        scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `gpu`, minutes per row on a large card, only
+            for `table3` and `fig6`; `paper`, as published.
         sources: by data set name, what `load_real` takes instead of the name.
-        only: names of rows to run; the others are shown if they are there, else as pending.
-        sets: distilled sets a row, the scale's number if left out. A later call with more makes those that `out`
+        only: names of rows to run; the others are shown if they exist, else as pending.
+        sets: distilled sets per row; the scale's number if left out. A later call with more makes those that `out`
             lacks.
         out: results go to `<out>/<what>/<scale>`: settings, a JSON file for each set of a row, figures, and `page.md`.
         runs: folder of run folders, shared by all reproductions.
-        seed: decides everything random.
+        seed: determines everything random.
         checkpoint_every: store the state every so many iterations; 0 for never.
         machine: where the work is done.
         progress: whether progress is shown.
 
     Returns:
-        The results folder. A row that fails keeps its reason there; the others go on.
+        The results folder. For a row that fails, it gives the reason; the others continue.
 
     Raises:
-        DstillError: an unknown name of a reproduction, a row or a data set, or a scale that it lacks.
+        DstillError: a reproduction, row, data set or scale is unknown.
 
     Example:
         >>> import dstill
@@ -170,12 +170,12 @@ def plan_reproduction(
     sets: int | None = None,
     machine: Machine = Machine(),
 ) -> Plan:
-    """What a reproduction takes on this machine if nothing of it is there yet, from a calibration of some seconds.
+    """Estimates what a reproduction takes on this machine if nothing exists yet, from a calibration of some seconds.
 
-    Nothing is loaded: the shapes of the data are those of their published versions.
+    No data are loaded; their shapes are taken from the published versions.
 
     Raises:
-        DstillError: an unknown name of a reproduction or a row, or a scale that it lacks.
+        DstillError: a reproduction, row or scale is unknown.
     """
     place = Workplace.of(machine, False)
     _, settings, rows = _chosen(what, scale, only, sets)
@@ -184,7 +184,7 @@ def plan_reproduction(
 
 
 def _together(cases: Sequence[tuple[_Case, int]], title: str) -> Plan:
-    """The plan of so many sets of each row, what they share counted once."""
+    """The plan of some sets of each row. What they share is counted once."""
     plans, clocks = list[Plan](), dict[Shape, Clock]()
     for one, sets in cases:
         if sets:
@@ -195,7 +195,7 @@ def _together(cases: Sequence[tuple[_Case, int]], title: str) -> Plan:
 
 
 def _task(one: _Case, checkpoint_every: int = 25) -> Task:
-    """What a run of a row does."""
+    """The task of each run of a row."""
     judging = {key: one.options[key] for key in ("nets", "networks", "random", "whole")}
     recording = Recording(validate_every=one.options["validate_every"], checkpoint_every=checkpoint_every)
     return Task(one.options["sets"], Evaluation(**judging), recording)
@@ -216,7 +216,7 @@ def _chosen(what: str, scale: ScaleName, only: Sequence[str], sets: int | None) 
 
 
 def _resolved(settings: Scale, row: Row, case: Case, real: RealSet | None, seed: int, place: Workplace) -> _Case:
-    """A row of a case, for data that are loaded or only known by their published shape."""
+    """A row and case, resolved for loaded data, or for the published shape if `real` is None."""
     choice = Choice(row.method, case.ipc, _named(settings, row, case))
     shape = DATASETS[case.data].shape if real is None else None
     job = Job.resolve(case.data if real is None else real, choice, seed, place, shape=shape)
@@ -225,20 +225,20 @@ def _resolved(settings: Scale, row: Row, case: Case, real: RealSet | None, seed:
 
 
 def _named(settings: Scale, row: Row, case: Case) -> str | None:
-    """The recipe to start from: one tuned here only where the row says so."""
+    """The recipe to start from. A tuned one is used only if the row names it."""
     if settings.recipe is None and row.recipe:
         return f"{case.data}/{row.recipe}-ipc{case.ipc}"
     return settings.recipe or recipes.published(case.data, row.method, case.ipc)
 
 
 def _changed(recipe: Recipe, settings: Scale, row: Row) -> Recipe:
-    """The scale's changes, as far as the method knows what they change, then the row's own, then those of the row here."""
+    """The recipe with the scale's changes that apply to it, then the row's own, then the scale's changes for this row."""
     shared = [change for change in settings.changes if applies(change, recipe)]
     return recipes.changed(recipe, [*shared, *row.changes, *settings.row_changes.get(row.name, [])], f"row {row.name}")
 
 
 def applies(change: str, recipe: Recipe) -> bool:
-    """Whether a recipe has what a shared change changes."""
+    """Whether a recipe has the setting that a shared change sets."""
     section, _, rest = change.partition("=")[0].partition(".")
     if section == "experts":
         return recipe.experts is not None
@@ -248,16 +248,16 @@ def applies(change: str, recipe: Recipe) -> bool:
 
 
 def _options(settings: Scale, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """What a request says beside recipe and data."""
+    """What a request contains beside recipe and data."""
     every = max(1, recipe.distill.iterations // settings.looks) if settings.looks and recipe.distill.iterations else 0
     judging = {"networks": settings.networks, "nets": settings.nets, "random": False, "whole": False}
     return {"sets": 1, **judging, "seed": seed, "validate_every": every}
 
 
 def _work(call: _Call, one: _Case, index: int) -> None:
-    """Makes one set of a row, and writes its file."""
+    """Makes one set of a row and writes its file."""
     job, name, asked = one.seeded(index), one.name(index), one.request(index)
-    # Sets are not distilled twice to be judged in another way.
+    # A set that is only evaluated in another way is not distilled again.
     distilled = {key: value for key, value in asked.items() if key not in _JUDGING}
     folder = call.runs / f"{one.case.name}-{job.recipe.method}-{digest(distilled)}"
     first, following, failure = folder / "set-0", list[float](), None
@@ -265,7 +265,7 @@ def _work(call: _Call, one: _Case, index: int) -> None:
         run_apart(job, folder, _task(one, call.checkpoint_every), asked)
         if "accumulated_error" in call.reproduction.measures:
             following = _followed(first, job)
-    except Exception as error:  # whatever went wrong, the other rows go on
+    except Exception as error:  # whatever went wrong, the other rows continue
         failure = error
         job.place.reporter.note(f"{name} failed: {reason_of(error)}")
     picture = f"{name}.webp" if index == 0 and (first / "distilled.png").exists() else ""
@@ -285,13 +285,13 @@ def _work(call: _Call, one: _Case, index: int) -> None:
 
 
 def small_picture(source: Path, target: Path) -> None:
-    """Writes a picture as WebP of at most 400 pixels in width, as a results folder keeps one for every row."""
+    """Writes a picture as WebP of at most 400 pixels in width, since a results folder keeps one for every row."""
     with Image.open(source) as image, atomic(target) as temporary:
         image.convert("RGB").reduce(-(-image.width // 400)).save(temporary, format="WEBP", quality=75, method=6)
 
 
 def _followed(distilled: Path, job: Job) -> list[float]:
-    """The accumulated error along the first of the experts that the set was distilled from."""
+    """The accumulated error along the first expert that the set was distilled from."""
     named = json.loads((distilled / IDENTITY_NAME).read_text(encoding="utf-8"))["experts"]
     config = job.recipe.expert_config
     trajectories = Trajectories(job.place.cache / "experts" / named, config.count, config.epochs)
@@ -310,12 +310,12 @@ def _environment(device: torch.device) -> dict[str, str]:
 
 
 def _missing(folder: Path, one: _Case) -> list[int]:
-    """Numbers of the sets that are yet to be made."""
+    """Numbers of the sets that do not exist yet."""
     return [index for index in range(one.sets) if not _finished(folder, one, index)]
 
 
 def _finished(folder: Path, one: _Case, index: int) -> bool:
-    """Whether the set's file was made by the same request. A run that failed is tried again unless it collapsed."""
+    """Whether the set's file was made by the same request. A failed run is repeated unless it collapsed."""
     path = folder / f"{one.name(index)}.json"
     if not path.exists():
         return False
@@ -325,7 +325,7 @@ def _finished(folder: Path, one: _Case, index: int) -> bool:
 
 
 def _write_page(what: str, reproduction: Reproduction, scale: ScaleName, folder: Path) -> None:
-    """The page and the figure of whatever rows are there."""
+    """Writes the page and the figures of the rows that exist."""
     rows, cases = reproduction.rows_at(scale), reproduction.scales[scale].cases
     entries = {(row.name, case.name): found for case in cases for row in rows if (found := _sets(folder, row, case))}
     drawn = [_draw(reproduction, case, rows, entries, folder) for case in cases] if reproduction.figure else []
@@ -334,7 +334,7 @@ def _write_page(what: str, reproduction: Reproduction, scale: ScaleName, folder:
 
 
 def _sets(folder: Path, row: Row, case: Case) -> Sets | None:
-    """The sets of a row that are there, in order, without any that an earlier call made with other settings."""
+    """The existing sets of a row, in order, without those that an earlier call made with other settings."""
     name = _name(row, case, 0)
     found = [Entry.load(path) for path in (*folder.glob(f"{name}.json"), *folder.glob(f"{name}-set*.json"))]
     entries = sorted(found, key=lambda entry: entry.set)
@@ -342,14 +342,14 @@ def _sets(folder: Path, row: Row, case: Case) -> Sets | None:
 
 
 def _shared(entry: Entry) -> dict[str, Any]:
-    """What the requests of all sets of a row have in common."""
+    """The part of a request that all sets of a row have in common."""
     asked = dict(entry.request)
     seed, expert_seed = asked.pop("seed"), asked.pop("expert_seed", None)
     return {**asked, "seed": seed - entry.set, "expert_seed": seed if expert_seed is None else expert_seed}
 
 
 def _draw(reproduction: Reproduction, case: Case, rows: Sequence[Row], entries: Entries, folder: Path) -> list[str]:
-    """Draws the figure of one case; the names of the files."""
+    """Draws the figure of one case. Returns the names of the files."""
     there = [(row.title, entries[row.name, case.name]) for row in rows if (row.name, case.name) in entries]
     records = {title: sets.record for title, sets in there}
     stem = f"figure-{case.name}"

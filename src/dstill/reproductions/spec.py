@@ -1,4 +1,4 @@
-"""The paper's tables and figures as files: which runs, at which scale, and how they are put side by side. No torch here."""
+"""The paper's tables and figures as files: which runs, at which scale, and how they are compared. Never imports torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FigureName = Literal[
 
 
 class Case(Settings):
-    """A data set, a name of `dstill ls datasets`, and images per class."""
+    """A data set (a name of `dstill ls datasets`) and images per class."""
 
     data: str
     """Name of the data set."""
@@ -55,30 +55,30 @@ class Case(Settings):
 
 
 class Scale(Settings):
-    """What is run at one scale."""
+    """The runs of one scale."""
 
     says: str
-    """The scale in words, for the page."""
+    """A description of the scale, for the page."""
     cases: Annotated[list[Case], Field(min_length=1)]
     """Every row is run for each of these."""
     rows: list[str] = Field(default_factory=list)
     """Names of the rows to run, in this order; left out: all."""
     recipe: str | None = None
-    """`smoke` for runs of seconds; left out: the recipe of each method and case."""
+    """`smoke` for runs of seconds; left out: the published recipe of each method and case."""
     changes: list[str] = Field(default_factory=list)
-    """`section.key=value` for every row; sections that a method lacks are passed over."""
+    """`section.key=value` for every row; settings that a method lacks are ignored."""
     row_changes: dict[str, list[str]] = Field(default_factory=dict)
-    """The same for single rows, applied after those of the row itself."""
+    """The same for single rows, by name, applied after the row's own changes."""
     sets: Count = 1
-    """Distilled sets a row; all rows see the same seeds, so that differences are paired."""
+    """Distilled sets per row. All rows use the same seeds, so that differences are paired."""
     networks: Count | None = None
-    """Networks a set; left out: the protocol's."""
+    """Fresh networks per set; left out: the protocol's number."""
     nets: list[str] = Field(default_factory=list)
-    """Evaluation networks, with a column each; the first gives `accuracy`. Left out: the recipe's own."""
+    """Evaluation networks, one column each; the first gives `accuracy`. Left out: the recipe's own."""
     looks: Annotated[int, Field(ge=0)] = 0
     """How often a run is measured on the validation part."""
     remark: str = ""
-    """What the comparison with the paper must bear in mind."""
+    """What to bear in mind when comparing with the paper."""
 
 
 class Row(Settings):
@@ -87,37 +87,37 @@ class Row(Settings):
     name: str
     """Short and unique."""
     title: str
-    """What the table calls it."""
+    """Name in the table."""
     method: str
     """A name of `dstill ls methods`."""
     recipe: str = ""
-    """The row starts from the recipe `<data>/<recipe>-ipc<k>`; left out: from the method's published one."""
+    """Starts from the recipe `<data>/<recipe>-ipc<k>`; left out: from the method's published recipe."""
     changes: list[str] = Field(default_factory=list)
-    """`section.key=value` that make it this row."""
+    """`section.key=value`: the settings that distinguish this row."""
     published: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """By case name (`cifar100-ipc10`): what the paper has for each measure, or for a network."""
+    """The paper's figure for each measure or network, by case name (`cifar100-ipc10`)."""
 
 
 class Reproduction(Settings):
     """One table or figure of the paper."""
 
     title: str
-    """What it shows."""
+    """Title of the page."""
     paper: str
-    """Where in the paper."""
+    """Number of the table or figure in the paper."""
     claim: str
-    """What the paper shows there, for the reader of the page to hold ours against."""
+    """What the paper shows, for comparison with our figures."""
     measures: list[Measure]
     """Columns of the table."""
     figure: FigureName | None = None
-    """What is drawn, if anything."""
+    """Kind of figure to draw, if any."""
     scales: dict[ScaleName, Scale]
-    """What is run at each scale; all but `gpu` are there for every table and figure."""
+    """The runs of each scale. Every table and figure has all scales but `gpu`."""
     rows: Annotated[list[Row], Field(min_length=1)]
-    """In the order of the table; differences are taken from the first."""
+    """Rows in the order of the table; differences are relative to the first."""
 
     def rows_at(self, scale: ScaleName) -> list[Row]:
-        """The rows that a scale runs."""
+        """The rows of a scale."""
         by_name = {row.name: row for row in self.rows}
         return [by_name[name] for name in self.scales[scale].rows] or self.rows
 
