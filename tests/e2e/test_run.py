@@ -196,7 +196,14 @@ class Kill:
 
 changes = ["distill.iterations=7", "net.width=4", "distill.student_steps=4"]
 dstill.distill(
-    "digits", recipe="smoke", method="ast", changes=changes, out=out, cache=cache, checkpoint_every=3, reporter=Kill()
+    "digits",
+    recipe="smoke",
+    method="ast",
+    changes=changes,
+    out=out,
+    machine=dstill.Machine(cache=cache),
+    recording=dstill.Recording(checkpoint_every=3),
+    progress=Kill(),
 )
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -16,7 +16,7 @@ from dstill.config.settings import NetConfig, Protocol
 from dstill.data import preprocess
 from dstill.data.real import RealSet
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES, random_baseline, random_set
-from dstill.evaluation.networks import prepared, train_and_measure
+from dstill.evaluation.networks import evaluate_set, prepared, train_and_measure
 from dstill.evaluation.protocols import load_protocol
 from dstill.nets import networks as nets
 from dstill.support import seeding
@@ -82,6 +82,15 @@ def test_training_is_sgd_with_momentum_decay_and_one_step_of_the_rate(factor: fl
     ):
         other = by_hand(images, labels, test, protocol.model_copy(update=change))
         assert float((other == expected).double().mean()) < 0.999, change
+
+
+def test_a_rate_that_is_asked_for_goes_before_the_learned_one(syn: DistilledSet) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(500, 3, 8, 8, generator=generator), torch.randint(3, (500,), generator=generator)
+    learned, asked, other = (
+        evaluate_set(one, noise, PROTOCOL, lr=lr) for one, lr in ((replace(syn, alpha=0.2), None), (syn, 0.2), (syn, None))
+    )
+    assert asked == learned != other
 
 
 def test_random_images_choose_their_rate_without_the_test_set(syn: DistilledSet, tiny_real: RealSet) -> None:

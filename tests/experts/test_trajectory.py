@@ -14,7 +14,7 @@ import dstill
 from dstill.artifacts import files
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
-from dstill.experts.trajectory import Trajectories, expert_path, save_expert
+from dstill.experts.trajectory import Trajectories, expert_path, missing_experts, save_expert
 
 EPOCHS, NUMEL = 5, 7
 RECORD = {"accuracy": [0.1, 0.625], "step_lengths": [3.0, 1.0]}
@@ -38,6 +38,12 @@ def test_a_segment_is_its_start_and_the_records_after_it(folder: Path) -> None:
     assert (segment.expert, segment.epoch) == (1, 2)
     assert torch.equal(segment.start, stored[2])
     assert torch.equal(segment.targets, stored[3:6])
+
+
+def test_experts_are_missing_where_there_is_none_or_a_shorter_one(tmp_path: Path) -> None:
+    for index, epochs in enumerate((1, 2, 3)):
+        save_expert(tmp_path, index, trajectory(index, epochs), {"index": index, "record": RECORD})
+    assert [missing_experts(tmp_path, range(4), epochs) for epochs in (1, 2, 4)] == [[3], [0, 3], [0, 1, 2, 3]]
 
 
 def test_the_last_segment_reaches_the_last_record(folder: Path) -> None:

@@ -31,6 +31,7 @@ def test_discrimination_takes_the_centres_for_a_classifier() -> None:
 def test_the_loops_look_back_on_a_full_window_alone() -> None:
     assert spread_of([0.1, 0.9], 3) is None
     assert spread_of([0.0, 0.5, 0.4, 0.6], 3) == pytest.approx(0.2)
+    assert spread_of([0.9, 0.5, 0.4, 0.6], 3) == pytest.approx(0.2)
 
 
 def test_the_layers_of_a_convnet_are_its_maps_before_pooling_and_its_features() -> None:

@@ -82,6 +82,12 @@ def test_lamb_leaves_what_has_no_gradient_and_moves_what_is_zero() -> None:
     lamb_step(state, "x", torch.zeros(2), 0.1, 1)
     assert state["x"].tolist() == [0.0, 0.0]
     lamb_step(state, "x", torch.tensor([1.0, -1.0]), 0.1, 2)
+    reference = torch.zeros(2, requires_grad=True)  # which is moved as Adam moves it
+    adam = torch.optim.Adam([reference], lr=0.1, eps=1e-6)
+    for gradient in (torch.zeros(2), torch.tensor([1.0, -1.0])):
+        reference.grad = gradient
+        adam.step()
+    torch.testing.assert_close(state["x"], reference.detach())
     assert state["x"][0] < 0 < state["x"][1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from dstill.data.real import RealSet, Split
-from dstill.experts.trajectory import Trajectories
+from dstill.experts.trajectory import Trajectories, save_expert
 from dstill.methods.base import Problem
 from dstill.methods.initialisation import (
     clusters,
@@ -152,6 +153,15 @@ def test_the_features_come_from_the_last_record_of_the_first_expert(
     net = expert_network(make_problem())
     assert torch.equal(parameters_to_vector(net.parameters()), trajectories.rows(0, 5, 6)[0])
     assert not net.training
+
+
+def test_the_features_come_from_an_expert_that_is_kept_for_this_where_there_is_one(
+    make_problem: MakeProblem, trajectories: Trajectories, tmp_path: Path
+) -> None:
+    rows = trajectories.rows(0, 0, 4).flip(0)
+    save_expert(tmp_path, 0, rows, {"record": {"accuracy": [0.0] * 3, "step_lengths": [0.0] * 3}})
+    net = expert_network(replace(make_problem(), feature_expert=Trajectories(tmp_path)))
+    assert torch.equal(parameters_to_vector(net.parameters()), rows[3])
 
 
 def test_noise_is_standard_normal_in_the_shape_of_the_set(make_problem: MakeProblem) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dstill.methods.settings import CafeConfig
 from torch import Tensor, nn
 
 from dstill.config.settings import Recipe
@@ -15,6 +16,8 @@ from dstill.data import siamese
 from dstill.data.real import RealSet
 from dstill.distillation.loop import make_method
 from dstill.methods.base import Problem, State
+from dstill.methods.batches import ClassBatches
+from dstill.methods.cafe import Cafe
 from dstill.nets import networks as nets
 
 DSA = "colour_crop_cutout_flip_scale_rotate"
@@ -147,6 +150,44 @@ def test_cafe_goes_on_to_another_network_once_the_query_has_settled(tiny_real: R
         assert method.step(method.initialise(generator(0)), 0, generator(3))["updates"] == updates
 
 
+def test_cafe_trains_its_network_until_the_query_has_moved(tiny_real: RealSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Accuracy after the first update; after each pass of the training, which moves with the fourth; after the second update.
+    said = iter([0.5, 0.5, 0.6, 0.5, 0.9, 0.5])
+    monkeypatch.setattr(Cafe, "_query", lambda *_: next(said))
+    settings = {"lr_images": 0.02, "window": 2, "moved": 0.3, "settled": 1.1, "max_outer": 5, "max_inner": 10}
+    method = make_method(problem_of(tiny_real, "cafe", **settings))
+    assert method.step(method.initialise(generator(0)), 0, generator(3))["updates"] == 2
+    assert next(said, None) is None
+
+
+@pytest.mark.parametrize("method", ["dm", "dsa", "cafe"])
+def test_images_keep_their_momentum_from_step_to_step(tiny_real: RealSet, method: str) -> None:
+    once = {"dm": {}, "dsa": {"outer_steps": 1}, "cafe": {"max_outer": 1}}[method]
+    with_it, without = (
+        make_method(problem_of(tiny_real, method, **{**STEP, "lr_images": 0.1, **once, "image_momentum": momentum}))
+        for momentum in (0.75, 0.0)
+    )
+    state = with_it.initialise(generator(0))
+    images = [state["images"].clone()]
+    for iteration in range(2):
+        plain = {"images": images[-1].clone(), "images.momentum": torch.zeros_like(images[-1])}
+        without.step(plain, iteration, generator(iteration))
+        with_it.step(state, iteration, generator(iteration))
+        carried = 0.75 * (images[-1] - images[-2]) if iteration else 0.0
+        torch.testing.assert_close(state["images"], plain["images"] + carried, rtol=1e-4, atol=1e-5)
+        images.append(state["images"].clone())
+    assert (images[1] - images[0]).abs().max() > 1e-3
+
+
+def test_batches_of_a_class_are_distinct_images_as_many_as_are_asked_for(tiny_real: RealSet) -> None:
+    problem = problem_of(tiny_real, "cafe", batch_real=8)
+    batches = ClassBatches(problem, problem.settings(CafeConfig))
+    for size, count in ((None, 8), (5, 5), (12, 12), (100, EACH)):
+        batch = batches.real(1, generator(0), size)
+        assert len(batch.flatten(1).unique(dim=0)) == len(batch) == count
+        assert all(bool((real_images(problem, 1) == one).flatten(1).all(1).any()) for one in batch)
+
+
 def frepo(real: RealSet, **settings: Any) -> Problem:
     net = {"name": "convnet", "width": 4, "depth": 2, "norm": "none"}
     pool = {"pool": 2, "max_age": 4, "net": net, "lr_net": 0.01}
@@ -159,11 +200,15 @@ def member(problem: Problem, weights: Tensor) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_frepo_regresses_real_labels_on_features_of_the_pool_and_trains_it(tiny_real: RealSet, flip: bool) -> None:
+@pytest.mark.parametrize(("flip", "certainty"), [(False, 1.0), (True, 1.0), (False, 0.1)])
+def test_frepo_regresses_real_labels_on_features_of_the_pool_and_trains_it(
+    tiny_real: RealSet, flip: bool, certainty: float
+) -> None:
+    """The margin asks for nothing where labels are certain; so some are not."""
     problem = frepo(tiny_real, flip=flip)
     method = make_method(problem)
     state = method.initialise(generator(0))
+    state["labels"] = certainty * state["labels"]
     assert state["pool.age"].tolist() == [0, 2], "one starts trained, as if it were older"
     before = {name: tensor.clone() for name, tensor in state.items()}
     row = method.step(state, 0, generator(3))

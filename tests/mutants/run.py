@@ -93,8 +93,11 @@ def verdict(mutant: Mutant) -> str:
         return "equivalent"
     with tempfile.TemporaryDirectory(prefix="dstill-mutant-") as scratch:
         copy = Path(scratch) / "dstill"
-        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        (copy / mutant.file).write_text(mutant.applied(), encoding="utf-8")
+        shutil.copytree(PACKAGE, copy)
+        faulty = copy / mutant.file
+        faulty.write_text(mutant.applied(), encoding="utf-8")
+        for compiled in (faulty.parent / "__pycache__").glob(f"{faulty.stem}.*"):  # of the same size and second, perhaps
+            compiled.unlink()
         ended, _ = pytest_ends(mutant.tests, Path(scratch))
     return "caught" if ended is None else _VERDICTS.get(ended, f"pytest ended with {ended}")
 
@@ -103,7 +106,8 @@ def run(mutants: list[Mutant], results: Path) -> dict[Mutant, str]:
     """The verdict on each; those that are known already are read from `results`, the others are added to it."""
     results.parent.mkdir(parents=True, exist_ok=True)
     lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-    known: dict[str, str] = {row["key"]: row["verdict"] for row in map(json.loads, lines)}
+    whole = (line for line in lines if line.endswith("}"))
+    known: dict[str, str] = {row["key"]: row["verdict"] for row in map(json.loads, whole)}
     found: dict[Mutant, str] = {}
     for number, mutant in enumerate(mutants, 1):
         key = mutant.key()

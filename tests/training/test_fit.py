@@ -177,6 +177,8 @@ def test_shuffled_batches_cover_every_row_once(size: int) -> None:
 def test_a_student_uses_every_image_once_before_any_twice(size: int | None, steps: int) -> None:
     batches = list(student_batches(11, size, steps, seeding.generator(0, "batches")))
     assert len(batches) == steps
+    of_a_pass = [min(size or 11, 11 - start) for start in range(0, 11, size or 11)]
+    assert [len(batch) for batch in batches] == (of_a_pass * steps)[:steps]
     rows = torch.cat(batches).tolist()
     passes = [rows[start : start + 11] for start in range(0, len(rows), 11)]
     assert all(len(set(one)) == len(one) for one in passes)
