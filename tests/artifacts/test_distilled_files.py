@@ -66,6 +66,15 @@ def test_a_set_and_its_data_say_in_a_line_what_they_are(tiny_real: RealSet) -> N
     assert f"images of {shape}, {tiny_real.classes} classes" in repr(tiny_real)
 
 
+def test_pixels_are_the_images_before_preprocessing_clipped_to_what_can_be_shown(tiny_real: RealSet) -> None:
+    one = make(tiny_real, kind="standardise")
+    mean, std = (one.preprocess.tensors()[name].view(3, 1, 1) for name in ("mean", "std"))
+    wide = replace(one, images=3 * one.images)
+    expected = wide.images * std + mean
+    assert expected.min() < 0 and expected.max() > 1
+    torch.testing.assert_close(wide.pixels(), expected.clip(0, 1))
+
+
 def test_the_class_of_a_soft_label_is_its_most_likely_one(tiny_real: RealSet) -> None:
     labels = torch.tensor([[0.1, 2.0, 0.3], [-1.0, -2.0, -3.0], [0.0, 0.0, 0.1]])
     one = replace(make(tiny_real), labels=labels)
