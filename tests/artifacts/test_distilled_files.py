@@ -66,6 +66,30 @@ def test_a_set_and_its_data_say_in_a_line_what_they_are(tiny_real: RealSet) -> N
     assert f"images of {shape}, {tiny_real.classes} classes" in repr(tiny_real)
 
 
+def test_pixels_are_the_images_before_preprocessing_clipped_to_what_can_be_shown(tiny_real: RealSet) -> None:
+    one = make(tiny_real, kind="standardise")
+    mean, std = (one.preprocess.tensors()[name].view(3, 1, 1) for name in ("mean", "std"))
+    wide = replace(one, images=3 * one.images)
+    expected = wide.images * std + mean
+    assert expected.min() < 0 and expected.max() > 1
+    torch.testing.assert_close(wide.pixels(), expected.clip(0, 1))
+
+
+def test_the_class_of_a_soft_label_is_its_most_likely_one(tiny_real: RealSet) -> None:
+    labels = torch.tensor([[0.1, 2.0, 0.3], [-1.0, -2.0, -3.0], [0.0, 0.0, 0.1]])
+    one = replace(make(tiny_real), labels=labels)
+    assert one.class_ids.tolist() == one.with_hard_labels().labels.tolist() == [1, 0, 2]
+    assert make(tiny_real).class_ids.tolist() == [0, 1, 2]
+
+
+def test_a_set_that_is_trained_otherwise_does_not_claim_the_accuracy_of_its_run(tiny_real: RealSet) -> None:
+    one = make(tiny_real, soft=True)
+    assert one.accuracy is not None
+    for other in (one.with_hard_labels(), one.with_augmentation("flip"), one.with_net(NetConfig(name="alexnet"))):
+        assert other.accuracy is None
+        assert torch.equal(other.images, one.images)
+
+
 @pytest.mark.parametrize("broken", ["images", "alpha"])
 def test_a_set_that_is_not_finite_is_not_saved(tiny_real: RealSet, tmp_path: Path, broken: str) -> None:
     one = make(tiny_real)

@@ -147,3 +147,31 @@ def test_a_file_may_be_read_by_whom_the_users_other_files_may(mask: int, tmp_pat
         assert os.umask(mask) == mask
     finally:
         os.umask(before)
+
+
+def test_a_header_that_was_changed_is_noticed(tmp_path: Path) -> None:
+    write(tmp_path / "x")
+    with safetensors.safe_open(tmp_path / "x", framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    header = json.loads(metadata["dstill"])
+    save_file(tensors, tmp_path / "x", metadata={"dstill": json.dumps({**header, "ipc": 3})})
+    with pytest.raises(DamagedFileError, match="its header is not the one that was written"):
+        files.load(tmp_path / "x", KIND)
+
+
+@pytest.mark.parametrize("number", [files.FORMAT + 1, 0, None])
+def test_a_file_of_the_next_format_is_refused(number: int | None, tmp_path: Path) -> None:
+    write(tmp_path / "x", format=number)
+    with pytest.raises(DstillError, match=f"has format {number}, this dstill reads up to {files.FORMAT}: upgrade dstill"):
+        files.load(tmp_path / "x", KIND)
+
+
+def test_what_others_may_still_be_writing_is_left_alone(tmp_path: Path) -> None:
+    fresh, old = tmp_path / ".x.1.part", tmp_path / ".x.2.part"
+    for path in (fresh, old):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    files.remove_leftovers(tmp_path, older_than=3600)
+    assert list(tmp_path.iterdir()) == [fresh]
+    files.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
