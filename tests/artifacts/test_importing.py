@@ -1,7 +1,8 @@
-"""What the caller says of a foreign set goes before what its files say."""
+"""What the caller says of a foreign set goes before what its files say; what experts do not say is worked out."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from dstill.artifacts.importing import import_set
 from dstill.data import preprocess
 from dstill.data.real import RealSet
+from dstill.experts.importing import import_experts
+from dstill.experts.trajectory import Trajectories
 
 
 @pytest.mark.parametrize(
@@ -25,3 +28,13 @@ def test_a_learning_rate_that_is_told_goes_before_the_stored_one(
         torch.save(tensor, tmp_path / f"{name}_best.pt")
     fitted = preprocess.fit("standardise", tiny_real.train.images)
     assert import_set(tmp_path, tiny_real, preprocess=fitted, alpha=told).alpha == taken
+
+
+def test_imported_experts_tell_the_length_of_every_step(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    trajectory = [[torch.randn(2, 3, generator=generator), torch.randn(3, generator=generator)] for _ in range(4)]
+    torch.save([trajectory], tmp_path / "replay_buffer_0.pt")
+    experts = Trajectories(import_experts([tmp_path / "replay_buffer_0.pt"], tmp_path / "experts"))
+    flat = [torch.cat([tensor.flatten() for tensor in record]) for record in trajectory]
+    expected = [float((b - a).square().sum()) for a, b in pairwise(flat)]
+    assert experts.curves()["step_lengths"] == [pytest.approx(expected, rel=1e-5)]

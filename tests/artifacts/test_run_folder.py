@@ -103,7 +103,8 @@ def test_the_latest_checkpoint_counts(tmp_path: Path) -> None:
 
 def test_a_finished_run_keeps_its_metrics_and_no_checkpoint(tmp_path: Path) -> None:
     folder = folder_with_rows(tmp_path, 2)
-    folder.checkpoint(2, {"x": torch.zeros(2)})
+    for iteration in (1, 2):
+        folder.checkpoint(iteration, {"x": torch.zeros(2)})
     folder.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "settings.json"]
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dstill.methods.settings import CafeConfig
 from torch import Tensor, nn
 
 from dstill.config.settings import Recipe
@@ -17,7 +16,7 @@ from dstill.data.real import RealSet
 from dstill.distillation.loop import make_method
 from dstill.methods.base import Problem, State
 from dstill.methods.batches import ClassBatches
-from dstill.methods.cafe import Cafe
+from dstill.methods.cafe import Cafe, CafeConfig
 from dstill.nets import networks as nets
 
 DSA = "colour_crop_cutout_flip_scale_rotate"
