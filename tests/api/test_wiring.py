@@ -13,8 +13,13 @@ import dstill
 from dstill import DistilledSet, Seeds
 from dstill.data.real import RealSet
 from dstill.experts.trajectory import Trajectories
+from dstill.nets.convnet import ConvNet
 
 TINY = ["net.width=4", "experts.batch_size=20"]
+
+
+def small(channels: int, classes: int, size: tuple[int, int]) -> torch.nn.Module:
+    return ConvNet(channels, classes, size, width=4, depth=1)
 
 
 @pytest.fixture
@@ -50,11 +55,11 @@ def test_each_set_of_a_run_has_the_next_seed_and_all_share_the_experts(
 def test_the_evaluation_of_a_run_is_that_of_evaluate_with_its_seed(
     tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    judged = dstill.Evaluation(nets=["convnet", "alexnet"], networks=2, whole=True)
+    judged = dstill.Evaluation(nets=["convnet", small], networks=2, whole=True)
     result = dstill.run(tiny_real, method="random", seed=3, out=tmp_path / "r", evaluation=judged, **options)
     place = {"machine": options["machine"], "progress": False}
     again = dstill.evaluate(
-        tmp_path / "r" / "set-0", tiny_real, nets=["convnet", "alexnet"], networks=2, whole=True, seed=3, **place
+        tmp_path / "r" / "set-0", tiny_real, nets=["convnet", small], networks=2, whole=True, seed=3, **place
     )
     assert (result.accuracy, result.nets, result.random, result.whole) == (
         again.accuracy,
@@ -62,7 +67,7 @@ def test_the_evaluation_of_a_run_is_that_of_evaluate_with_its_seed(
         again.random,
         again.whole,
     )
-    assert list(result.nets) == ["convnet", "alexnet"] and result.accuracy == result.nets["convnet"]
+    assert list(result.nets) == ["convnet", f"{__name__}:small"] and result.accuracy == result.nets["convnet"]
     assert result.accuracy.n == 2 and result.random is not None and result.whole is not None
     other = dstill.evaluate(tmp_path / "r" / "set-0", tiny_real, networks=2, seed=4, random=False, **place)
     assert other.accuracy.values != result.accuracy.values

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import dstill
-from dstill import DistilledSet, DstillError, cli
+from dstill import DistilledSet, DstillError
+from dstill.cli import main as cli
 from dstill.cli.main import machine_fault
 from dstill.config.registry import METHODS
 from dstill.data.real import RealSet

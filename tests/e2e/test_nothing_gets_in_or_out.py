@@ -17,7 +17,7 @@ import dstill
 
 SOURCES = sorted(Path(dstill.__file__).parent.rglob("*.py"))
 # Exceptions: our processes exchange pickles through pipes, and the user's own compiler builds the kernels.
-PIPES, COMPILER = "workers.py", "native/__init__.py"
+PIPES, COMPILER = "workers.py", "derivatives/build.py"
 
 
 def called(source: Path) -> Iterator[tuple[str, dict[str, str]]]:

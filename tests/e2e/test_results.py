@@ -83,10 +83,10 @@ def test_a_picture_is_reduced_to_at_most_400_pixels(width: int, kept: int, tmp_p
 
 def test_a_new_row_gets_a_small_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dstill.api.apart.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))
-    where = {"out": tmp_path / "results", "runs": tmp_path / "runs", "cache": tmp_path / "cache"}
-    folder = dstill.reproduce("table3", only=["random"], **where)
+    runs, cache = tmp_path / "runs", dstill.Machine(cache=tmp_path / "cache")
+    folder = dstill.reproduce("table3", only=["random"], out=tmp_path / "results", runs=runs, machine=cache)
     entry = Entry.load(folder / "random-digits-ipc1.json")
     assert entry.picture == "random-digits-ipc1.webp"
-    (original,) = where["runs"].glob("*/set-0/distilled.png")
+    (original,) = runs.glob("*/set-0/distilled.png")
     with Image.open(original) as large, Image.open(folder / entry.picture) as small:
         assert (small.width, small.height) == (large.width // 2, large.height // 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from dstill.config.recipes import load_recipe, recipe_names
-from dstill.config.settings import ExpertConfig, GsamConfig, NetConfig, Recipe
+from dstill.config.settings import DistillConfig, ExpertConfig, GsamConfig, NetConfig, Recipe
 from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
 from dstill.data.real import RealSet
@@ -397,7 +397,7 @@ def test_epochs_that_are_asked_for_are_kept_and_nothing_else_changes() -> None:
     assert recipe.expert_config == recipe.experts
     open_ended = recipe.model_copy(update={"experts": ExpertConfig()})
     assert open_ended.expert_config == ExpertConfig(epochs=21)
-    assert open_ended.model_copy(update={"distill": None}).expert_config.epochs == ExpertConfig().planned_epochs
+    assert open_ended.model_copy(update={"distill": DistillConfig()}).expert_config.epochs == ExpertConfig().planned_epochs
 
 
 def test_the_number_of_workers_does_not_change_an_expert(make_task: MakeTask, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dstill.api.options import Choice, Machine, Seeds, Workers
+from dstill.api.options import Choice, Machine, Seeds
 from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config import recipes
@@ -31,6 +31,7 @@ from dstill.nets.networks import network_name
 from dstill.support.console import Progress, Reporter, reporter_of
 from dstill.support.devices import ask_for_determinism, resolve_device, total_memory
 from dstill.support.plugins import name_of
+from dstill.support.workers import Workers
 from dstill.training.fit import EpochReport
 
 _PREPROCESS = "preprocessing"

@@ -17,9 +17,11 @@ from dstill.errors import DstillError
 
 if TYPE_CHECKING:
     from dstill.config.settings import Recipe
+    from dstill.support.workers import Workers
 
-Workers = int | Literal["auto"]
 Changes = Sequence[str] | Mapping[str, Any]
+"""Changes to a recipe: assignments such as `["distill.iterations=300"]`, or a mapping, nested or with dotted keys, such as
+`{"distill": {"iterations": 300}, "net.width": 32}`."""
 Network = str | type[Any] | Callable[..., Any]
 
 

@@ -14,10 +14,6 @@ from dstill.config.settings import Case, ExpertConfig, Recipe, canonical, settin
 from dstill.data.catalog import DATASETS, Shape
 from dstill.errors import DstillError, suggest
 
-Changes = Sequence[str] | Mapping[str, Any]
-"""Changes to a recipe: assignments such as `["distill.iterations=300"]`, or a mapping, nested or with dotted keys, such as
-`{"distill": {"iterations": 300}, "net.width": 32}`."""
-
 _FOLDER = Path(__file__).parent / "recipe_files"
 # Data sets that share the recipes of another name.
 _SHARED = dict.fromkeys(("nette", "woof", "meow", "squawk", "fruit", "yellow"), "imagenet-subset")
@@ -122,7 +118,7 @@ def check_method(recipe: Recipe, method: str | None, name: str) -> None:
         raise DstillError(f"{name} is for method {recipe.method!r}, not {method!r}: leave one of the two out")
 
 
-def assignments(changes: Changes) -> list[str]:
+def assignments(changes: Sequence[str] | Mapping[str, Any]) -> list[str]:
     """Changes as assignments `section.key=value`.
 
     Raises:
