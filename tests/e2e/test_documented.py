@@ -44,7 +44,7 @@ def small(tokens: list[str]) -> list[str]:
     joined = re.sub(r"distill.iterations=\d+", "distill.iterations=3", joined)
     extra = {
         "run": "--recipe smoke --networks 1",
-        "compare": "--recipe smoke --networks 1",
+        "compare": "--recipe smoke --networks 1 --protocol quick --no-whole",
         "distill": "--recipe smoke",
         "train-experts": "--recipe smoke",
         "tune": "--recipe smoke",

@@ -14,8 +14,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "dstill"
 
-pytestmark = pytest.mark.slow
-
 
 def ran(*command: str | Path, where: Path) -> str:
     """Output of a command that sees neither this checkout nor the user's packages and caches."""
