@@ -73,6 +73,19 @@ def test_the_evaluation_of_a_run_is_that_of_evaluate_with_its_seed(
     assert other.accuracy.values != result.accuracy.values
 
 
+def test_every_network_of_an_evaluation_is_another_one(tiny_real: RealSet, options: dict[str, Any]) -> None:
+    syn = dstill.distill(tiny_real, method="random", **options)
+    place = {"machine": options["machine"], "progress": False}
+    accuracies = dstill.evaluate(syn, tiny_real, protocol="quick", networks=4, random=False, **place).accuracy.values
+    assert len(set(accuracies)) > 1, "four equal accuracies would be those of one network"
+
+
+def test_images_per_class_may_be_asked_for_beside_a_recipe(tiny_real: RealSet, options: dict[str, Any]) -> None:
+    recipe = dstill.distill(tiny_real, method="random", **options).recipe
+    two = dstill.distill(tiny_real, recipe=recipe, ipc=2, progress=False)
+    assert (two.ipc, len(two.images)) == (2, 6)
+
+
 def test_a_run_looks_stores_and_paints_as_often_as_it_is_asked(
     tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
