@@ -22,6 +22,17 @@ def small(channels: int, classes: int, size: tuple[int, int]) -> torch.nn.Module
     return ConvNet(channels, classes, size, width=4, depth=1)
 
 
+class Blind(torch.nn.Linear):
+    """A network that sees nothing: it takes every image for the first class."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 0 * super().forward(input.flatten(1))
+
+
+def blind(channels: int, classes: int, size: tuple[int, int]) -> torch.nn.Module:
+    return Blind(channels * size[0] * size[1], classes)
+
+
 @pytest.fixture
 def options(tmp_path: Path) -> dict[str, Any]:
     machine = dstill.Machine(device="cpu", cache=tmp_path / "cache")
@@ -78,6 +89,15 @@ def test_every_network_of_an_evaluation_is_another_one(tiny_real: RealSet, optio
     place = {"machine": options["machine"], "progress": False}
     accuracies = dstill.evaluate(syn, tiny_real, protocol="quick", networks=4, random=False, **place).accuracy.values
     assert len(set(accuracies)) > 1, "four equal accuracies would be those of one network"
+
+
+def test_every_kind_of_network_is_measured_itself(tiny_real: RealSet, options: dict[str, Any]) -> None:
+    syn = dstill.distill(tiny_real, method="random", **options)
+    judged: dict[str, Any] = {"networks": 2, "random": False, "progress": False, "machine": options["machine"]}
+    kinds = dstill.evaluate(syn, tiny_real, nets=["convnet", blind], protocol="quick", **judged).nets
+    share = float((tiny_real.test.labels == 0).float().mean())
+    assert kinds[f"{__name__}:blind"].values == pytest.approx([share, share])
+    assert kinds["convnet"].values != pytest.approx([share, share])
 
 
 def test_images_per_class_may_be_asked_for_beside_a_recipe(tiny_real: RealSet, options: dict[str, Any]) -> None:
