@@ -15,6 +15,7 @@ from dstill.config.registry import methods
 from dstill.config.settings import NetConfig, Passes, settings_class
 from dstill.data.catalog import DATASETS, Shape
 from dstill.data.real import RealSet
+from dstill.evaluation.protocols import load_protocol
 from dstill.planning.clock import Clock
 from dstill.planning.plan import Plan, together
 
@@ -66,6 +67,17 @@ def test_twice_the_work_takes_twice_as_long(tiny_real: RealSet, tmp_path: Path) 
     net = NetConfig(width=4, depth=1)
     once, twice = (clock.passes(net, Passes("gradient", times, 8)) for times in (1, 2))
     assert twice == 2 * once, "a batch is timed once"
+
+
+def test_an_evaluation_takes_the_training_and_the_judging_of_its_networks(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clock, "training", lambda *given: 1.0)
+    monkeypatch.setattr(Clock, "passes", lambda *given: 100.0)
+    judged = dstill.Evaluation(networks=3, random=False)
+    plan = dstill.plan(tiny_real, method="random", evaluation=judged, machine=on(tmp_path), **SMALL)
+    epochs = load_protocol("quick").passes
+    assert stage(plan, "evaluation").seconds == pytest.approx(3 * (epochs * 1.0 + 100.0))
 
 
 def test_large_batches_lie_on_the_line_through_two_small_ones() -> None:
