@@ -80,6 +80,15 @@ def test_an_evaluation_takes_the_training_and_the_judging_of_its_networks(
     assert stage(plan, "evaluation").seconds == pytest.approx(3 * (epochs * 1.0 + 100.0))
 
 
+def test_two_sets_are_distilled_one_after_the_other(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clock, "passes", lambda *given: 1.0)
+    options = {"method": "dm", "evaluation": dstill.Evaluation(random=False), "machine": on(tmp_path), **SMALL}
+    one, two = (stage(dstill.plan(tiny_real, sets=sets, **options), "distilling").seconds for sets in (1, 2))
+    assert two == 2 * one > 0
+
+
 def test_large_batches_lie_on_the_line_through_two_small_ones() -> None:
     asked: list[int] = []
 
