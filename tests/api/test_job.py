@@ -147,3 +147,9 @@ def test_no_whitening_of_images_that_are_small_on_one_side_alone() -> None:
         return resolve(None, "mine", Shape(1, size, 10), method="mtt", ipc=1)[0].preprocess
 
     assert (kind((32, 32)), kind((32, 1000)), kind((1000, 32))) == ("zca", "standardise", "standardise")
+
+
+@pytest.mark.parametrize("option", ["threads", "workers"])
+def test_a_machine_works_with_at_least_one_of_each(option: str) -> None:
+    with pytest.raises(DstillError, match=f"{option} must be at least 1.*, got 0"):
+        dstill.plan("digits", method="random", recipe="smoke", machine=dstill.Machine(**{option: 0}), progress=False)

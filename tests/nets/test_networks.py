@@ -101,9 +101,9 @@ def test_a_small_image_changes_no_parameter_shape(cls):
 
 @pytest.mark.parametrize("cls", NORMED)
 def test_by_default_each_image_is_normalised_alone_without_running_statistics(cls):
-    net, images = cls(3, 4, (8, 8)), torch.rand(3, 3, 8, 8)
+    net, images = cls(3, 4, (8, 8)).double(), torch.rand(3, 3, 8, 8, dtype=torch.float64)
     assert list(net.buffers()) == []
-    torch.testing.assert_close(net(images)[:1], net(images[:1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net(images)[:1], net(images[:1]), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("cls", NORMED)
@@ -203,3 +203,9 @@ def test_reading_features_leaves_no_hook_on_the_network():
     net = build("convnet")
     nets.features(net, torch.rand(1, 3, 8, 8))
     assert all(not module._forward_pre_hooks for module in net.modules())
+
+
+def test_the_own_network_keeps_its_options_among_the_evaluation_networks():
+    own = NetConfig(name="convnet", width=7)
+    assert nets.evaluation_nets(own, []) == [own]
+    assert nets.evaluation_nets(own, [nets.network_class("vgg11"), "convnet"]) == [NetConfig(name="vgg11"), own]

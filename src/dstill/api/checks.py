@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from dstill.api.job import Job
+from dstill.api.options import Network
 from dstill.artifacts.distilled import DistilledSet
-from dstill.config.settings import NetConfig, Recipe, evaluation_nets
+from dstill.config.settings import NetConfig, Recipe
 from dstill.data import siamese
 from dstill.data.real import VALIDATION_FRACTION, RealSet, check_ipc, stratified
 from dstill.distillation.sinks import check_sinks
@@ -22,7 +23,7 @@ from dstill.nets import networks as nets
 
 def check_early(
     job: Job,
-    evaluated_on: Sequence[str] = (),
+    evaluated_on: Sequence[Network] = (),
     logs: Sequence[str] = (),
     *,
     own_experts: bool = True,
@@ -33,7 +34,7 @@ def check_early(
 
     Args:
         job: the resolved command.
-        evaluated_on: names of evaluation networks.
+        evaluated_on: evaluation networks.
         logs: names of sinks.
         own_experts: whether the recipe's experts are used; others may have more epochs.
         validates: whether a validation part of the training images is needed.
@@ -54,7 +55,7 @@ def check_early(
     load_protocol(recipe.protocol)
     check_sinks(logs)
     siamese.parse(recipe.augmentation)
-    own, *_ = [_network(config, real) for config in (recipe.net, *evaluation_nets(recipe.net, evaluated_on))]
+    own, *_ = [_network(config, real) for config in (recipe.net, *nets.evaluation_nets(recipe.net, evaluated_on))]
     method.check(recipe, own)
     if own_experts:
         _check_epochs(recipe)

@@ -18,13 +18,13 @@ from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import RESULT_NAME
 from dstill.artifacts.result import ProtocolId, Result, Score
-from dstill.config.settings import NetConfig, Protocol, canonical, digest, evaluation_nets
+from dstill.config.settings import NetConfig, Protocol, canonical, digest
 from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import DstillError
 from dstill.evaluation.baselines import random_baseline, whole_set
 from dstill.evaluation.networks import Measured, Trial, learning_rate, measure, prepared, trials_of
 from dstill.evaluation.protocols import load_protocol
-from dstill.nets.networks import network_class, network_name
+from dstill.nets.networks import evaluation_nets, network_class
 from dstill.support.console import Progress
 from dstill.version import __version__
 
@@ -156,10 +156,9 @@ def _check_sets(sets: Sequence[DistilledSet], real: RealSet, place: Workplace) -
 
 def _networks(first: DistilledSet, evaluation: Evaluation) -> list[NetConfig]:
     """The evaluation networks; refuses those that cannot be imported."""
-    named = [network_name(net) for net in evaluation.nets]
-    configs = evaluation_nets(first.net, named)
+    configs = evaluation_nets(first.net, evaluation.nets)
     for config in configs:
-        if not named:
+        if not evaluation.nets:
             _check_imported(config.name)
         network_class(config.name)
     return configs

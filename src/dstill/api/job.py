@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from dstill.api.options import Choice, Machine, Seeds
+from dstill.api.options import Choice, Machine, Seeds, at_least_one
 from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config import recipes
 from dstill.config.registry import METHODS, MethodInfo, method_info
-from dstill.config.settings import NetConfig, Recipe, canonical
+from dstill.config.settings import ExpertConfig, NetConfig, Recipe, canonical
 from dstill.data import preprocess as preprocessing
 from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess
@@ -31,7 +31,7 @@ from dstill.nets.networks import network_name
 from dstill.support.console import Progress, Reporter, reporter_of
 from dstill.support.devices import ask_for_determinism, resolve_device, total_memory
 from dstill.support.plugins import name_of
-from dstill.support.workers import Workers
+from dstill.support.workers import Workers, check_workers
 from dstill.training.fit import EpochReport
 
 _PREPROCESS = "preprocessing"
@@ -60,15 +60,13 @@ class Workplace:
         Raises:
             DstillError: this machine has no such device, or the number of workers or threads is below 1.
         """
+        at_least_one(threads=machine.threads)
         if machine.threads is not None:
-            if machine.threads < 1:
-                raise DstillError(f"threads must be at least 1, got {machine.threads}")
             torch.set_num_threads(machine.threads)
         if machine.deterministic:
             ask_for_determinism()
         workers = 1 if machine.workers is None else machine.workers
-        if workers != "auto" and workers < 1:
-            raise DstillError(f"workers must be at least 1, or auto, got {workers}")
+        check_workers(workers)
         return cls(resolve_device(machine.device), cache_folder(machine.cache), workers, reporter_of(progress))
 
 
@@ -114,9 +112,11 @@ class Job:
         Raises:
             DstillError: the data cannot be read, or the settings are unknown or contradict each other.
         """
-        data = load_real(source) if shape is None else None
-        name = str(source) if data is None else data.name
-        shape = shape or shape_of(data)
+        if shape is None:
+            data = load_real(source)
+            name, shape = data.name, shape_of(data)
+        else:
+            data, name = None, str(source)
         recipe, origin = resolved(choice, name, shape, place.device)
         if not isinstance(choice.recipe, Recipe):
             place.reporter.note(f"{recipe.method}, {recipe.ipc} image(s) per class, {name}: {origin}")
@@ -177,7 +177,7 @@ class Job:
         longer = self.recipe.describing_expert(config.epochs) if describing and (only is None or 0 in only) else None
         if longer is not None:
             reporter.note(f"expert 0 is trained for {longer.epochs} epochs, since the initialisation uses its features")
-            replace(self, recipe=self.recipe.model_copy(update={"experts": longer})).experts()
+            self._with_experts(longer).experts()
         task = ExpertTask(self.real, self.preprocess(), self.recipe.net, config, self.recipe.augmentation, self.seeds.experts)
         folder = self.place.cache / "experts" / task.fingerprint()
         wanted = _numbers(only, config.count)
@@ -204,7 +204,10 @@ class Job:
         longer = None if trajectories is None else self.recipe.describing_expert(trajectories.epochs)
         if longer is None:
             return None
-        return replace(self, recipe=self.recipe.model_copy(update={"experts": longer})).experts()
+        return self._with_experts(longer).experts()
+
+    def _with_experts(self, config: ExpertConfig) -> Job:
+        return replace(self, recipe=self.recipe.model_copy(update={"experts": config}))
 
     def trained_network(self) -> TrainedNetwork | None:
         """The recipe's network trained on all real images, for methods that need one; None for the others."""
@@ -265,7 +268,6 @@ def _numbers(only: Sequence[int] | None, count: int) -> list[int]:
     return wanted
 
 
-def shape_of(real: RealSet | None) -> Shape:
+def shape_of(real: RealSet) -> Shape:
     """The shape of the data, which settings and plans need."""
-    assert real is not None
     return Shape(real.channels, real.size, real.classes, len(real.train), len(real.test))

@@ -23,7 +23,6 @@ from dstill.distillation.folder import Watcher, distill_into
 from dstill.distillation.loop import Cadence, run_method
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
-from dstill.nets.networks import network_name
 from dstill.reporting.page import REPORT_NAME, report
 from dstill.support.console import Progress
 
@@ -253,8 +252,7 @@ def run_job(job: Job, folder: Path, task: Task, started: float | None = None) ->
     started = time.perf_counter() if started is None else started
     evaluation, recording, reporter = task.evaluation, task.recording, job.place.reporter
     at_least_one(sets=task.sets, networks=evaluation.networks)
-    nets = [network_name(net) for net in evaluation.nets]
-    check_early(job, nets, recording.logs, validates=recording.validate_every > 0)
+    check_early(job, evaluation.nets, recording.logs, validates=recording.validate_every > 0)
     seeds = [job.seeds.images + k for k in range(task.sets)]
     for k, seed in enumerate(seeds):
         refuse_other_run(folder / f"set-{k}", job.identity(seed))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
@@ -37,11 +37,6 @@ class NetConfig(Settings):
     """Number of blocks, each halving the side (ConvNet)."""
     norm: Literal["instance", "group", "batch", "layer", "none"] | None = None
     """Normalisation after each convolution (ConvNet)."""
-
-
-def evaluation_nets(own: NetConfig, names: Sequence[str]) -> list[NetConfig]:
-    """The networks of these names, where `own` keeps its options; only `own` if there are no names."""
-    return [own if name == own.name else NetConfig(name=name) for name in names] or [own]
 
 
 class GsamConfig(Settings):

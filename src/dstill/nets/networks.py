@@ -6,16 +6,16 @@ Importing this module does not import torch, so that `dstill ls networks` answer
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dstill.config.settings import NetConfig
 from dstill.errors import DstillError, suggest
 from dstill.support.plugins import load_class, name_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-    from dstill.config.settings import NetConfig
 
 # To add a network, write its module and add a line here. The class takes (channels, classes, size, **options).
 NETWORKS: dict[str, str] = {
@@ -56,6 +56,16 @@ def network_name(net: Any) -> str:
         ('convnet', 'vgg11')
     """
     return name_of(net, NETWORKS, "network")
+
+
+def evaluation_nets(own: NetConfig, nets: Sequence[Any]) -> list[NetConfig]:
+    """The evaluation networks that `nets` names, where `own` keeps its options; only `own` if `nets` is empty.
+
+    Raises:
+        DstillError: one cannot be imported again by its name.
+    """
+    names = [network_name(net) for net in nets]
+    return [own if name == own.name else NetConfig(name=name) for name in names] or [own]
 
 
 def build(config: NetConfig, channels: int, classes: int, size: tuple[int, int], generator: torch.Generator) -> nn.Module:

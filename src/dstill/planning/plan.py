@@ -14,7 +14,7 @@ from dstill.api.checks import check_early
 from dstill.api.job import Job, Workplace
 from dstill.api.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.api.run import Task
-from dstill.config.settings import ExpertConfig, NetConfig, Passes, Recipe, digest, evaluation_nets
+from dstill.config.settings import ExpertConfig, NetConfig, Passes, Recipe, digest
 from dstill.data.catalog import DATASETS, Shape
 from dstill.data.real import Source
 from dstill.errors import DstillError
@@ -24,7 +24,7 @@ from dstill.experts.train import expert_identity
 from dstill.experts.trajectory import missing_experts
 from dstill.methods.base import method_class
 from dstill.nets import networks as nets
-from dstill.nets.networks import network_name
+from dstill.nets.networks import evaluation_nets
 from dstill.planning.clock import Clock
 from dstill.support.console import Progress
 from dstill.support.devices import available_memory
@@ -128,7 +128,7 @@ def plan(
     job, task = Job.resolve(source, choice, seed, place, shape=known), Task(sets, evaluation, recording)
     at_least_one(sets=sets, networks=evaluation.networks)
     if job.data is not None:
-        check_early(job, [network_name(net) for net in evaluation.nets])
+        check_early(job, evaluation.nets)
     elif job.recipe.ipc * job.shape.classes > job.shape.train:
         each = job.shape.train // job.shape.classes
         raise DstillError(f"{job.name} has {each} training images per class, fewer than {job.recipe.ipc}")
@@ -267,7 +267,7 @@ def _evaluating(job: Job, task: Task, clock: Clock) -> list[Stage]:
         one = protocol.passes * math.ceil(count / protocol.batch_size) * step
         return number * (one + clock.passes(net, Passes("forward", 1, shape.test))) / processes
 
-    configs = evaluation_nets(recipe.net, [network_name(net) for net in evaluation.nets])
+    configs = evaluation_nets(recipe.net, evaluation.nets)
     seconds = sum(trainings(config, task.sets * each) for config in configs)
     note = f"{task.sets * each * len(configs)} networks"
     stages = [Stage(name="evaluation", seconds=seconds, peak_bytes=memory, disk_bytes=0, note=note)]

@@ -45,6 +45,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_workers(asked: Workers) -> None:
+    """Raises `DstillError` for a number of processes below 1."""
+    if asked != "auto" and asked < 1:
+        raise DstillError(f"workers must be at least 1, or auto, got {asked}")
+
+
 def choose_workers(asked: Workers, items: int, device: torch.device, seconds: float) -> int:
     """How many processes to use.
 
@@ -62,9 +68,8 @@ def choose_workers(asked: Workers, items: int, device: torch.device, seconds: fl
         >>> choose_workers("auto", 10, torch.device("cpu"), seconds=1.0), choose_workers(4, 2, torch.device("cpu"), 1.0)
         (1, 2)
     """
+    check_workers(asked)
     if asked != "auto":
-        if asked < 1:
-            raise DstillError(f"workers must be at least 1, or auto, got {asked}")
         return min(asked, max(items, 1))
     if device.type != "cpu" or seconds < _WORTH_SECONDS:
         return 1
