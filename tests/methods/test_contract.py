@@ -46,6 +46,8 @@ QUICK: dict[str, tuple[str, ...]] = {
     # With labels constant in the gradient, as published, the images of a toy set lose their classes.
     "tesla": (*TRAJECTORIES, "distill.lr_images=300.0", "distill.soft_labels=expert-differentiated"),
     "ast": (*TRAJECTORIES, "distill.alpha_init=0.01"),
+    "bptt": ("distill.lr_images=0.05", "distill.alpha_init=0.1"),
+    "rat-bptt": ("distill.lr_images=0.05", "distill.alpha_init=0.01", "distill.clip=null"),
 }
 
 

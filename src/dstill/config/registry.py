@@ -101,6 +101,18 @@ METHODS: dict[str, MethodInfo] = {
         paper="Zhou et al. 2022",
         note="ridge regression on the features of a pool of networks; labels are learned",
     ),
+    "bptt": MethodInfo(
+        "dstill.methods.bptt:Bptt",
+        "training through training",
+        paper="Wang et al. 2018",
+        note="the real loss, differentiated through a short training; step sizes are learned",
+    ),
+    "rat-bptt": MethodInfo(
+        "dstill.methods.rat_bptt:RatBptt",
+        "training through training",
+        paper="Feng et al. 2024",
+        note="the real loss, differentiated through a window of a long training, placed at random",
+    ),
     "mtt": MethodInfo(
         "dstill.methods.mtt:Mtt",
         "trajectory matching",

@@ -14,8 +14,11 @@ from dstill.derivatives.engine import derivatives_of
 from dstill.errors import DstillError
 from dstill.methods.base import Problem, State
 from dstill.methods.initialisation import initial_images
+from dstill.support.devices import sent, total_memory
 from dstill.training.fit import cross_entropy_objective, fit
-from dstill.unrolling.student import sgd_step
+from dstill.unrolling.optimisers import sgd_step
+
+_PREPARED_SHARE = 1 / 8
 
 
 class ImageConfig(DistillConfig):
@@ -107,6 +110,31 @@ class ClassBatches:
         params = siamese.sample(self.strategy, ipc, generator, shared=True)
         source = images[rows].detach().requires_grad_()
         return ClassBatch(siamese.apply(real, params), siamese.apply(source, params), source, rows)
+
+
+class RealBatches:
+    """Draws batches of preprocessed real images of all classes.
+
+    All training images are preprocessed once if they then take at most an eighth of the device's memory; otherwise each batch
+    is preprocessed by itself, and whitening alone may take as long as the method's own work.
+
+    Args:
+        problem: provides the real images.
+        size: number of images in a batch; all of them if there are fewer.
+    """
+
+    def __init__(self, problem: Problem, size: int) -> None:
+        self.problem, self.size, images = problem, size, problem.real.train.images
+        fits = 4 * images.numel() <= _PREPARED_SHARE * total_memory(problem.device)
+        self.prepared = problem.prepared(torch.arange(len(images))) if fits else None
+        self.labels = problem.real.train.labels.to(problem.device)
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images `[B, C, H, W]` without augmentation, and their class ids `[B]`; no image comes twice."""
+        rows = torch.randperm(len(self.labels), generator=generator)[: self.size]
+        here = sent(rows, self.labels.device)
+        images = self.problem.prepared(rows) if self.prepared is None else self.prepared[here]
+        return images, self.labels[here]
 
 
 def train_on_synthetic(

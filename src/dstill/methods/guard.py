@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,19 @@ class Guard:
     on: bool
     max_skip_share: float
 
-    def allows(self, state: State, iteration: int, loss: float, images: Tensor, alpha: Tensor) -> bool:
-        """Whether the step to these images and this α is taken.
+    def allows(
+        self,
+        state: State,
+        iteration: int,
+        loss: float,
+        images: Tensor,
+        alpha: Tensor,
+        momenta: Sequence[str] = ("images.momentum", "alpha.momentum"),
+    ) -> bool:
+        """Whether the step to these images (or along this gradient) and this α is taken.
 
         A step is bad if the loss, the images or α are not finite, or if α is not positive. A skipped step is counted in
-        `state["skipped"]`, and the momentum is reset, since it would lead to the same step again.
+        `state["skipped"]`, and the entries named in `momenta` are reset, since they would lead to the same step again.
 
         Raises:
             CollapseError: too many steps were skipped; or the guard is off and the step is not finite.
@@ -44,7 +53,7 @@ class Guard:
         if not self.on or (finite and float(alpha) > 0):
             return True
         state["skipped"] = state["skipped"] + 1
-        for name in ("images.momentum", "alpha.momentum"):
+        for name in momenta:
             state[name] = torch.zeros_like(state[name])
         self._stop_if_hopeless(int(state["skipped"]), iteration + 1)
         return False

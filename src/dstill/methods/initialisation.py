@@ -158,15 +158,17 @@ def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> T
 
     Args:
         problem: data, recipe and experts.
-        kind: `random`, `representative`, `representative-released` or `noise` (standard normal in preprocessed units).
+        kind: `random`, `representative`, `representative-released`, `noise` (standard normal in preprocessed units), or
+            `unit-noise` (such noise, each image scaled to norm 1).
         generator: generator of all random draws.
     """
     real, ipc = problem.real, problem.recipe.ipc
     if problem.initial is not None:
         return _images_of(problem, problem.initial)
-    if kind == "noise":
-        shape = (ipc * real.classes, real.channels, *real.size)
-        return torch.randn(shape, generator=generator).to(problem.device)
+    if kind in ("noise", "unit-noise"):
+        noise = torch.randn((ipc * real.classes, real.channels, *real.size), generator=generator)
+        norms = noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        return (noise / norms if kind == "unit-noise" else noise).to(problem.device)
     if kind == "random":
         rows = random_rows(real.train, real.classes, ipc, generator)
     else:

@@ -27,7 +27,8 @@ from dstill.methods.initialisation import initial_images
 from dstill.nets import networks as nets
 from dstill.support.devices import available_memory, sent
 from dstill.training.fit import student_batches
-from dstill.unrolling.student import Student, sgd_step
+from dstill.unrolling.optimisers import Sgd, sgd_step
+from dstill.unrolling.student import Student
 from dstill.unrolling.types import Step, Targets, Unrolled
 from dstill.unrolling.unroll import KEPT_SHARE, unroll
 
@@ -222,7 +223,7 @@ class TrajectoryMatching(Method):
             alpha=state["alpha"],
             targets=self._targets(segment, start),
             loss_scale=balanced_loss(segment.epoch, settings.max_start_epoch, settings.balanced_loss),
-            momentum=settings.student_momentum,
+            optimiser=Sgd(settings.student_momentum),
             gradient=settings.gradient,
             memory=settings.memory,
         )

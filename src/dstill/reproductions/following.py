@@ -11,7 +11,8 @@ from dstill.methods.trajectory_matching import matching_settings
 from dstill.nets import networks as nets
 from dstill.support import seeding
 from dstill.training.fit import student_batches
-from dstill.unrolling.student import Student, sgd_step
+from dstill.unrolling.optimisers import sgd_step
+from dstill.unrolling.student import Student
 
 
 def accumulated_error(distilled: DistilledSet, trajectories: Trajectories, expert: int, device: torch.device) -> list[float]:

@@ -198,24 +198,3 @@ class Student:
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def sgd_step(parameter: Tensor, buffer: Tensor, gradient: Tensor, lr: Tensor | float, momentum: float) -> tuple[Tensor, Tensor]:
-    """One step of `torch.optim.SGD` as a pure function: b' = momentum b + g, θ' = θ - lr b'.
-
-    Args:
-        parameter: θ.
-        buffer: the momentum buffer b; zero before the first step.
-        gradient: g.
-        lr: learning rate.
-        momentum: 0 for plain gradient descent.
-
-    Returns:
-        θ' and b'.
-
-    Example:
-        >>> sgd_step(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(2.0), 0.25, 0.9)
-        (tensor(0.5000), tensor(2.))
-    """
-    buffer = momentum * buffer + gradient
-    return parameter - lr * buffer, buffer

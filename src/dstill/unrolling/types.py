@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,16 +25,18 @@ class Step(NamedTuple):
 
 # Maps a number of steps to (expert parameters, weight). The weight holds the denominator of Eq. 22.
 Targets = Mapping[int, tuple[Tensor, float]]
+# Maps θ_N `[P]` to the value of a loss and its gradient by θ_N, both detached.
+FinalLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of the matching loss, each in the shape of its input.
+    """Gradients of the outer loss, each in the shape of its input.
 
     Attributes:
         images: with respect to the synthetic images.
         labels: with respect to the label logits; None for class ids.
-        alpha: with respect to the learning rate α.
+        alpha: with respect to the learning rate α, or to the learning rate of each step.
     """
 
     images: Tensor
@@ -48,7 +50,7 @@ class Trace:
 
     Attributes:
         inner_losses: the student's loss before each step, times `loss_scale`.
-        matches: the weighted squared distance at each matching point, by step number.
+        matches: the weighted squared distance at each matching point, by step number; empty for a loss of θ_N.
         theta: the student's parameters after the last step, `[P]`.
     """
 
@@ -62,7 +64,7 @@ class Unrolled:
     """The result of `dstill.unrolling.unroll.unroll`.
 
     Attributes:
-        loss: the matching loss.
+        loss: the outer loss.
         grads: its gradients.
         trace: what happened during the unrolling.
     """

@@ -1,10 +1,10 @@
-"""The unrolled gradient: how a synthetic set must change so that a student trained on it ends where the expert does."""
+"""The unrolled gradient: how a synthetic set must change so that a student trained on it ends at better weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -12,10 +12,11 @@ from dstill.errors import DstillError, suggest
 from dstill.support.devices import available_memory, full_precision
 from dstill.unrolling.adjoint import adjoint
 from dstill.unrolling.graph import graph
-from dstill.unrolling.student import Student, sgd_step
-from dstill.unrolling.types import Gradients, Step, Targets, Trace, Unrolled
+from dstill.unrolling.optimisers import Optimiser, Sgd
+from dstill.unrolling.student import Student
+from dstill.unrolling.types import FinalLoss, Gradients, Step, Targets, Trace, Unrolled
 
-__all__ = ["Gradients", "Step", "Student", "Targets", "Trace", "Unrolled", "sgd_step", "unroll"]
+__all__ = ["FinalLoss", "Gradients", "Step", "Student", "Targets", "Trace", "Unrolled", "unroll"]
 
 Mode = Literal["adjoint", "graph", "tesla"]
 Memory = Literal["auto", "keep", "recompute"]
@@ -30,17 +31,19 @@ def unroll(
     labels: Tensor,
     steps: Sequence[Step],
     alpha: Tensor,
-    targets: Targets,
+    targets: Targets | FinalLoss,
     *,
+    optimiser: Optimiser = Sgd(),
+    burn_in: int = 0,
     loss_scale: float = 1.0,
-    momentum: float = 0.0,
     gradient: Mode = "adjoint",
     memory: Memory = "auto",
 ) -> Unrolled:
-    """Runs the student for `len(steps)` steps and differentiates the matching loss (paper Algorithm 2, Eq. 22).
+    """Runs the student for `len(steps)` steps and differentiates a loss of its weights.
 
-        b_{n+1} = momentum b_n + loss_scale ∇_θ CE(f(A(x_n); θ_n), y_n),   θ_{n+1} = θ_n - α b_{n+1}
-        L = Σ_k w_k |θ_k - θ*_k|²
+    The student takes steps θ_{n+1} = step(θ_n, g_n, α) with g_n = loss_scale ∇_θ CE(f(A(x_n); θ_n), y_n). The outer loss is
+    the matching loss L = Σ_k w_k |θ_k - θ*_k|² (paper Algorithm 2, Eq. 22), or any loss of θ_N, such as the cross-entropy of
+    real images.
 
     Args:
         student: the network as pure functions.
@@ -48,10 +51,12 @@ def unroll(
         images: the synthetic set `[S, C, H, W]`, preprocessed.
         labels: class ids `[S]` (int64), or label logits `[S, K]` (floating-point), which are differentiated.
         steps: rows and augmentation of each step.
-        alpha: the student's learning rate, a 0-d tensor, finite and not zero.
-        targets: maps step numbers (1 … N) to (expert vector `[P]`, weight).
+        alpha: the student's learning rate, a 0-d tensor, or that of each step, `[N]`; finite and not zero.
+        targets: maps step numbers (1 … N) to (expert vector `[P]`, weight); or a function that maps θ_N to the value of a
+            loss and its gradient `[P]`.
+        optimiser: the student's optimiser; plain gradient descent if left out.
+        burn_in: number of first steps that are run but not differentiated: the weights after them count as given.
         loss_scale: ν of the balanced loss (Eq. 21).
-        momentum: momentum of the student's SGD; 0.9 in the released code, none in the paper.
         gradient: `adjoint`: exact, in the memory of one step. `graph`: exact, by plain autograd, in the memory of all steps.
             `tesla`: approximate, without the Hessian term, as TESLA publishes it.
         memory: what the adjoint keeps of the forward sweep. `recompute`: θ_n alone, the memory of one step. `keep`: also the
@@ -61,10 +66,11 @@ def unroll(
     NVIDIA cards round the inputs of convolutions to TF32 by torch's default; here they do not (see `full_precision`).
 
     Returns:
-        The matching loss, its gradients by images, labels and α, and a trace of the inner loop.
+        The outer loss, its gradients by images, labels and α, and a trace of the inner loop.
 
     Raises:
-        DstillError: α is zero or not finite, a target lies outside 1 … N, no target is given, or `gradient` is unknown.
+        DstillError: α is zero or not finite or has another shape, a target lies outside the differentiated steps, no target
+            is given, `burn_in` leaves no step, or `gradient` is unknown.
 
     Example:
         >>> import torch
@@ -76,19 +82,31 @@ def unroll(
         >>> result.grads.images.shape, len(result.trace.inner_losses)
         (torch.Size([2, 1, 4, 4]), 3)
     """
-    if not math.isfinite(float(alpha)) or float(alpha) == 0:
-        raise DstillError(f"the student learning rate α must be finite and not zero, got {float(alpha)}: lower lr_alpha")
-    if gradient not in ("adjoint", "graph", "tesla"):
-        raise DstillError(f"unknown gradient {gradient!r}; {suggest(gradient, ('adjoint', 'graph', 'tesla'))}")
-    outside = [n for n in targets if not 1 <= n <= len(steps)]
-    if outside or not targets:
-        raise DstillError(f"matching points must lie in 1 … {len(steps)}, at least one of them, got {sorted(targets)}")
+    _check(len(steps), alpha, targets, burn_in, gradient)
     arguments = (student, theta0, images, labels, steps, alpha, targets)
+    options: dict[str, Any] = {"optimiser": optimiser, "burn_in": burn_in, "loss_scale": loss_scale}
     if gradient == "graph":
         with full_precision():
-            return graph(*arguments, loss_scale=loss_scale, momentum=momentum)
-    kept = _kept_steps(student, theta0, steps, memory)
-    return adjoint(*arguments, loss_scale=loss_scale, momentum=momentum, hessian=gradient == "adjoint", keep=kept)
+            return graph(*arguments, **options)
+    kept = min(_kept_steps(student, theta0, steps, memory), len(steps) - burn_in)
+    return adjoint(*arguments, **options, hessian=gradient == "adjoint", keep=kept)
+
+
+def _check(steps: int, alpha: Tensor, targets: Targets | FinalLoss, burn_in: int, gradient: str) -> None:
+    if gradient not in ("adjoint", "graph", "tesla"):
+        raise DstillError(f"unknown gradient {gradient!r}; {suggest(gradient, ('adjoint', 'graph', 'tesla'))}")
+    if alpha.ndim and alpha.shape != (steps,):
+        raise DstillError(f"α must be one number or one for each of the {steps} steps, got {tuple(alpha.shape)}")
+    wrong = [value for value in alpha.reshape(-1).tolist() if not math.isfinite(value) or value == 0]
+    if wrong:
+        raise DstillError(f"the student learning rate α must be finite and not zero, got {wrong[0]}: lower lr_alpha")
+    if not 0 <= burn_in < steps:
+        raise DstillError(f"burn_in must leave at least one of the {steps} steps to be differentiated, got {burn_in}")
+    if callable(targets):
+        return
+    outside = [n for n in targets if not burn_in < n <= steps]
+    if outside or not targets:
+        raise DstillError(f"matching points must lie in {burn_in + 1} … {steps}, at least one of them, got {sorted(targets)}")
 
 
 def _kept_steps(student: Student, theta: Tensor, steps: Sequence[Step], memory: Memory) -> int:

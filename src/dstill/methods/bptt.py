@@ -1,0 +1,332 @@
+"""Back-propagation through training: BPTT (Wang et al. 2018) and RaT-BPTT (Feng et al. 2024) differ only in its settings.
+
+A fresh network is trained on the synthetic set S, and the cross-entropy of real images under the trained weights is
+differentiated through the last W steps of that training:
+
+    θ_{n+1} = step(θ_n, ∇CE(A(S_n); θ_n)), n = 0 … s + W - 1      L(S) = CE(A'(real batch); θ_{s+W})
+
+The gradient by S is the sweep of the unrolled student (`dstill.unrolling.adjoint`), started with ∂L/∂θ_{s+W} in place of a
+matching term. There are no experts and nothing is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dstill.artifacts.distilled import DistilledSet
+from dstill.config.settings import Count, DistillConfig, Momentum, Passes, Positive, Precision, Recipe
+from dstill.data import siamese
+from dstill.data.catalog import Shape
+from dstill.derivatives import build as native
+from dstill.derivatives.engine import supports
+from dstill.methods.base import Method, Metrics, Problem, State, library_bytes
+from dstill.methods.batches import RealBatches
+from dstill.methods.guard import Guard
+from dstill.methods.initialisation import initial_images
+from dstill.methods.learned_labels import label_logits, one_hot_start, through_logits
+from dstill.nets import networks as nets
+from dstill.support.devices import available_memory, sent
+from dstill.training.fit import student_batches
+from dstill.unrolling.optimisers import Adam, optimiser
+from dstill.unrolling.student import Student
+from dstill.unrolling.types import FinalLoss, Gradients, Step
+from dstill.unrolling.unroll import KEPT_SHARE, unroll
+
+_BLOCK = 1000  # real images at a time
+_NORM_DECAY = 0.9  # of the running norm that gradients are clipped by
+_SLOWEST = 0.01  # share of the step size at the end of the cosine
+
+
+class BpttConfig(DistillConfig):
+    """How a synthetic set is optimised through the training of a network on it. Defaults are those of Wang et al."""
+
+    search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "lr_images": (0.3, 1.0, 3.0),
+        "alpha_init": (0.3, 1.0, 3.0),
+    }
+
+    iterations: Count = 2000
+    """Updates of the images, each with fresh networks."""
+    total_steps: Count = 30
+    """T, the longest training of the student, in steps."""
+    window: Count | None = None
+    """W, the last steps of a training that are differentiated; left out: all T."""
+    window_start: Literal["random", "last"] = "last"
+    """Where the window begins: uniformly drawn from 0 … T - W each time (RaT-BPTT), or at T - W."""
+    grow_over: Annotated[int, Field(ge=0)] = 0
+    """Iterations over which T grows from W to its value; 0: it is at its value from the start."""
+    draws: Count = 1
+    """Trainings whose gradients are averaged in an update, each with a fresh network and real batch of its own."""
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    """The student's optimiser."""
+    student_momentum: Momentum = 0.0
+    """Momentum of the student's SGD."""
+    student_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of the student's optimiser."""
+    alpha_init: Positive = 0.02
+    """α, the student's learning rate, at the start."""
+    learn_alpha: Literal["off", "one", "each"] = "each"
+    """Whether α is fixed, learned, or learned for each step by itself."""
+    lr_alpha: Annotated[float, Field(ge=0)] = 1e-3
+    """Step size of Adam on ln α."""
+    batch_syn: Count | None = None
+    """Synthetic images per student step; left out: the whole set."""
+    batch_real: Count = 1024
+    """Real images of the outer loss, of all classes."""
+    lr_images: Positive = 1e-2
+    """Step size of Adam on the images, in preprocessed units."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Whether the step sizes stay or fall to a hundredth along half a cosine."""
+    clip: Positive | None = None
+    """The gradient's norm is limited to this multiple of its running mean; left out: no limit."""
+    initialisation: Literal["random", "noise", "unit-noise"] = "noise"
+    """Real images drawn at random; standard normal noise in preprocessed units; or such noise, each image of norm 1."""
+    soft_labels: Literal["off", "learned"] = "off"
+    """Class ids; or non-negative labels that start one-hot and are learned."""
+    lr_labels: Positive = 1e-3
+    """Step size of Adam on learned labels."""
+    image_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of images and labels, which becomes the result; left out: the last ones."""
+    memory: Literal["auto", "keep", "recompute"] = "auto"
+    """What the adjoint keeps of the forward sweep: as much as fits in half of the free memory, everything, or nothing. The
+    numbers are the same; keeping more is faster."""
+    precision: Precision = "float32"
+    """Exact; bfloat16 convolutions in the backward sweep; or bfloat16 everywhere. The last two are approximations."""
+    compile: bool = False
+    """torch.compile the student's step where native kernels do not run. It takes about a minute; then steps are faster."""
+    max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The run stops with advice once more than this share of the steps, and at least 10, has been skipped."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BpttConfig:
+        if self.window is not None and self.window > self.total_steps:
+            raise ValueError(f"window {self.window} must not exceed total_steps {self.total_steps}")
+        return self
+
+    @property
+    def differentiated(self) -> int:
+        """W."""
+        return self.window or self.total_steps
+
+    def longest(self, iteration: int) -> int:
+        """T at an iteration."""
+        if not self.grow_over:
+            return self.total_steps
+        share = min(1.0, iteration / self.grow_over)
+        return self.differentiated + round(share * (self.total_steps - self.differentiated))
+
+    def work(self, *, ipc: int, classes: int) -> list[Passes]:
+        batch = min(self.batch_syn or ipc * classes, ipc * classes)
+        spare = self.total_steps - self.differentiated
+        steps = self.differentiated + (spare / 2 if self.window_start == "random" else spare)
+        return [
+            Passes("gradient", self.draws * steps, batch, precision=self.precision),
+            Passes("tangent", self.draws * self.differentiated, batch, precision=self.precision),
+            Passes("gradient", self.draws, self.batch_real, precision=self.precision),
+        ]
+
+    def smoke(self) -> Self:
+        small = {"iterations": 5, "total_steps": 6, "window": 4, "batch_real": min(self.batch_real, 64), "draws": 1}
+        return self.model_copy(update=small)
+
+
+def real_loss(student: Student, images: Tensor, labels: Tensor) -> FinalLoss:
+    """The outer loss: the mean cross-entropy of real images under θ, and its gradient, a block of images at a time.
+
+    Args:
+        student: the network as pure functions.
+        images: augmented real images `[B, C, H, W]`.
+        labels: class ids `[B]`.
+    """
+
+    def loss(theta: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = torch.zeros((), device=theta.device), torch.zeros_like(theta)
+        for block, of_block in zip(images.split(_BLOCK), labels.split(_BLOCK), strict=True):
+            share = len(block) / len(images)
+            one, by_theta, _ = student.gradient(theta, block, of_block)
+            value, gradient = value + share * one, gradient + share * by_theta
+        return value, gradient
+
+    return loss
+
+
+class Bptt(Method):
+    """State: `images` with Adam's moments, `images.first` and `images.second` `[S, C, H, W]`, likewise `log_alpha` if it is
+    learned and `labels` `[S, K]` if they are; `norm`, the running norm of the gradient; `taken` and `skipped`, numbers of
+    steps; `images.average` and `labels.average` if a moving average is kept.
+    """
+
+    Settings = BpttConfig
+
+    @classmethod
+    def check(cls, recipe: Recipe, network: nn.Module) -> None:
+        settings = recipe.distill
+        assert isinstance(settings, BpttConfig)
+        Student(network, precision=settings.precision)
+
+    def start(self, problem: Problem) -> None:
+        super().start(problem)
+        settings = self.settings = problem.settings(BpttConfig)
+        self.student = Student(problem.network(), precision=settings.precision, compiled=settings.compile)
+        self.optimiser = optimiser(
+            settings.optimiser, momentum=settings.student_momentum, weight_decay=settings.student_weight_decay
+        )
+        self.real = RealBatches(problem, settings.batch_real)
+        self.guard = Guard(True, settings.max_skip_share)
+
+    def initialise(self, generator: torch.Generator) -> State:
+        settings, device = self.settings, self.problem.device
+        state = {"images": initial_images(self.problem, settings.initialisation, generator)}
+        if settings.learn_alpha != "off":
+            shape = (settings.total_steps,) if settings.learn_alpha == "each" else ()
+            state["log_alpha"] = torch.full(shape, math.log(settings.alpha_init), device=device)
+        if settings.soft_labels == "learned":
+            state["labels"] = one_hot_start(self.problem.labels(), self.problem.real.classes)
+        for name in tuple(state):
+            state |= {f"{name}.{moment}": torch.zeros_like(state[name]) for moment in ("first", "second")}
+        if settings.image_ema is not None:
+            state |= {f"{name}.average": state[name].clone() for name in ("images", "labels") if name in state}
+        counts = {name: torch.zeros((), dtype=torch.int64) for name in ("taken", "skipped")}
+        return {**state, **counts, "norm": torch.zeros((), device=device)}
+
+    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+        """Averages the gradients of some trainings, and updates the images, learned labels and learned rates once."""
+        draws = [self._draw(state, iteration, generator) for _ in range(self.settings.draws)]
+        loss = sum(loss for loss, _ in draws) / len(draws)
+        gradients = {name: torch.stack([by[name] for _, by in draws]).mean(0) for name in draws[0][1]}
+        norm = gradients["images"].norm()
+        taken = self._update(state, gradients, norm, loss, iteration)
+        metrics: Metrics = {"loss": loss, "image_gradient_norm": float(norm)}
+        if "log_alpha" in state:
+            metrics["alpha"] = float(state["log_alpha"].mean().exp())
+        return {**metrics, "skipped": int(state["skipped"]), "taken": int(taken)}
+
+    def result(self, state: State) -> DistilledSet:
+        images = state.get("images.average", state["images"])
+        labels = self.problem.labels()
+        if "labels" in state:
+            labels = label_logits(state.get("labels.average", state["labels"]))
+        alpha = float(state["log_alpha"].mean().exp()) if "log_alpha" in state else self.settings.alpha_init
+        return self.problem.result(images, labels, alpha if self.settings.optimiser == "sgd" else None)
+
+    def _draw(self, state: State, iteration: int, generator: torch.Generator) -> tuple[float, dict[str, Tensor]]:
+        """The outer loss of one training, and its gradients by what is learned."""
+        settings, problem = self.settings, self.problem
+        start = self._window_start(iteration, generator)
+        theta = nn.utils.parameters_to_vector(problem.fresh_network(generator).parameters()).detach()
+        steps = self._draw_steps(start + settings.differentiated, generator)
+        images, labels = self.real.draw(generator)
+        augmented = siamese.apply(images, siamese.sample(problem.recipe.augmentation, len(images), generator))
+        rates = self._rates(state)
+        unrolled = unroll(
+            self.student,
+            theta,
+            state["images"],
+            label_logits(state["labels"]) if "labels" in state else problem.labels(),
+            steps,
+            rates if rates.ndim == 0 else rates[: len(steps)],
+            real_loss(self.student, augmented, labels),
+            optimiser=self.optimiser,
+            burn_in=start,
+            memory=settings.memory,
+        )
+        return float(unrolled.loss), self._by_name(state, unrolled.grads, rates)
+
+    def _by_name(self, state: State, grads: Gradients, rates: Tensor) -> dict[str, Tensor]:
+        """The gradients by what is learned, in the state's terms: ln α and non-negative labels."""
+        gradients = {"images": grads.images}
+        if "log_alpha" in state:
+            by_alpha = grads.alpha if rates.ndim == 0 else nn.functional.pad(grads.alpha, (0, len(rates) - len(grads.alpha)))
+            gradients["log_alpha"] = by_alpha * rates
+        if "labels" in state:
+            assert grads.labels is not None
+            gradients["labels"] = through_logits(state["labels"], grads.labels)
+        return gradients
+
+    def _rates(self, state: State) -> Tensor:
+        """α, or α of each step."""
+        if "log_alpha" in state:
+            return state["log_alpha"].exp()
+        return torch.tensor(self.settings.alpha_init, device=self.problem.device)
+
+    def _window_start(self, iteration: int, generator: torch.Generator) -> int:
+        """The number of steps before the window."""
+        last = self.settings.longest(iteration) - self.settings.differentiated
+        return int(torch.randint(last + 1, (), generator=generator)) if self.settings.window_start == "random" else last
+
+    def _draw_steps(self, count: int, generator: torch.Generator) -> list[Step]:
+        """Draws mini-batches, each with its own augmentation."""
+        recipe, device = self.problem.recipe, self.problem.device
+        size = self.problem.real.classes * recipe.ipc
+        return [
+            Step(sent(rows, device), siamese.sample(recipe.augmentation, len(rows), generator))
+            for rows in student_batches(size, self.settings.batch_syn, count, generator)
+        ]
+
+    def _update(self, state: State, gradients: dict[str, Tensor], norm: Tensor, loss: float, iteration: int) -> bool:
+        """One Adam step on all that is learned, unless the loss or the gradient is not finite. Returns whether it was taken."""
+        settings = self.settings
+        if not self.guard.allows(state, iteration, loss, gradients["images"], torch.ones(()), momenta=()):
+            return False
+        state["taken"] = state["taken"] + 1
+        if settings.clip is not None:
+            limit = settings.clip * state["norm"] if int(state["taken"]) > 1 else norm
+            clipped = torch.minimum(norm, limit)
+            gradients["images"] = gradients["images"] * (clipped / norm.clamp_min(1e-30))
+            before = state["norm"] if int(state["taken"]) > 1 else clipped
+            state["norm"] = _NORM_DECAY * before + (1 - _NORM_DECAY) * clipped
+        factor = self._slowed(iteration)
+        sizes = {"images": settings.lr_images, "log_alpha": settings.lr_alpha, "labels": settings.lr_labels}
+        for name, gradient in gradients.items():
+            self._adam(state, name, gradient, factor * sizes[name])
+        if "labels" in state:
+            state["labels"] = state["labels"].clamp_min(0)
+        if settings.image_ema is not None:
+            for name in ("images", "labels"):
+                if name in state:
+                    average = state[f"{name}.average"]
+                    state[f"{name}.average"] = settings.image_ema * average + (1 - settings.image_ema) * state[name]
+        return True
+
+    def _slowed(self, iteration: int) -> float:
+        """The factor on the step sizes."""
+        if self.settings.schedule == "constant":
+            return 1.0
+        return _SLOWEST + (1 - _SLOWEST) * 0.5 * (1 + math.cos(math.pi * iteration / self.settings.iterations))
+
+    @staticmethod
+    def _adam(state: State, name: str, gradient: Tensor, lr: float) -> None:
+        moments = state[f"{name}.first"], state[f"{name}.second"]
+        rate = torch.tensor(lr, device=gradient.device)
+        state[name], (first, second), _ = Adam().step(state[name], moments, gradient, rate, int(state["taken"]))
+        state[f"{name}.first"], state[f"{name}.second"] = first, second
+
+    @classmethod
+    def peak_bytes(cls, recipe: Recipe, shape: Shape, device: torch.device) -> float:
+        """Counts the vectors of the differentiated steps, what the unroll keeps of them, and a block of real images."""
+        settings = recipe.distill
+        assert isinstance(settings, BpttConfig)
+        student = Student(nets.build(recipe.net, shape.channels, shape.classes, shape.size, torch.Generator()))
+        batch = min(settings.batch_syn or recipe.ipc * shape.classes, recipe.ipc * shape.classes)
+        vectors = optimiser(settings.optimiser, momentum=settings.student_momentum).vectors
+        weights = 4 * student.numel * (settings.differentiated * vectors + 8)
+        real = 4 * shape.numbers * settings.batch_real
+        kept = student.kept_bytes(torch.zeros(1), batch)
+        if kept is None:
+            return weights + real + library_bytes(recipe.net, max(batch, min(_BLOCK, settings.batch_real)), shape)
+        whole = kept * settings.differentiated
+        some = min(whole, max(kept, KEPT_SHARE * available_memory(device)))
+        return weights + real + {"keep": whole, "auto": some, "recompute": kept}[settings.memory]
+
+    @classmethod
+    def engine(cls, problem: Problem) -> str:
+        settings = problem.settings(BpttConfig)
+        hand = supports(problem.network())
+        engine = native.describe(problem.device, compiled=settings.compile) if hand else "torch double backward"
+        return f"{engine}, {settings.precision}, {'exact' if settings.precision == 'float32' else 'inexact'}"
