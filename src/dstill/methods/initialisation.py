@@ -192,8 +192,8 @@ def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> T
 
     Args:
         problem: data, recipe and experts.
-        kind: `random`, `representative`, `representative-released`, `classified`, `noise` (standard normal in preprocessed units), or
-            `unit-noise` (such noise, each image scaled to norm 1).
+        kind: `random`, `representative`, `representative-released`, `classified`, `noise` (standard normal in preprocessed
+            units), or `unit-noise` (such noise, each image scaled to norm 1).
         generator: generator of all random draws.
     """
     real, ipc = problem.real, problem.recipe.ipc

@@ -14,7 +14,7 @@ from dstill.api.checks import check_early
 from dstill.api.job import Job, Workplace
 from dstill.api.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.api.run import Task
-from dstill.config.settings import ExpertConfig, NetConfig, Passes, Recipe, digest
+from dstill.config.settings import ExpertConfig, NetConfig, Passes, Protocol, Recipe, digest
 from dstill.data.catalog import DATASETS, Shape
 from dstill.data.real import Source
 from dstill.errors import DstillError
@@ -260,7 +260,7 @@ def _evaluating(job: Job, task: Task, clock: Clock) -> list[Stage]:
     count, each = recipe.ipc * shape.classes, evaluation.networks or protocol.networks
     memory = shape.test * _image_bytes(shape)
 
-    def trainings(net: NetConfig, number: int) -> float:
+    def trainings(net: NetConfig, number: int, protocol: Protocol = protocol) -> float:
         processes = max(1, min(_processes(job), number))
         threads = threads_each(processes)
         step = clock.training(net, min(count, protocol.batch_size), recipe.augmentation, threads)
@@ -269,7 +269,11 @@ def _evaluating(job: Job, task: Task, clock: Clock) -> list[Stage]:
 
     configs = evaluation_nets(recipe.net, evaluation.nets)
     seconds = sum(trainings(config, task.sets * each) for config in configs)
-    note = f"{task.sets * each * len(configs)} networks"
+    number = task.sets * each * len(configs)
+    for other in map(load_protocol, evaluation.also):
+        more = task.sets * (evaluation.networks or other.networks)
+        seconds, number = seconds + trainings(configs[0], more, other), number + more
+    note = f"{number} networks"
     stages = [Stage(name="evaluation", seconds=seconds, peak_bytes=memory, disk_bytes=0, note=note)]
     if evaluation.random:
         number = RANDOM_DRAWS * each + len(RANDOM_RATES)
