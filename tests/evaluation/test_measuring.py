@@ -46,13 +46,20 @@ def syn(tiny_real: RealSet) -> DistilledSet:
 
 
 def test_the_shipped_protocols_hold_the_published_numbers() -> None:
-    assert protocol_names() == ["ast", "frepo", "mtt", "quick", "whole"]
+    assert protocol_names() == ["ast", "datm", "frepo", "mtt", "quick", "rat", "whole"]
     ast, mtt = load_protocol("ast"), load_protocol("mtt")
     for protocol in (ast, mtt):
         assert (protocol.passes, protocol.batch_size, protocol.networks) == (1000, 256, 5)
         assert (protocol.momentum, protocol.weight_decay, protocol.lr) == (0.9, 5e-4, 0.01)
     assert (ast.lr_factor, mtt.lr_factor) == (0.5, 0.1)
     assert load_protocol("whole").passes == 50
+
+
+def test_the_protocols_of_rat_bptt_and_datm() -> None:
+    rat, datm, mtt = load_protocol("rat"), load_protocol("datm"), load_protocol("mtt")
+    assert (rat.optimiser, rat.lr, rat.passes, rat.weight_decay, rat.lr_factor) == ("adam", 1e-3, 1000, 0.0, 1.0)
+    assert rat.batch_size >= 5000, "a pass is a step"
+    assert datm.batch_size == 128 and datm == mtt.model_copy(update={"name": "datm", "batch_size": 128})
 
 
 def test_frepos_protocol_is_regression_by_adam() -> None:
