@@ -47,7 +47,9 @@ def test_a_package_adds_a_method_to_every_command(installed: Path, tmp_path: Pat
     assert methods["centroids"]["family"] == "clustering" and "ast" in methods
     assert "centroids on digits" in dstill("plan", *small, "--method", "centroids")
     assert "centroids is +" in dstill("run", *small, "--method", "centroids", "-o", "r", "--ipc", "2", "--networks", "1")
-    compared = dstill("compare", *small, "--methods", "random,centroids", "--networks", "1", "--protocol", "quick", "--no-whole")
+    compared = dstill(
+        "compare", *small, "--methods", "random,centroids", "--networks", "1", "--protocol", "quick", "--no-whole"
+    )
     assert "centroids" in compared and "failed" not in compared
     assert Path(tmp_path / dstill("report", "r", "-o", "page.html").strip()).exists()
     assert "Movement of the centroids" in (tmp_path / "page.html").read_text(encoding="utf-8"), "the curve that it names"

@@ -90,14 +90,14 @@ METHODS: dict[str, MethodInfo] = {
         "selection",
         needs="trained network",
         paper="Paul et al. 2021",
-        note="real images with the largest gradients early in training",
+        note="real images with the smallest gradients early in training, or the largest",
     ),
     "el2n": MethodInfo(
         "dstill.methods.el2n:El2n",
         "selection",
         needs="trained network",
         paper="Paul et al. 2021",
-        note="real images with the largest errors early in training",
+        note="real images with the smallest errors early in training, or the largest",
     ),
     "dc": MethodInfo(
         "dstill.methods.dc:Dc",

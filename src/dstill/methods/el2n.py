@@ -1,4 +1,4 @@
-"""EL2N: the real images whose predicted probabilities are farthest from their labels early in training (Paul et al. 2021)."""
+"""EL2N: real images by how far predicted probabilities are from their labels early in training (Paul et al. 2021)."""
 
 from __future__ import annotations
 

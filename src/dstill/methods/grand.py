@@ -1,4 +1,4 @@
-"""GraNd: the real images whose loss has the largest gradient early in training (Paul et al. 2021)."""
+"""GraNd: real images by the norm of the gradient of their loss early in training (Paul et al. 2021)."""
 
 from __future__ import annotations
 
