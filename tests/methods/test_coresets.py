@@ -23,7 +23,7 @@ from dstill.errors import DstillError
 from dstill.experts.trained import NetworkTask, TrainedNetwork, train_network
 from dstill.methods import grand
 from dstill.methods.base import Problem
-from dstill.methods.difficulty import Difficulty, DifficultyConfig
+from dstill.methods.difficulty import Difficulty, DifficultyConfig, EarlyTrainingConfig
 from dstill.methods.el2n import error_norms
 from dstill.methods.grand import gradient_norms
 from dstill.methods.k_centre import greedy_centres
@@ -272,5 +272,5 @@ def test_the_networks_are_trained_once_and_their_first_is_herdings(tiny_real: Re
 def test_a_smoke_run_trains_two_networks_for_two_passes() -> None:
     small = DifficultyConfig().smoke()
     assert (small.networks, small.training.epochs) == (2, 2)
-    least = DifficultyConfig(networks=1, training=TrainingConfig(epochs=0))
+    least = DifficultyConfig(networks=1, training=EarlyTrainingConfig(epochs=0))
     assert least.smoke() == least

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import abc
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dstill.config.settings import Count, TrainingConfig
 from dstill.methods.selection import Selection, SelectionConfig, finite, highest
 
 
+class EarlyTrainingConfig(TrainingConfig):
+    """Plain training that ends early."""
+
+    epochs: Annotated[int, Field(ge=0, le=10**9)] = 20
+    """Passes over the real training set; 0 for scores at initialisation."""
+
+
 class DifficultyConfig(SelectionConfig):
     """Selection by scores of networks early in their training (Paul et al. 2021)."""
 
-    training: TrainingConfig = TrainingConfig(epochs=20)
-    """How each of the networks is trained before it scores images; 0 epochs for scores at initialisation."""
+    training: EarlyTrainingConfig = EarlyTrainingConfig()
+    """How each of the networks is trained before it scores images."""
     networks: Count = 10
     """Networks over which a score is averaged."""
     choose: Literal["hardest", "easiest"] = "easiest"
