@@ -54,6 +54,18 @@ def test_every_method_has_a_plan(tiny_real: RealSet, tmp_path: Path, method: str
     assert all(stage.seconds > 0 for stage in plan.stages)
 
 
+def test_every_network_that_a_selection_asks_is_planned(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clock, "training", lambda *given: 1.0)  # seconds per step; an epoch is a single step
+    one, three = (
+        stage(dstill.plan(tiny_real, method="el2n", distill={"networks": n}, machine=on(tmp_path), **SMALL), "trained network")
+        for n in (1, 3)
+    )
+    assert (one.seconds, three.seconds) == (2.0, 6.0)
+    assert three.disk_bytes == 3 * one.disk_bytes and three.note.startswith("3 of 2 epochs")
+
+
 def test_what_is_left_out_is_neither_planned_nor_run(tiny_real: RealSet, tmp_path: Path) -> None:
     options = {"method": "random", "evaluation": dstill.Evaluation(random=False), "machine": on(tmp_path), **SMALL}
     assert [stage.name for stage in dstill.plan(tiny_real, **options).stages] == ["evaluation"]
