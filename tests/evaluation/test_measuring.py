@@ -11,6 +11,7 @@ import torch
 
 import dstill
 from dstill import DistilledSet, DstillError
+from dstill.artifacts.result import Result
 from dstill.config.settings import NetConfig
 from dstill.data import preprocess
 from dstill.data.real import RealSet
@@ -168,6 +169,21 @@ def test_several_networks_and_several_sets_are_pooled(syn: DistilledSet, tiny_re
     assert list(result.nets) == ["convnet", "alexnet"]
     assert result.accuracy == result.nets["convnet"]
     assert (result.sets, result.accuracy.n) == (2, 4)
+
+
+def test_further_protocols_stand_beside_the_result(syn: DistilledSet, tiny_real: RealSet, short: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(Path(short).read_text().replace("short", "other").replace("lr: 0.05", "lr: 0.5").replace("6", "9"))
+    options = {"networks": 3, "random": False, "seed": 4}
+    sets = [replace(syn, alpha=None), replace(syn, alpha=None, images=syn.images.flip(3), seed=1)]
+    result = dstill.evaluate(sets, tiny_real, protocol=short, also=[str(other)], **options)
+    alone = dstill.evaluate(sets, tiny_real, protocol=str(other), **options)
+    assert result.also == {"other v3": alone.accuracy.model_copy(update={"lr": None})}
+    assert result.also["other v3"].values != result.accuracy.values
+    assert [name for name, _ in result.rows()] == ["mtt", "mtt (protocol other v3)"]
+    one, two = (dstill.evaluate(s, tiny_real, protocol=short, also=[str(other)], **options) for s in sets)
+    pooled = Result.pooled([one, two])
+    assert pooled.also["other v3"].values == (*one.also["other v3"].values, *two.also["other v3"].values)
 
 
 def test_random_images_are_measured_anew_for_a_preprocessing_with_other_numbers(

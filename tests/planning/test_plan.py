@@ -92,6 +92,18 @@ def test_an_evaluation_takes_the_training_and_the_judging_of_its_networks(
     assert stage(plan, "evaluation").seconds == pytest.approx(3 * (epochs * 1.0 + 100.0))
 
 
+def test_further_protocols_are_planned_with_their_own_passes(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clock, "training", lambda *given: 1.0)
+    monkeypatch.setattr(Clock, "passes", lambda *given: 0.0)
+    judged = dstill.Evaluation(networks=2, random=False, also=["ast"])
+    plan = dstill.plan(tiny_real, method="random", evaluation=judged, machine=on(tmp_path), **SMALL)
+    passes = load_protocol("quick").passes + load_protocol("ast").passes
+    assert stage(plan, "evaluation").seconds == pytest.approx(2 * passes)
+    assert stage(plan, "evaluation").note == "4 networks"
+
+
 def test_two_sets_are_distilled_one_after_the_other(
     tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

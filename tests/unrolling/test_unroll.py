@@ -245,6 +245,25 @@ def test_a_step_size_that_is_zero_or_not_finite_is_refused(alpha: float) -> None
         case.run("adjoint")
 
 
+def test_rates_that_do_not_fit_and_a_burn_in_without_a_window_are_refused() -> None:
+    case = Case()
+    with pytest.raises(DstillError, match=r"one for each of the 4 steps, got \(3,\)"):
+        case.alpha = torch.full((3,), 0.1, dtype=torch.float64)
+        case.run("adjoint")
+    with pytest.raises(DstillError, match=r"finite and not zero, got 0\.0"):
+        case.alpha = torch.tensor([0.1, 0.0, 0.1, 0.1], dtype=torch.float64)
+        case.run("adjoint")
+    case = Case()
+    assert not callable(case.targets)
+    case.targets = {4: case.targets[4]}
+    for burn_in in (-1, 4):
+        with pytest.raises(DstillError, match="burn_in must leave at least one of the 4 steps"):
+            case.run("adjoint", burn_in=burn_in)
+    case.targets = {2: case.targets[4], 4: case.targets[4]}
+    with pytest.raises(DstillError, match=r"matching points must lie in 3 … 4"):
+        case.run("adjoint", burn_in=2)
+
+
 def test_targets_outside_the_steps_are_refused() -> None:
     case = Case()
     assert not callable(case.targets)
