@@ -152,11 +152,14 @@ def test_a_run_repeated_with_fewer_sets_shows_these_alone(runs: Path, tmp_path: 
 def test_several_runs_share_a_table_and_their_curves(runs: Path) -> None:
     page = Page(report([runs / name for name in ("ast", "frepo", "random")], runs / "all.html"))
     assert "3 runs on tiny" in page.text
-    for name in ("ast", "frepo", "random"):
+    for name, family in (("ast", "raw"), ("frepo", "labels"), ("random", "raw")):
         assert dstill.Result.load(runs / name / "result.json").accuracy.mean * 100 == pytest.approx(
-            float(re.search(rf"{name} {name} 1 ([\d.]+) ±", page.text).group(1)),
+            float(re.search(rf"{name} {name} 1 {family} ([\d.]+) ±", page.text).group(1)),
             abs=0.051,  # type: ignore[union-attr]
         )
+    assert "Rows of different families" in page.text
+    alike = Page(report([runs / name for name in ("ast", "random")], runs / "alike.html"))
+    assert "Rows of different families" not in alike.text
 
 
 def test_large_sets_are_cut_and_say_so(runs: Path, tmp_path: Path) -> None:
