@@ -85,7 +85,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     for parts in (0, 9):
         with pytest.raises(DstillError, match=f"cannot hold {parts}x{parts} parts"):
             check_parts((8, 9), parts)
-    with pytest.raises(DstillError, match="8x8 pixels cannot hold 9x9 parts: lower distill.parts"):
+    with pytest.raises(DstillError, match=r"8x8 pixels cannot hold 9x9 parts: lower distill.parts"):
         decode(noise(1, 1, 8, 8), 9)
     with pytest.raises(DstillError, match="3 images do not fill stored ones that hold 4 each"):
         encode(noise(3, 1, 8, 8), 2)

@@ -45,6 +45,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "ftd": (*TRAJECTORIES, "distill.image_ema=0.5"),
     # With labels constant in the gradient, as published, the images of a toy set lose their classes.
     "tesla": (*TRAJECTORIES, "distill.lr_images=300.0", "distill.soft_labels=expert-differentiated"),
+    "datm": (*TRAJECTORIES, "distill.image_ema=0.5", "distill.skip_above=null", "distill.lr_labels=1.0"),
     "ast": (*TRAJECTORIES, "distill.alpha_init=0.01"),
     "bptt": ("distill.lr_images=0.05", "distill.alpha_init=0.1"),
     "rat-bptt": ("distill.lr_images=0.05", "distill.alpha_init=0.01", "distill.clip=null"),

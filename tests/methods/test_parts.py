@@ -1,5 +1,5 @@
-"""Stored images that hold several: the step equals plain autograd through decoding, the start is made of real images, costs count
-what networks see, and methods that take images as they are refuse."""
+"""Stored images that hold several: steps equal plain autograd through decoding, they start from real images, costs count what
+networks see, and methods that take images as they are refuse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dstill.experts.trajectory import Trajectories
 from dstill.methods.base import Problem, State, method_class
 from dstill.methods.batches import ClassBatches
 from dstill.methods.distribution_matching import DistributionMatchingConfig
-from dstill.methods.initialisation import initial_images, random_rows, representative_rows
+from dstill.methods.initialisation import classified_rows, initial_images, random_rows, representative_rows
 from dstill.methods.trajectory_matching import TrajectoryMatching
 from dstill.support import seeding
 
@@ -100,9 +100,13 @@ def test_the_start_is_made_of_real_images_shrunk_into_the_parts(make_problem: Ma
     rows = random_rows(tiny_real.train, 3, 8, seeding.generator(3, "start"))
     assert len(set(rows.tolist())) == 24
     torch.testing.assert_close(stored, encode(problem.prepared(rows), 2))
-    chosen = representative_rows(problem, seeding.generator(3, "start"), released=False)
-    assert tiny_real.train.labels[chosen].tolist() == problem.labels().tolist() == [c for c in range(3) for _ in range(8)]
-    assert len(set(chosen.tolist())) == 24
+    assert problem.labels().tolist() == [c for c in range(3) for _ in range(8)]
+    for chosen in (
+        representative_rows(problem, seeding.generator(3, "start"), released=False),
+        classified_rows(problem, seeding.generator(3, "start")),
+    ):
+        assert tiny_real.train.labels[chosen].tolist() == problem.labels().tolist()
+        assert len(set(chosen.tolist())) == 24
     assert initial_images(problem, "noise", seeding.generator(3, "start")).shape == (6, 3, 8, 8)
 
 
@@ -148,7 +152,7 @@ def test_gradient_matching_keeps_the_loops_of_the_stored_ipc() -> None:
 
 @pytest.mark.parametrize("method", SELECTING)
 def test_methods_that_take_images_as_they_are_refuse(method: str) -> None:
-    with pytest.raises(DstillError, match="parts is for methods that optimise images.*leave it at 1"):
+    with pytest.raises(DstillError, match=r"parts is for methods that optimise images.*leave it at 1"):
         recipes.resolve("smoke", "tiny", SHAPE, method=method, ipc=1, changes=["distill.parts=2"])
     found, _ = recipes.resolve("smoke", "tiny", SHAPE, method=method, ipc=1, changes=["distill.parts=1"])
     assert found.decoded_ipc == 1

@@ -135,6 +135,14 @@ METHODS: dict[str, MethodInfo] = {
         paper="Du et al. 2023",
         note="flat experts (GSAM), moving average of the images",
     ),
+    "datm": MethodInfo(
+        "dstill.methods.datm:Datm",
+        "trajectory matching",
+        needs="experts",
+        labels="soft",
+        paper="Guo et al. 2024",
+        note="learned labels, start epochs that grow with the run",
+    ),
     "ast": MethodInfo(
         "dstill.methods.ast:Ast",
         "trajectory matching",

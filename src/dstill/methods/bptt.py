@@ -273,7 +273,7 @@ class Bptt(Method):
     def _update(self, state: State, gradients: dict[str, Tensor], norm: Tensor, loss: float, iteration: int) -> bool:
         """One Adam step on all that is learned, unless the loss or the gradient is not finite. Returns whether it was taken."""
         settings = self.settings
-        if not self.guard.allows(state, iteration, loss, gradients["images"], torch.ones(()), momenta=()):
+        if not self.guard.allows(state, iteration, loss, gradients["images"], torch.ones(()), ()):
             return False
         state["taken"] = state["taken"] + 1
         if settings.clip is not None:

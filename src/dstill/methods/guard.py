@@ -34,7 +34,7 @@ class Guard:
         loss: float,
         images: Tensor,
         alpha: Tensor,
-        momenta: Sequence[str] = ("images.momentum", "alpha.momentum"),
+        momenta: Sequence[str],
     ) -> bool:
         """Whether the step to these images (or along this gradient) and this α is taken.
 

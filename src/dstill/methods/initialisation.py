@@ -14,9 +14,10 @@ from dstill.data.real import RealSet, Split
 from dstill.errors import DstillError
 from dstill.methods.base import Problem
 from dstill.support import seeding
-from dstill.training.fit import described
+from dstill.training.fit import described, predictions
 
 _BLOCK = 512
+_FEW = 64  # images that are tried at once where a few are wanted
 
 
 def random_rows(split: Split, classes: int, ipc: int, generator: torch.Generator) -> Tensor:
@@ -98,6 +99,39 @@ def _representatives(problem: Problem, features: np.ndarray, generator: torch.Ge
 
 
 @torch.no_grad()
+def classified_rows(problem: Problem, generator: torch.Generator) -> Tensor:
+    """Rows of random real images that an expert classifies correctly at its last epoch (DATM), class by class.
+
+    Where the first expert classifies too few images of a class correctly, the next ones are asked, and at last any image will
+    do. Images are tried a block at a time, since a good expert accepts most of them.
+    """
+    trajectories, chosen = problem.trajectories, list[Tensor]()
+    if trajectories is None:
+        raise DstillError("initialisation=classified needs expert trajectories: use a method that has them")
+    for c, rows in enumerate(problem.real.train.by_class(problem.real.classes)):
+        free, taken, wanted = rows[torch.randperm(len(rows), generator=generator)], rows[:0], problem.recipe.decoded_ipc
+        for expert in range(len(trajectories)):
+            net = problem.network(trajectories.rows(expert, trajectories.epochs, trajectories.epochs + 1)[0])
+            right = _first_right(problem, net, free, c, wanted - len(taken))
+            taken = torch.cat([taken, right])
+            free = free[~torch.isin(free, right)]
+            if len(taken) == wanted:
+                break
+        chosen.append(torch.cat([taken, free[: wanted - len(taken)]]))
+    return torch.cat(chosen)
+
+
+def _first_right(problem: Problem, net: nn.Module, rows: Tensor, label: int, count: int) -> Tensor:
+    """The first `count` of these rows whose images a network classifies as `label`."""
+    right = rows[:0]
+    for block in rows.split(_FEW):
+        if len(right) >= count:
+            break
+        right = torch.cat([right, block[(predictions(net, problem.prepared(block)) == label).cpu()]])
+    return right[:count]
+
+
+@torch.no_grad()
 def initialisation_map(problem: Problem, classes: int = 3, points: int = 200) -> list[dict[str, Any]]:
     """Features of the first classes on two principal components, and which images were chosen (Fig. 10).
 
@@ -166,9 +200,9 @@ def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> T
 
     Args:
         problem: data, recipe and experts.
-        kind: `random`, `representative`, `representative-released`, `noise` (standard normal in preprocessed units), or
-            `unit-noise` (such noise, each image scaled to norm 1). If stored images hold several, real images are shrunk
-            into their parts, and noise is of the stored size.
+        kind: `random`, `representative`, `representative-released`, `classified`, `noise` (standard normal in preprocessed
+            units), or `unit-noise` (such noise, each image scaled to norm 1). If stored images hold several, real images are
+            shrunk into their parts, and noise is of the stored size.
         generator: generator of all random draws.
     """
     real, recipe = problem.real, problem.recipe
@@ -178,7 +212,9 @@ def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> T
         noise = torch.randn((recipe.ipc * real.classes, real.channels, *real.size), generator=generator)
         norms = noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         return (noise / norms if kind == "unit-noise" else noise).to(problem.device)
-    if kind == "random":
+    if kind == "classified":
+        rows = classified_rows(problem, generator)
+    elif kind == "random":
         rows = random_rows(real.train, real.classes, recipe.decoded_ipc, generator)
     else:
         rows = representative_rows(problem, generator, released=kind == "representative-released")

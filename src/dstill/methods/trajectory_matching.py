@@ -21,7 +21,7 @@ from dstill.errors import DstillError
 from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
 from dstill.methods.base import Method, Metrics, Problem, State, library_bytes
-from dstill.methods.expert_labels import expert_labels, gradient_through_labels
+from dstill.methods.expert_labels import expert_labels, gradient_through_labels, mean_expert_labels
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
 from dstill.nets import networks as nets
@@ -32,8 +32,9 @@ from dstill.unrolling.student import Student
 from dstill.unrolling.types import Step, Targets, Unrolled
 from dstill.unrolling.unroll import KEPT_SHARE, unroll
 
-Initialisation = Literal["random", "representative", "representative-released", "noise"]
-SoftLabels = Literal["off", "expert", "expert-differentiated"]
+Initialisation = Literal["random", "representative", "representative-released", "classified", "noise"]
+SoftLabels = Literal["off", "expert", "expert-differentiated", "learned"]
+StartEpochs = Literal["uniform", "growing"]
 Mode = Literal["adjoint", "graph", "tesla"]
 
 
@@ -57,6 +58,12 @@ class MatchingConfig(DistillConfig):
     """T+, exclusive upper end of the start epochs."""
     min_start_epoch: Annotated[int, Field(ge=0)] = 0
     """Lowest start epoch (0 in the paper, except in Fig. 11)."""
+    start_epochs: StartEpochs = "uniform"
+    """Start epochs are drawn below T+ all the time, or below a limit that grows to T+ (DATM)."""
+    first_start_epochs: Count | None = None
+    """The growing limit at the start; left out: half of T+."""
+    grow_over: Count = 1000
+    """Iterations over which the limit grows to T+."""
     batch_syn: Count | None = None
     """Synthetic images per student step; left out: the whole set."""
     lr_images: Positive = 100.0
@@ -70,7 +77,8 @@ class MatchingConfig(DistillConfig):
     student_momentum: Momentum = 0.0
     """Momentum of the student's inner SGD: 0 in the paper, 0.9 in the released code."""
     initialisation: Initialisation = "random"
-    """Real images drawn at random; nearest to K-Means centroids of expert features (paper) or logits (released); or noise."""
+    """Real images drawn at random; nearest to K-Means centroids of expert features (paper) or logits (released); that an
+    expert classifies correctly (DATM); or noise."""
     feature_epochs: Count | None = None
     """Epochs of the expert whose features are clustered (50 in the paper; if the experts are shorter, one is trained this far);
     left out: the last recorded epoch of the first expert."""
@@ -90,7 +98,14 @@ class MatchingConfig(DistillConfig):
     """Share of the student's starting weights set to zero after the perturbation (Fig. 11)."""
     soft_labels: SoftLabels = "off"
     """Class ids; logits of the target expert on the current images, renewed every iteration and constant in the gradient
-    (TESLA); or the same with the gradient through the expert (ours)."""
+    (TESLA); the same with the gradient through the expert (ours); or logits that start as the mean of the experts' and are
+    learned (DATM)."""
+    lr_labels: Positive = 2.0
+    """Step size of learned labels, in squared logits per unit of matching loss."""
+    label_momentum: Momentum = 0.9
+    """Momentum of the SGD on learned labels."""
+    skip_above: Positive | None = None
+    """A segment whose matching loss is larger changes nothing (DATM); left out: no limit."""
     image_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of a moving average of the images, which becomes the result (FTD); left out: the images themselves."""
     gradient: Mode = "adjoint"
@@ -120,6 +135,11 @@ class MatchingConfig(DistillConfig):
             raise ValueError(f"min_start_epoch {self.min_start_epoch} must be below max_start_epoch {self.max_start_epoch}")
         if self.student_steps < self.expert_epochs:
             raise ValueError(f"student_steps {self.student_steps} must be at least expert_epochs {self.expert_epochs}")
+        if self.first_start_epochs is not None and not self.min_start_epoch < self.first_start_epochs <= self.max_start_epoch:
+            raise ValueError(
+                f"first_start_epochs {self.first_start_epochs} must lie above min_start_epoch {self.min_start_epoch} and not "
+                f"above max_start_epoch {self.max_start_epoch}"
+            )
         if self.gradient == "graph" and self.precision != "float32":
             raise ValueError(f"gradient graph is plain autograd in float32; precision {self.precision} needs gradient adjoint")
         return self
@@ -128,6 +148,14 @@ class MatchingConfig(DistillConfig):
     def epochs_needed(self) -> int:
         """Expert epochs that matching reads: T+ + M - 1."""
         return self.max_start_epoch + self.expert_epochs - 1
+
+    def latest_start(self, iteration: int) -> int:
+        """The exclusive upper end of the start epochs at an iteration."""
+        if self.start_epochs == "uniform":
+            return self.max_start_epoch
+        half = max(self.min_start_epoch + 1, self.max_start_epoch // 2)
+        first = self.first_start_epochs or half
+        return first + math.floor((self.max_start_epoch - first) * min(1.0, iteration / self.grow_over))
 
     @property
     def describing_epochs(self) -> int | None:
@@ -173,8 +201,8 @@ class MatchingConfig(DistillConfig):
 class TrajectoryMatching(Method):
     """The images and α are optimised so that a student trained on them follows segments of expert trajectories.
 
-    State: `images` and `images.momentum` `[S, C, H, W]`, `alpha` and `alpha.momentum`, `skipped`; `labels` if they are
-    soft, `images.average` if a moving average is kept.
+    State: `images` and `images.momentum` `[S, C, H, W]`, `alpha` and `alpha.momentum`, `skipped`; `labels` `[S, K]` if they
+    are soft, with `labels.momentum` if they are learned; `images.average` and `labels.average` if a moving average is kept.
     """
 
     Settings = MatchingConfig
@@ -206,14 +234,18 @@ class TrajectoryMatching(Method):
             "alpha.momentum": torch.zeros_like(alpha),
             "skipped": torch.zeros((), dtype=torch.int64),
         }
+        if self.settings.soft_labels == "learned":
+            decoded, ids = self.problem.decoded(images), self.problem.labels()
+            state["labels"] = mean_expert_labels(self.student, self.trajectories, decoded, ids)
+            state["labels.momentum"] = torch.zeros_like(state["labels"])
         if self.settings.image_ema is not None:
-            state["images.average"] = images.clone()
+            state |= {f"{name}.average": state[name].clone() for name in self._learned}
         return state
 
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
         """Matches one segment, and updates the images and α once (paper Algorithm 2, lines 4–18)."""
         settings = self.settings
-        segment = self._draw_segment(generator)
+        segment = self._draw_segment(iteration, generator)
         start = self._perturbed(segment.start, generator)
         follow = functools.partial(
             unroll,
@@ -241,13 +273,14 @@ class TrajectoryMatching(Method):
 
     def result(self, state: State) -> DistilledSet:
         images = state.get("images.average", state["images"])
-        return self.problem.result(images, state.get("labels", self.problem.labels()), float(state["alpha"]))
+        labels = state.get("labels.average", state.get("labels", self.problem.labels()))
+        return self.problem.result(images, labels, float(state["alpha"]))
 
-    def _draw_segment(self, generator: torch.Generator) -> Segment:
+    def _draw_segment(self, iteration: int, generator: torch.Generator) -> Segment:
         """Draws an expert and a start epoch uniformly, and reads the weights from there to M epochs later."""
         settings = self.settings
         expert = int(torch.randint(len(self.trajectories), (), generator=generator))
-        epoch = int(torch.randint(settings.min_start_epoch, settings.max_start_epoch, (), generator=generator))
+        epoch = int(torch.randint(settings.min_start_epoch, settings.latest_start(iteration), (), generator=generator))
         segment = self.trajectories.segment(expert, epoch, settings.expert_epochs)
         device = self.problem.device
         return Segment(expert, epoch, segment.start.to(device), segment.targets.to(device))
@@ -279,10 +312,17 @@ class TrajectoryMatching(Method):
             for rows in student_batches(count, settings.batch_syn, settings.student_steps, generator)
         ]
 
+    @property
+    def _learned(self) -> tuple[str, ...]:
+        """What SGD with momentum updates besides α."""
+        return ("images", "labels") if self.settings.soft_labels == "learned" else ("images",)
+
     def _labels(self, state: State, segment: Segment) -> Tensor:
-        """Class ids, or the target expert's logits on the current images."""
+        """Class ids, learned logits, or the target expert's logits on the current images."""
         if self.settings.soft_labels == "off":
             return self.problem.labels()
+        if self.settings.soft_labels == "learned":
+            return state["labels"]
         state["labels"] = expert_labels(self.student, segment.targets[-1], self.problem.decoded(state["images"]))
         return state["labels"]
 
@@ -296,20 +336,29 @@ class TrajectoryMatching(Method):
         return self.problem.pulled_back(unrolled.grads.images + through)
 
     def _update(self, state: State, by_images: Tensor, unrolled: Unrolled, iteration: int) -> bool:
-        """One SGD step on images and α, unless the guard skips it. Returns whether it was taken."""
+        """One SGD step on images, learned labels and α, unless the guard skips it. Returns whether it was taken."""
         settings = self.settings
-        images, images_momentum = sgd_step(
-            state["images"], state["images.momentum"], by_images, settings.lr_images, settings.image_momentum
-        )
-        alpha, alpha_momentum = sgd_step(
-            state["alpha"], state["alpha.momentum"], unrolled.grads.alpha, settings.lr_alpha, settings.image_momentum
-        )
-        if not self.guard.allows(state, iteration, float(unrolled.loss), images, alpha):
+        if settings.skip_above is not None and float(unrolled.loss) > settings.skip_above:
             return False
-        state["images"], state["images.momentum"] = images, images_momentum
-        state["alpha"], state["alpha.momentum"] = alpha, alpha_momentum
+        rules: dict[str, tuple[Tensor | None, float, float]] = {
+            "images": (by_images, settings.lr_images, settings.image_momentum),
+            "alpha": (unrolled.grads.alpha, settings.lr_alpha, settings.image_momentum),
+            "labels": (unrolled.grads.labels, settings.lr_labels, settings.label_momentum),
+        }
+        after: State = {}
+        for name in (*self._learned, "alpha"):
+            gradient, lr, momentum = rules[name]
+            assert gradient is not None
+            buffer = f"{name}.momentum"
+            after[name], after[buffer] = sgd_step(state[name], state[buffer], gradient, lr, momentum)
+        momenta = [name for name in after if name.endswith(".momentum")]
+        if not self.guard.allows(state, iteration, float(unrolled.loss), after["images"], after["alpha"], momenta):
+            return False
+        state.update(after)
         if settings.image_ema is not None:
-            state["images.average"] = settings.image_ema * state["images.average"] + (1 - settings.image_ema) * images
+            for name in self._learned:
+                average = f"{name}.average"
+                state[average] = settings.image_ema * state[average] + (1 - settings.image_ema) * state[name]
         return True
 
     @classmethod

@@ -1,0 +1,41 @@
+"""DATM: trajectory matching with learned labels and start epochs that grow (Guo et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, final
+
+from pydantic import Field
+
+from dstill.config.settings import Count, Positive
+from dstill.methods.trajectory_matching import Initialisation, MatchingConfig, SoftLabels, StartEpochs, TrajectoryMatching
+
+
+class DatmConfig(MatchingConfig):
+    """Trajectory matching with DATM's labels, start epochs and initial images, on FTD's experts."""
+
+    iterations: Count = 10_000
+    """Segments matched, each with one update of images and labels."""
+    student_steps: Count = 80
+    """N, student steps per segment."""
+    start_epochs: StartEpochs = "growing"
+    """Start epochs are drawn below T+ all the time, or below a limit that grows to T+."""
+    initialisation: Initialisation = "classified"
+    """Real images that an expert classifies correctly; or another kind of trajectory matching."""
+    soft_labels: SoftLabels = "learned"
+    """Logits that start as the mean of the experts' and are learned."""
+    skip_above: Positive | None = 1.0
+    """A segment whose matching loss is larger changes nothing; left out: no limit."""
+    image_ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.9995
+    """Decay of a moving average of images and labels, which becomes the result."""
+
+    @classmethod
+    def expert_defaults(cls) -> dict[str, Any]:
+        """Plain SGD with GSAM, as FTD's experts."""
+        return {**super().expert_defaults(), "gsam": {}}
+
+
+@final
+class Datm(TrajectoryMatching):
+    """Trajectory matching with DATM's defaults."""
+
+    Settings = DatmConfig

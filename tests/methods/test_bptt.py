@@ -1,0 +1,239 @@
+"""Back-propagation through training against plain autograd, and every setting of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dstill.config.settings import NetConfig, Recipe
+from dstill.data import preprocess as preprocessing
+from dstill.data import siamese
+from dstill.data.real import RealSet
+from dstill.errors import CollapseError
+from dstill.methods.base import Problem, State
+from dstill.methods.batches import RealBatches
+from dstill.methods.bptt import Bptt, BpttConfig, real_loss
+from dstill.methods.learned_labels import label_logits, one_hot_start, through_logits
+from dstill.methods.rat_bptt import RatBpttConfig
+from dstill.support import seeding
+from dstill.unrolling.student import Student
+
+SMALL = {"iterations": 10, "total_steps": 5, "window": 3, "batch_real": 12, "alpha_init": 0.05, "lr_images": 0.01}
+
+
+def problem_of(real: RealSet, *, method: str = "bptt", ipc: int = 2, augmentation: str = "flip", **settings: Any) -> Problem:
+    kind = RatBpttConfig if method == "rat-bptt" else BpttConfig
+    recipe = Recipe(
+        data="tiny",
+        method=method,
+        ipc=ipc,
+        net=NetConfig(width=4, depth=2),
+        augmentation=augmentation,
+        distill=kind(**{**SMALL, **settings}),
+    )
+    return Problem(real, preprocessing.fit("standardise", real.train.images), recipe, None, torch.device("cpu"), 0)
+
+
+def started(problem: Problem) -> tuple[Bptt, State]:
+    method = Bptt()
+    method.start(problem)
+    return method, method.initialise(seeding.generator(0, "initialise"))
+
+
+def naive_draw(problem: Problem, state: State, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """The outer loss of one training and its gradients, by a loop that keeps every step's graph."""
+    settings = problem.settings(BpttConfig)
+    start = settings.total_steps - settings.differentiated
+    if settings.window_start == "random":
+        start = int(torch.randint(start + 1, (), generator=generator))
+    net = problem.fresh_network(generator)
+    names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()), strict=True)
+    theta = nn.utils.parameters_to_vector(net.parameters()).detach()
+
+    def loss_of(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        parts = theta.split([shape.numel() for shape in shapes])
+        weights = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        return F.cross_entropy(functional_call(net, weights, (images,)), labels)
+
+    learned = {name: state[name].clone().requires_grad_() for name in ("images", "labels", "log_alpha") if name in state}
+    targets = problem.labels()
+    if "labels" in learned:
+        # At 0 the derivative is that at 1e-4, so that a label can leave 0.
+        positive = learned["labels"] + (learned["labels"].clamp_min(1e-4) - learned["labels"]).detach()
+        targets = positive / positive.sum(1, keepdim=True)
+    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+    draws = []
+    for _ in range(start + settings.differentiated):
+        rows = torch.randperm(len(state["images"]), generator=generator)
+        draws.append((rows, siamese.sample(problem.recipe.augmentation, len(rows), generator)))
+    for n, (rows, params) in enumerate(draws, 1):
+        theta = theta if theta.requires_grad else theta.requires_grad_()
+        loss = loss_of(theta, siamese.apply(learned["images"][rows], params), targets[rows])
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        alpha = torch.tensor(settings.alpha_init)
+        if "log_alpha" in learned:
+            alpha = (learned["log_alpha"] if learned["log_alpha"].ndim == 0 else learned["log_alpha"][n - 1]).exp()
+        if settings.optimiser == "sgd":
+            theta = theta - alpha * gradient
+        else:
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            # The conv biases' gradients are zero up to rounding, which the square root would turn into infinite slopes.
+            root = torch.where(second > 1e-18, second, 1e-18).sqrt() / math.sqrt(1 - 0.999**n)
+            theta = theta - alpha / (1 - 0.9**n) * torch.where(second > 1e-18, first, 0) / (root + 1e-8)
+        if n <= start:
+            theta, first, second = theta.detach(), first.detach(), second.detach()
+    rows = torch.randperm(len(problem.real.train), generator=generator)[: settings.batch_real]
+    images = problem.prepared(rows)
+    real = siamese.apply(images, siamese.sample(problem.recipe.augmentation, len(images), generator))
+    outer = loss_of(theta, real, problem.real.train.labels[rows])
+    gradients = torch.autograd.grad(outer, list(learned.values()), materialize_grads=True)
+    return outer.detach(), dict(zip(learned, gradients, strict=True))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"learn_alpha": "off"},
+    {"learn_alpha": "each", "window": None},
+    {"learn_alpha": "one", "window_start": "random", "soft_labels": "learned"},
+    {"optimiser": "adam", "learn_alpha": "off", "alpha_init": 0.01, "window_start": "random"},
+    {"learn_alpha": "each", "window_start": "random", "draws": 3, "clip": 2.0},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_step_equals_adam_on_the_gradients_of_a_naive_loop(tiny_real: RealSet, settings: dict[str, Any]) -> None:
+    problem = problem_of(tiny_real, **settings)
+    config = problem.settings(BpttConfig)
+    method, state = started(problem)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    row = method.step(state, 0, seeding.generator(0, "step"))
+    generator = seeding.generator(0, "step")
+    draws = [naive_draw(problem, before, generator) for _ in range(config.draws)]
+    assert row["loss"] == pytest.approx(sum(float(loss) for loss, _ in draws) / len(draws), rel=1e-5)
+    sizes = {"images": config.lr_images, "labels": config.lr_labels, "log_alpha": config.lr_alpha}
+    for name in draws[0][1]:
+        gradient = torch.stack([by[name] for _, by in draws]).mean(0)
+        torch.testing.assert_close(state[f"{name}.first"], 0.1 * gradient, rtol=1e-3, atol=2e-4 * float(gradient.abs().max()))
+        stepped = before[name].clone()
+        adam = torch.optim.Adam([stepped], lr=sizes[name])
+        stepped.grad = state[f"{name}.first"] / 0.1
+        adam.step()
+        torch.testing.assert_close(state[name], stepped.clamp_min(0) if name == "labels" else stepped, rtol=1e-4, atol=1e-5)
+
+
+def test_rates_after_the_window_get_no_gradient(tiny_real: RealSet) -> None:
+    method, state = started(problem_of(tiny_real, window_start="random", learn_alpha="each"))
+    start = int(torch.randint(3, (), generator=seeding.generator(1, "step")))
+    method.step(state, 0, seeding.generator(1, "step"))
+    moved = [n for n in range(5) if float(state["log_alpha.first"][n]) != 0]
+    assert moved == list(range(start, start + 3))
+
+
+def test_the_window_starts_everywhere_and_training_grows(tiny_real: RealSet) -> None:
+    method, _ = started(problem_of(tiny_real, window_start="random", total_steps=9, grow_over=10))
+    starts = [{method._window_start(i, torch.Generator().manual_seed(k)) for k in range(60)} for i in (0, 5, 10, 99)]
+    assert starts == [{0}, set(range(4)), set(range(7)), set(range(7))]
+    last, _ = started(problem_of(tiny_real, total_steps=9))
+    assert {last._window_start(0, torch.Generator().manual_seed(k)) for k in range(9)} == {6}
+
+
+def test_gradients_are_clipped_by_their_running_norm(tiny_real: RealSet) -> None:
+    method, state = started(problem_of(tiny_real, clip=1.5, learn_alpha="off"))
+    gradient = torch.ones_like(state["images"])
+    size = float(gradient.norm())
+    for scale, norm, running in ((1.0, 1.0, 1.0), (4.0, 1.5, 1.05), (0.5, 0.5, 0.995)):
+        first = state["images.first"].clone()
+        gradients = {"images": scale * gradient}
+        assert method._update(state, gradients, gradients["images"].norm(), 1.0, 0)
+        entered = (state["images.first"] - 0.9 * first) / 0.1
+        assert float(entered.norm()) == pytest.approx(norm * size, rel=1e-4)
+        assert float(state["norm"]) == pytest.approx(running * size, rel=1e-4)
+
+
+def test_the_cosine_ends_at_a_hundredth_and_the_average_follows_the_images(tiny_real: RealSet) -> None:
+    method, state = started(problem_of(tiny_real, schedule="cosine", image_ema=0.75, learn_alpha="off"))
+    start = state["images"].clone()
+    assert [round(method._slowed(i), 4) for i in (0, 5, 10)] == [1.0, 0.505, 0.01]
+    method.step(state, 5, seeding.generator(0, "step"))
+    assert float((state["images"] - start).abs().max()) == pytest.approx(0.00505, rel=1e-2)
+    torch.testing.assert_close(state["images.average"], 0.75 * start + 0.25 * state["images"])
+    assert torch.equal(method.result(state).images, state["images.average"])
+    constant, _ = started(problem_of(tiny_real))
+    assert constant._slowed(10) == 1.0
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_too_many_end_the_run(tiny_real: RealSet) -> None:
+    method, state = started(problem_of(tiny_real, learn_alpha="off"))
+    method.step(state, 0, seeding.generator(0, "step"))
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    bad = {"images": torch.full_like(state["images"], math.nan)}
+    assert not method._update(state, bad, bad["images"].norm(), 1.0, 1)
+    assert int(state["skipped"]) == 1
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items() if name != "skipped")
+    with pytest.raises(CollapseError):
+        for i in range(2, 30):
+            method._update(state, bad, bad["images"].norm(), 1.0, i)
+
+
+def test_the_learned_rate_is_the_sets_own_only_if_networks_can_use_it(tiny_real: RealSet) -> None:
+    for optimiser, alpha in (("sgd", 0.05), ("adam", None)):
+        method, state = started(problem_of(tiny_real, optimiser=optimiser, learn_alpha="off"))
+        assert method.result(state).alpha == alpha
+    method, state = started(problem_of(tiny_real, learn_alpha="each"))
+    state["log_alpha"] = torch.log(torch.tensor([0.1, 0.1, 0.1, 0.1, 1e-4]))
+    assert method.result(state).alpha == pytest.approx(0.1 ** (4 / 5) * 1e-4 ** (1 / 5))
+
+
+def test_real_images_in_blocks_give_the_loss_of_all(tiny_real: RealSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(tiny_real)
+    student, images, labels = Student(problem.network()), problem.prepared(torch.arange(20)), tiny_real.train.labels[:20]
+    theta = nn.utils.parameters_to_vector(problem.network().parameters()).detach()
+    whole = real_loss(student, images, labels)(theta)
+    monkeypatch.setattr("dstill.methods.bptt._BLOCK", 7)
+    for some, all_ in zip(real_loss(student, images, labels)(theta), whole, strict=True):
+        torch.testing.assert_close(some, all_, rtol=1e-5, atol=1e-7)
+    assert float(whole[0]) == pytest.approx(float(student.loss(theta, images, labels)), rel=1e-5)
+
+
+def test_batches_are_the_same_whether_or_not_all_images_fit_into_memory(
+    tiny_real: RealSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_of(tiny_real)
+    kept = RealBatches(problem, 10)
+    monkeypatch.setattr("dstill.methods.batches.total_memory", lambda device: 1.0)
+    read = RealBatches(problem, 10)
+    assert kept.prepared is not None and read.prepared is None
+    (images, labels), (same, ids) = (batches.draw(seeding.generator(3, "real")) for batches in (kept, read))
+    assert torch.equal(images, same) and torch.equal(labels, ids) and len(labels) == 10
+    rows = torch.randperm(len(tiny_real.train), generator=seeding.generator(3, "real"))[:10]
+    assert torch.equal(labels, tiny_real.train.labels[rows])
+    assert len(RealBatches(problem, 10**6).draw(torch.Generator())[1]) == len(tiny_real.train)
+
+
+def test_unit_noise_has_norm_one_in_every_image(tiny_real: RealSet) -> None:
+    _, state = started(problem_of(tiny_real, initialisation="unit-noise"))
+    torch.testing.assert_close(state["images"].flatten(1).norm(dim=1), torch.ones(6))
+
+
+def test_learned_labels_are_normalised_and_their_gradient_is_that_of_the_probabilities() -> None:
+    labels = torch.tensor([[3.0, 1.0, 0.0], [0.2, 0.2, 0.4]], dtype=torch.float64)
+    torch.testing.assert_close(label_logits(labels).softmax(1)[1], torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64))
+    inside = labels.clamp_min(1e-4).requires_grad_()
+    weights = torch.tensor([[1.0, -2.0, 0.5], [0.3, 2.0, -1.0]], dtype=torch.float64)
+    (direct,) = torch.autograd.grad((weights * inside / inside.sum(1, keepdim=True)).sum(), inside)
+    logits = label_logits(labels).requires_grad_()
+    (by_logits,) = torch.autograd.grad((weights * logits.softmax(1)).sum(), logits)
+    torch.testing.assert_close(through_logits(labels, by_logits), direct)
+    assert one_hot_start(torch.tensor([1, 0]), 2).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
+def test_rat_bptt_has_the_published_settings() -> None:
+    settings = RatBpttConfig()
+    assert (settings.total_steps, settings.window, settings.window_start) == (200, 60, "random")
+    assert (settings.optimiser, settings.alpha_init, settings.lr_images, settings.clip) == ("adam", 1e-3, 1e-3, 2.0)
+    assert (settings.batch_real, settings.initialisation, settings.learn_alpha) == (5000, "unit-noise", "off")
