@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dstill.api.job import Workplace
-from dstill.api.options import Evaluation, Machine, Networks, at_least_one
+from dstill.api.options import Evaluation, Machine, Names, Networks, at_least_one
 from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import RESULT_NAME
@@ -38,6 +38,7 @@ def evaluate(
     networks: int | None = None,
     random: bool = True,
     whole: bool = False,
+    also: Names = (),
     out: str | Path | None = None,
     seed: int = 0,
     machine: Machine = Machine(),
@@ -53,6 +54,7 @@ def evaluate(
         networks: fresh networks per set; the protocol's number if left out.
         random: also measure random real images of the same IPC, with the first network (cached like the whole set).
         whole: also measure the whole training set with the first network (cached by data, network and preprocessing).
+        also: further protocols that the first network is measured under.
         out: file or folder for `result.json`.
         seed: determines initial weights, order and augmentation.
         machine: where the work is done.
@@ -81,7 +83,7 @@ def evaluate(
     if isinstance(distilled, str | Path):
         distilled = DistilledSet.load(distilled)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
-    result = measure_sets(sets, load_real(source), place, Evaluation(nets, networks, random, whole), seed, protocol)
+    result = measure_sets(sets, load_real(source), place, Evaluation(nets, networks, random, whole, also), seed, protocol)
     if target is not None:
         result.save(target)
     return result
@@ -106,6 +108,8 @@ def measure_sets(
     rates = {learning_rate(one, chosen) for one in sets}
     rate = rates.pop() if len(rates) == 1 else None
     scores = {name: Score.of([[one.accuracy for one in some] for some in by_set], lr=rate) for name, by_set in measured.items()}
+    others = [load_protocol(name) for name in evaluation.also]
+    also = {str(_id(other)): _score_under(sets, configs[0], evaluation, test, other, seed, place) for other in others}
     confusions = [one.confusion for some in measured[configs[0].name] for one in some]
     evaluated = time.perf_counter()
     baselines = _Baselines(first, configs[0], real, test, seed, place)
@@ -118,12 +122,13 @@ def measure_sets(
         data_fingerprint=real.fingerprint,
         ipc=first.ipc,
         sets=len(sets),
-        protocol=ProtocolId(name=chosen.name, version=chosen.version),
+        protocol=_id(chosen),
         measured_on=real.judged_on,
         accuracy=scores[configs[0].name],
         random=random,
         whole=whole,
         nets=scores,
+        also=also,
         confusion=torch.tensor(confusions).sum(0).tolist(),
         alpha=first.alpha,
         labels="soft" if first.labels.is_floating_point() else "hard",
@@ -134,6 +139,24 @@ def measure_sets(
         stages=stages,
         dstill=__version__,
     )
+
+
+def _id(protocol: Protocol) -> ProtocolId:
+    return ProtocolId(name=protocol.name, version=protocol.version)
+
+
+def _score_under(
+    sets: Sequence[DistilledSet],
+    net: NetConfig,
+    evaluation: Evaluation,
+    test: tuple[Tensor, Tensor],
+    protocol: Protocol,
+    seed: int,
+    place: Workplace,
+) -> Score:
+    """The score of the sets under another protocol."""
+    by_set = _measured(sets, net, evaluation.networks or protocol.networks, test, protocol, seed, place)
+    return Score.of([[one.accuracy for one in some] for some in by_set])
 
 
 def _check_sets(sets: Sequence[DistilledSet], real: RealSet, place: Workplace) -> None:

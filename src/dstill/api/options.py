@@ -125,6 +125,7 @@ class Evaluation:
         networks: fresh networks per set; the protocol's number if left out.
         random: also measure random real images.
         whole: also train on the whole training set.
+        also: further protocols that the first network is measured under, joined by commas on the command line.
 
     Example:
         >>> Evaluation(nets=("convnet", "resnet18"), networks=3).random
@@ -135,6 +136,7 @@ class Evaluation:
     networks: Whole | None = None
     random: bool = True
     whole: bool = False
+    also: Names = ()
 
 
 @Parameter(name="*")

@@ -100,6 +100,9 @@ class ProtocolId(BaseModel):
     name: str
     version: int
 
+    def __str__(self) -> str:
+        return f"{self.name} v{self.version}"
+
 
 class Cost(BaseModel):
     """What it took to distil one set, without what is trained before and shared, such as experts.
@@ -157,6 +160,8 @@ class Result(BaseModel):
     """The accuracy of the whole training set, under the protocol `whole`."""
     nets: dict[str, Score]
     """The accuracy of each evaluation network; `accuracy` is that of the first."""
+    also: dict[str, Score] = {}
+    """The accuracy of the first network under other protocols, by their names and versions."""
     confusion: tuple[tuple[int, ...], ...] = ()
     """How many test images of class i (row) are classified as class j (column), summed over the first network's trainings."""
     alpha: float | None
@@ -192,13 +197,14 @@ class Result(BaseModel):
         """The accuracies and whose they are: the method's, by network where there are several, then the baselines'."""
         many = len(self.nets) > 1
         rows = [(f"{self.method} ({name})" if many else self.method, score) for name, score in self.nets.items()]
+        rows += [(f"{self.method} (protocol {name})", score) for name, score in self.also.items()]
         rows += [("random real images", self.random)] if self.random else []
         return rows + ([("whole training set", self.whole)] if self.whole else [])
 
     @property
     def title(self) -> str:
         """What was measured, in a line."""
-        return f"{self.data}, {self.ipc} image(s) per class, protocol {self.protocol.name} v{self.protocol.version}"
+        return f"{self.data}, {self.ipc} image(s) per class, protocol {self.protocol}"
 
     def _repr_html_(self) -> str:
         cells = [
@@ -220,6 +226,7 @@ class Result(BaseModel):
                 "sets": sum(result.sets for result in results),
                 "accuracy": Score.pooled([result.accuracy for result in results]),
                 "nets": {net: Score.pooled([result.nets[net] for result in results]) for net in first.nets},
+                "also": {name: Score.pooled([result.also[name] for result in results]) for name in first.also},
                 "confusion": tuple(tuple(sum(counts) for counts in zip(*row, strict=True)) for row in rows),
                 "seconds": sum(result.seconds for result in results),
                 "stages": {name: sum(result.stages.get(name, 0.0) for result in results) for name in first.stages},
@@ -266,5 +273,5 @@ class Claim(BaseModel):
 
     def __str__(self) -> str:
         images = "real test images" if self.measured_on == "test" else "real images held out of the training set"
-        how = f"n = {self.n}, protocol {self.protocol.name} v{self.protocol.version}"
+        how = f"n = {self.n}, protocol {self.protocol}"
         return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} % ({how}), fresh {self.net} networks on {images}"

@@ -14,7 +14,7 @@ from dstill.api.checks import check_early
 from dstill.api.job import Job, Workplace
 from dstill.api.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.api.run import Task
-from dstill.config.settings import ExpertConfig, NetConfig, Passes, Recipe, digest
+from dstill.config.settings import ExpertConfig, NetConfig, Passes, Protocol, Recipe, digest
 from dstill.data import formation
 from dstill.data.catalog import DATASETS, Shape
 from dstill.data.real import Source
@@ -262,7 +262,7 @@ def _evaluating(job: Job, task: Task, clock: Clock) -> list[Stage]:
     each = evaluation.networks or protocol.networks
     memory = shape.test * _image_bytes(shape)
 
-    def trainings(net: NetConfig, number: int, ipc: int) -> float:
+    def trainings(net: NetConfig, number: int, ipc: int = recipe.decoded_ipc, protocol: Protocol = protocol) -> float:
         count = ipc * shape.classes
         processes = max(1, min(_processes(job), number))
         threads = threads_each(processes)
@@ -271,8 +271,12 @@ def _evaluating(job: Job, task: Task, clock: Clock) -> list[Stage]:
         return number * (one + clock.passes(net, Passes("forward", 1, shape.test))) / processes
 
     configs = evaluation_nets(recipe.net, evaluation.nets)
-    seconds = sum(trainings(config, task.sets * each, recipe.decoded_ipc) for config in configs)
-    note = f"{task.sets * each * len(configs)} networks"
+    seconds = sum(trainings(config, task.sets * each) for config in configs)
+    number = task.sets * each * len(configs)
+    for other in map(load_protocol, evaluation.also):
+        more = task.sets * (evaluation.networks or other.networks)
+        seconds, number = seconds + trainings(configs[0], more, protocol=other), number + more
+    note = f"{number} networks"
     stages = [Stage(name="evaluation", seconds=seconds, peak_bytes=memory, disk_bytes=0, note=note)]
     if evaluation.random:
         number = RANDOM_DRAWS * each + len(RANDOM_RATES)
