@@ -24,8 +24,9 @@ from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
 from dstill.methods.base import Problem, State, method_class
-from dstill.methods.batches import ClassBatches
+from dstill.methods.batches import ClassBatches, train_on_synthetic
 from dstill.methods.distribution_matching import DistributionMatchingConfig
+from dstill.methods.gradient_matching import GradientMatchingConfig
 from dstill.methods.initialisation import classified_rows, initial_images, random_rows, representative_rows
 from dstill.methods.trajectory_matching import TrajectoryMatching
 from dstill.support import seeding
@@ -92,6 +93,17 @@ def test_batches_of_a_class_hold_what_its_stored_images_hold_and_lead_back_to_th
     torch.testing.assert_close(batch.synthetic, decode(images[2:4], 2))
     (gradient,) = torch.autograd.grad(batch.synthetic.sum(), batch.source)
     torch.testing.assert_close(gradient, torch.full_like(gradient, 4.0), msg="each pixel weighs four enlarged ones")
+
+
+def test_networks_between_updates_are_trained_on_what_the_images_hold(make_problem: MakeProblem) -> None:
+    images, weights = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), list[Tensor]()
+    for problem, given in ((make_problem(ipc=2, parts=2), images), (make_problem(ipc=8), decode(images, 2))):
+        settings = GradientMatchingConfig(lr_net=0.1, batch_train=5)
+        net = problem.fresh_network(torch.Generator().manual_seed(1))
+        batches = ClassBatches(problem, settings)
+        train_on_synthetic(net, given, batches, settings, 2, torch.Generator().manual_seed(2))
+        weights.append(torch.nn.utils.parameters_to_vector(net.parameters()))
+    assert torch.equal(*weights)
 
 
 def test_the_start_is_made_of_real_images_shrunk_into_the_parts(make_problem: MakeProblem, tiny_real: RealSet) -> None:
