@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import resource
@@ -18,9 +19,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -39,6 +41,7 @@ from dstill.methods.trajectory_matching import MatchingConfig
 from dstill.nets.convnet import ConvNet
 from dstill.support.devices import processor
 from dstill.training.fit import Batch, predictions
+from dstill.unrolling.optimisers import Adam
 from dstill.unrolling.student import Student
 from dstill.unrolling.types import Step
 from dstill.unrolling.unroll import unroll
@@ -314,6 +317,32 @@ def experts(rounds: int) -> dict[str, Any]:
     return found
 
 
+def optimisers(rounds: int) -> dict[str, Any]:
+    """Share of an unrolled gradient of case a that Adam's steps and pullbacks take, in native kernels and without them."""
+    found: dict[str, Any] = {}
+    for width in (32, 128):
+        case, adam, steps = replace(CASES["a"], width=width), Adam(), 10
+        net, arguments = problem(case, steps)
+        student, theta, alpha = Student(net), arguments[0], arguments[4]
+        zero = adam.start(theta)
+
+        @torch.no_grad()
+        def elementwise(adam: Adam = adam, theta: Tensor = theta, alpha: Tensor = alpha, zero: Any = zero) -> None:
+            for n in range(1, 11):
+                kept = adam.step(theta, zero, theta, alpha, n).kept
+                adam.pullback(theta, kept, alpha, n, theta, zero)
+
+        def plain(elementwise: Callable[[], None] = elementwise) -> None:
+            with patch("dstill.unrolling.optimisers.kernels", lambda: None):
+                elementwise()
+
+        sweep = functools.partial(unroll, student, *arguments, optimiser=adam)
+        seconds = in_turns({"sweep": sweep, "native": elementwise, "tensor operations": plain}, rounds)
+        found[str(width)] = {name: seconds[name] / seconds["sweep"] for name in ("native", "tensor operations")}
+        print("optimisers", width, json.dumps(found[str(width)]), flush=True)
+    return found
+
+
 def iteration(rounds: int) -> dict[str, Any]:
     """Median milliseconds of each part of one AST iteration (CIFAR-10, IPC 1, experts read from disk)."""
     recipe = load_recipe("cifar10/ast-ipc1")
@@ -395,6 +424,7 @@ def main() -> None:
         "growth": lambda options: growth(),
         "error": lambda options: error(options.draws, options.steps),
         "experts": lambda options: experts(options.rounds),
+        "optimisers": lambda options: optimisers(options.rounds),
         "iteration": lambda options: iteration(options.rounds),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -131,6 +131,14 @@ def test_a_recipe_has_the_common_network_data_and_protocol() -> None:
     assert recipe.augmentation == "colour_crop_cutout_flip_scale_rotate"
 
 
+@pytest.mark.parametrize("method", ["grand", "el2n"])
+def test_scores_are_those_of_ten_networks_after_twenty_epochs(method: str) -> None:
+    settings = settings_class(method).model_validate({"training": {"lr": 0.1}})
+    assert (settings.network_count, settings.network_training.epochs) == (10, 20)
+    # Not those of the paper, which prunes a large set: at few images a class the hardest are worse than random ones.
+    assert shown(settings, {"choose": "easiest"}) == {"choose": "easiest"}
+
+
 def test_networks_that_selection_asks_are_trained_plainly() -> None:
     wanted = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 256}
     assert shown(TrainingConfig(), wanted) == wanted

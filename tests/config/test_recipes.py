@@ -14,6 +14,7 @@ from dstill.config.registry import METHODS
 from dstill.config.settings import DistillConfig, Recipe
 from dstill.data.catalog import DATASETS, Shape
 from dstill.errors import DstillError
+from dstill.methods.bptt import BpttConfig
 from dstill.methods.cafe import CafeConfig
 from dstill.methods.distribution_matching import DistributionMatchingConfig
 from dstill.methods.frepo import FrepoConfig
@@ -39,6 +40,10 @@ GRID = [
     for system in SYSTEMS
     if (data, system) != ("imagenet-subset", "ftd")
 ]
+# Learned labels, and back-propagation through training; the last two are ours.
+DATM = [f"{data}/datm-ipc{ipc}" for data, ipcs in list(IPCS.items())[:3] for ipc in ipcs]
+RAT = [f"{data}/rat-bptt-ipc{ipc}" for data, ipcs in list(IPCS.items())[:3] for ipc in ipcs if (data, ipc) != ("cifar100", 50)]
+OURS = [f"cifar10/{system}-ipc{ipc}" for system in ("datm-smooth", "bptt") for ipc in (1, 10)]
 TUNED = [name for name in NAMES if "-tuned-" in name]
 
 # The published settings, row by row: data, IPC, N, M, T+, batch_syn (None: all), lr_images, lr_alpha, alpha_init, ZCA.
@@ -114,7 +119,9 @@ def test_the_grid_of_published_cases_is_complete() -> None:
 
 
 def test_nothing_but_the_grid_and_what_won_here_is_shipped_for_the_published_data_sets() -> None:
-    assert {name for name in NAMES if name.split("/")[0] in IPCS} == {*GRID, *OTHER_GRID, *TUNED}
+    assert {name for name in NAMES if name.split("/")[0] in IPCS} == {
+        *(*GRID, *OTHER_GRID, *DATM, *RAT, *OURS, *TUNED),
+    }
 
 
 @pytest.mark.parametrize("name", TUNED)
@@ -130,7 +137,7 @@ def test_a_tuned_recipe_is_taken_unless_the_published_one_is_named(name: str) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_what_its_file_name_says(name: str) -> None:
     recipe = load_recipe(name)
-    forms = {recipe.method, f"{recipe.method}-released", f"{recipe.method}-tuned"}
+    forms = {recipe.method, *(f"{recipe.method}-{form}" for form in ("released", "tuned", "smooth"))}
     assert name in {f"{recipe.data}/{form}-ipc{recipe.ipc}" for form in forms}
     assert recipe.method in METHODS
     assert recipe.note
@@ -154,6 +161,62 @@ def test_a_note_and_a_name_that_look_like_numbers_survive_being_written_and_read
 def test_published_settings_are_in_the_recipe(system: str, row: Row) -> None:
     expected = (*row[:6], row[6] / 2, *row[7:]) if system == "tesla" else row
     assert row_of(f"{row[0]}/{system}-ipc{row[1]}") == expected
+
+
+# DATM's published settings: N, M, T-, the limit of the start epochs at the start, T+, over how many iterations, the step
+# sizes of images and labels, the decay of the average, and the loss above which a segment is skipped.
+DATM_ROWS: dict[str, tuple[float | None, ...]] = {
+    "cifar10/datm-ipc1": (80, 2, 0, None, 4, None, 100, 5, 0.995, 1.1),
+    "cifar10/datm-ipc10": (80, 2, 0, 10, 20, 1000, 100, 2, 0.9995, 1.0),
+    "cifar10/datm-ipc50": (80, 2, 0, 20, 40, 2000, 1000, 2, 0.995, 1.0),
+    "cifar100/datm-ipc1": (40, 3, 0, 20, 30, 3000, 1000, 2, 0.9995, 1.0),
+    "cifar100/datm-ipc10": (80, 2, 0, 30, 50, 2000, 1000, 10, 0.9995, 1.0),
+    "cifar100/datm-ipc50": (80, 2, 20, None, 70, None, 1000, 10, 0.9995, 1.0),
+    "tiny-imagenet/datm-ipc1": (40, 2, 0, 15, 20, 2000, 10_000, 10, 0.9995, 1.0),
+    "tiny-imagenet/datm-ipc10": (40, 2, 10, 46, 50, 1000, 100, 10, 0.9995, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", DATM)
+def test_datms_published_settings_are_in_the_recipe(name: str) -> None:
+    recipe = load_recipe(name)
+    d, experts = recipe.distill, recipe.experts
+    assert isinstance(d, MatchingConfig) and experts is not None
+    growing = (d.first_start_epochs, d.max_start_epoch, d.grow_over if d.start_epochs == "growing" else None)
+    sizes = (d.lr_images, d.lr_labels, d.image_ema, d.skip_above)
+    assert (d.student_steps, d.expert_epochs, d.min_start_epoch, *growing, *sizes) == DATM_ROWS[name]
+    assert (d.soft_labels, d.label_momentum, d.iterations, recipe.protocol) == ("learned", 0.9, 10_000, "datm")
+    assert (experts.count, experts.epochs, experts.gsam is not None, experts.lr) == (100, 100, True, 0.01)
+
+
+def test_datm_on_smooth_experts_differs_from_datm_by_the_experts_alone() -> None:
+    for ipc in (1, 10):
+        ours, published = load_recipe(f"cifar10/datm-smooth-ipc{ipc}"), load_recipe(f"cifar10/datm-ipc{ipc}")
+        assert ours.experts == load_recipe(f"cifar10/ast-ipc{ipc}").experts
+        assert ours.distill == published.distill and ours.protocol == published.protocol
+
+
+# RaT-BPTT's: T, W, the step size of the images, real images in a batch, and whether labels are learned.
+RAT_ROWS = {
+    "cifar10/rat-bptt-ipc10": (200, 60, 1e-3, 5000, False),
+    "cifar100/rat-bptt-ipc1": (130, 90, 3e-4, 5000, True),
+    "cifar100/rat-bptt-ipc10": (300, 100, 1e-3, 5000, True),
+    "tiny-imagenet/rat-bptt-ipc10": (300, 100, 3e-4, 2000, True),
+}
+
+
+@pytest.mark.parametrize("name", RAT)
+def test_rat_bptts_published_settings_are_in_the_recipe(name: str) -> None:
+    recipe = load_recipe(name)
+    d = recipe.distill
+    assert isinstance(d, BpttConfig)
+    row = (d.total_steps, d.window, d.lr_images, d.batch_real, d.soft_labels == "learned")
+    if name in RAT_ROWS:
+        assert row == RAT_ROWS[name]
+    else:
+        assert "not published" in recipe.note
+    assert (d.optimiser, d.alpha_init, d.learn_alpha, d.clip, d.window_start) == ("adam", 1e-3, "off", 2.0, "random")
+    assert (recipe.augmentation, recipe.protocol, d.iterations, d.schedule) == ("flip_rotate", "rat", 60_000, "constant")
 
 
 def test_the_table_is_read_whole() -> None:

@@ -44,18 +44,20 @@ def test_a_package_adds_a_method_to_every_command(installed: Path, tmp_path: Pat
 
     small = ("digits", "--train-fraction", "0.2", "--recipe", "smoke", "--cache", "cache", "--threads", "1")
     methods = {row["name"]: row for row in json.loads(dstill("ls", "methods", "--json"))}
-    assert methods["kmeans"]["family"] == "clustering" and "ast" in methods
-    assert "kmeans on digits" in dstill("plan", *small, "--method", "kmeans")
-    assert "kmeans is +" in dstill("run", *small, "--method", "kmeans", "-o", "r", "--ipc", "2", "--networks", "1")
-    compared = dstill("compare", *small, "--methods", "random,kmeans", "--networks", "1", "--protocol", "quick", "--no-whole")
-    assert "kmeans" in compared and "failed" not in compared
+    assert methods["centroids"]["family"] == "clustering" and "ast" in methods
+    assert "centroids on digits" in dstill("plan", *small, "--method", "centroids")
+    assert "centroids is +" in dstill("run", *small, "--method", "centroids", "-o", "r", "--ipc", "2", "--networks", "1")
+    compared = dstill(
+        "compare", *small, "--methods", "random,centroids", "--networks", "1", "--protocol", "quick", "--no-whole"
+    )
+    assert "centroids" in compared and "failed" not in compared
     assert Path(tmp_path / dstill("report", "r", "-o", "page.html").strip()).exists()
     assert "Movement of the centroids" in (tmp_path / "page.html").read_text(encoding="utf-8"), "the curve that it names"
 
 
 def test_the_contract_tests_find_it_and_it_keeps_the_contract(installed: Path, tmp_path: Path) -> None:
     tests = str(TESTS / "methods" / "test_contract.py")
-    options = ("-q", "-k", "kmeans", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={TESTS.parent}")
+    options = ("-q", "-k", "centroids", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={TESTS.parent}")
     said = python(installed, tmp_path, "-m", "pytest", tests, *options)
     assert int(said.split(" passed")[0].split()[-1]) >= 8 and "failed" not in said
 

@@ -11,6 +11,7 @@ import torch
 
 import dstill
 from dstill import DistilledSet, DstillError
+from dstill.artifacts.result import Result
 from dstill.config.settings import NetConfig
 from dstill.data import preprocess
 from dstill.data.real import RealSet
@@ -46,13 +47,20 @@ def syn(tiny_real: RealSet) -> DistilledSet:
 
 
 def test_the_shipped_protocols_hold_the_published_numbers() -> None:
-    assert protocol_names() == ["ast", "frepo", "mtt", "quick", "whole"]
+    assert protocol_names() == ["ast", "datm", "frepo", "mtt", "quick", "rat", "whole"]
     ast, mtt = load_protocol("ast"), load_protocol("mtt")
     for protocol in (ast, mtt):
         assert (protocol.passes, protocol.batch_size, protocol.networks) == (1000, 256, 5)
         assert (protocol.momentum, protocol.weight_decay, protocol.lr) == (0.9, 5e-4, 0.01)
     assert (ast.lr_factor, mtt.lr_factor) == (0.5, 0.1)
     assert load_protocol("whole").passes == 50
+
+
+def test_the_protocols_of_rat_bptt_and_datm() -> None:
+    rat, datm, mtt = load_protocol("rat"), load_protocol("datm"), load_protocol("mtt")
+    assert (rat.optimiser, rat.lr, rat.passes, rat.weight_decay, rat.lr_factor) == ("adam", 1e-3, 1000, 0.0, 1.0)
+    assert rat.batch_size >= 5000, "a pass is a step"
+    assert datm.batch_size == 128 and datm == mtt.model_copy(update={"name": "datm", "batch_size": 128})
 
 
 def test_frepos_protocol_is_regression_by_adam() -> None:
@@ -161,6 +169,21 @@ def test_several_networks_and_several_sets_are_pooled(syn: DistilledSet, tiny_re
     assert list(result.nets) == ["convnet", "alexnet"]
     assert result.accuracy == result.nets["convnet"]
     assert (result.sets, result.accuracy.n) == (2, 4)
+
+
+def test_further_protocols_stand_beside_the_result(syn: DistilledSet, tiny_real: RealSet, short: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(Path(short).read_text().replace("short", "other").replace("lr: 0.05", "lr: 0.5").replace("6", "9"))
+    options = {"networks": 3, "random": False, "seed": 4}
+    sets = [replace(syn, alpha=None), replace(syn, alpha=None, images=syn.images.flip(3), seed=1)]
+    result = dstill.evaluate(sets, tiny_real, protocol=short, also=[str(other)], **options)
+    alone = dstill.evaluate(sets, tiny_real, protocol=str(other), **options)
+    assert result.also == {"other v3": alone.accuracy.model_copy(update={"lr": None})}
+    assert result.also["other v3"].values != result.accuracy.values
+    assert [name for name, _ in result.rows()] == ["mtt", "mtt (protocol other v3)"]
+    one, two = (dstill.evaluate(s, tiny_real, protocol=short, also=[str(other)], **options) for s in sets)
+    pooled = Result.pooled([one, two])
+    assert pooled.also["other v3"].values == (*one.also["other v3"].values, *two.also["other v3"].values)
 
 
 def test_random_images_are_measured_anew_for_a_preprocessing_with_other_numbers(

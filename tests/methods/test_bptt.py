@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,10 +89,9 @@ def naive_draw(problem: Problem, state: State, generator: torch.Generator) -> tu
             theta = theta - alpha / (1 - 0.9**n) * torch.where(second > 1e-18, first, 0) / (root + 1e-8)
         if n <= start:
             theta, first, second = theta.detach(), first.detach(), second.detach()
-    rows = torch.randperm(len(problem.real.train), generator=generator)[: settings.batch_real]
-    images = problem.prepared(rows)
+    images, labels = RealBatches(problem, settings.batch_real).draw(generator)
     real = siamese.apply(images, siamese.sample(problem.recipe.augmentation, len(images), generator))
-    outer = loss_of(theta, real, problem.real.train.labels[rows])
+    outer = loss_of(theta, real, labels)
     gradients = torch.autograd.grad(outer, list(learned.values()), materialize_grads=True)
     return outer.detach(), dict(zip(learned, gradients, strict=True))
 
@@ -210,9 +210,24 @@ def test_batches_are_the_same_whether_or_not_all_images_fit_into_memory(
     assert kept.prepared is not None and read.prepared is None
     (images, labels), (same, ids) = (batches.draw(seeding.generator(3, "real")) for batches in (kept, read))
     assert torch.equal(images, same) and torch.equal(labels, ids) and len(labels) == 10
-    rows = torch.randperm(len(tiny_real.train), generator=seeding.generator(3, "real"))[:10]
-    assert torch.equal(labels, tiny_real.train.labels[rows])
+    assert sorted(torch.bincount(labels).tolist()) == [3, 3, 4], "each class has its share"
+    others = {tuple(kept.draw(torch.Generator().manual_seed(k))[0].flatten().tolist()) for k in range(5)}
+    assert len(others) == 5
     assert len(RealBatches(problem, 10**6).draw(torch.Generator())[1]) == len(tiny_real.train)
+
+
+def test_shares_follow_the_sizes_of_the_classes_and_no_image_comes_twice(tiny_real: RealSet) -> None:
+    kept = torch.cat([rows[:count] for rows, count in zip(tiny_real.train.by_class(3), (4, 8, 20), strict=True)])
+    real = replace(tiny_real, train=tiny_real.train.take(kept), fingerprint="")
+    batches = RealBatches(problem_of(real), 16)
+    seen = torch.zeros(3)
+    for k in range(20):
+        images, labels = batches.draw(torch.Generator().manual_seed(k))
+        counts = torch.bincount(labels, minlength=3)
+        assert (counts - torch.tensor([2, 4, 10])).abs().max() <= 1
+        assert len({tuple(image.flatten().tolist()) for image in images}) == 16
+        seen += counts
+    torch.testing.assert_close(seen / seen.sum(), torch.tensor([0.125, 0.25, 0.625]), rtol=0.1, atol=0)
 
 
 def test_unit_noise_has_norm_one_in_every_image(tiny_real: RealSet) -> None:

@@ -16,8 +16,8 @@ from dstill.data.real import RealSet
 from dstill.derivatives.engine import Derivatives
 from dstill.errors import DstillError
 from dstill.experts.trained import NetworkTask, train_network, trained_network
-from dstill.methods.forgetting import most_forgotten
 from dstill.methods.herding import herd
+from dstill.methods.selection import highest
 from dstill.training.checkpoint import Bookmark
 from dstill.training.fit import Batch, EpochReport, Objective, cross_entropy_objective, predictions
 
@@ -35,9 +35,9 @@ def test_each_herded_image_brings_the_mean_of_the_chosen_nearest_to_the_mean_of_
         assert chosen[k] == min(free, key=lambda i: distances[i])
 
 
-def test_the_most_forgotten_come_first_and_ties_are_drawn() -> None:
-    forgotten = torch.tensor([0, 5, 2, 2, 2, 9])
-    draws = [most_forgotten(forgotten, 3, torch.Generator().manual_seed(seed)).tolist() for seed in range(30)]
+def test_the_highest_scores_come_first_and_ties_are_drawn() -> None:
+    scores = torch.tensor([0, 5, 2, 2, 2, 9])
+    draws = [highest(scores, 3, torch.Generator().manual_seed(seed)).tolist() for seed in range(30)]
     assert all(draw[:2] == [5, 1] for draw in draws)
     assert {draw[2] for draw in draws} == {2, 3, 4}
 

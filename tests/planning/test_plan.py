@@ -55,6 +55,18 @@ def test_every_method_has_a_plan(tiny_real: RealSet, tmp_path: Path, method: str
     assert all(stage.seconds > 0 for stage in plan.stages)
 
 
+def test_every_network_that_a_selection_asks_is_planned(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clock, "training", lambda *given: 1.0)  # seconds per step; an epoch is a single step
+    one, three = (
+        stage(dstill.plan(tiny_real, method="el2n", distill={"networks": n}, machine=on(tmp_path), **SMALL), "trained network")
+        for n in (1, 3)
+    )
+    assert (one.seconds, three.seconds) == (2.0, 6.0)
+    assert three.disk_bytes == 3 * one.disk_bytes and three.note.startswith("3 of 2 epochs")
+
+
 def test_what_is_left_out_is_neither_planned_nor_run(tiny_real: RealSet, tmp_path: Path) -> None:
     options = {"method": "random", "evaluation": dstill.Evaluation(random=False), "machine": on(tmp_path), **SMALL}
     assert [stage.name for stage in dstill.plan(tiny_real, **options).stages] == ["evaluation"]
@@ -103,6 +115,18 @@ def test_a_plan_counts_what_stored_images_hold_and_random_images_by_their_bytes(
     monkeypatch.setattr("dstill.api.job.load_real", lambda source: pytest.fail(f"{source} was loaded"))
     with pytest.raises(DstillError, match="5000 training images per class, fewer than 8000"):
         dstill.plan("cifar10", method="dm", ipc=2000, distill={"parts": 2}, machine=on(tmp_path))
+
+
+def test_further_protocols_are_planned_with_their_own_passes(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clock, "training", lambda *given: 1.0)
+    monkeypatch.setattr(Clock, "passes", lambda *given: 0.0)
+    judged = dstill.Evaluation(networks=2, random=False, also=["ast"])
+    plan = dstill.plan(tiny_real, method="random", evaluation=judged, machine=on(tmp_path), **SMALL)
+    passes = load_protocol("quick").passes + load_protocol("ast").passes
+    assert stage(plan, "evaluation").seconds == pytest.approx(2 * passes)
+    assert stage(plan, "evaluation").note == "4 networks"
 
 
 def test_two_sets_are_distilled_one_after_the_other(

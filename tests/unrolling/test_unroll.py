@@ -245,6 +245,25 @@ def test_a_step_size_that_is_zero_or_not_finite_is_refused(alpha: float) -> None
         case.run("adjoint")
 
 
+def test_rates_that_do_not_fit_and_a_burn_in_without_a_window_are_refused() -> None:
+    case = Case()
+    with pytest.raises(DstillError, match=r"one for each of the 4 steps, got \(3,\)"):
+        case.alpha = torch.full((3,), 0.1, dtype=torch.float64)
+        case.run("adjoint")
+    with pytest.raises(DstillError, match=r"finite and not zero, got 0\.0"):
+        case.alpha = torch.tensor([0.1, 0.0, 0.1, 0.1], dtype=torch.float64)
+        case.run("adjoint")
+    case = Case()
+    assert not callable(case.targets)
+    case.targets = {4: case.targets[4]}
+    for burn_in in (-1, 4):
+        with pytest.raises(DstillError, match="burn_in must leave at least one of the 4 steps"):
+            case.run("adjoint", burn_in=burn_in)
+    case.targets = {2: case.targets[4], 4: case.targets[4]}
+    with pytest.raises(DstillError, match=r"matching points must lie in 3 … 4"):
+        case.run("adjoint", burn_in=2)
+
+
 def test_targets_outside_the_steps_are_refused() -> None:
     case = Case()
     assert not callable(case.targets)
@@ -270,11 +289,12 @@ def test_nvidias_rounding_is_off_inside_and_as_before_outside(mode: str) -> None
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_float32_adjoint_is_as_close_to_float64_as_plain_autograd_is() -> None:
+@pytest.mark.parametrize("optimiser", [Sgd(), Adam(eps=1e-3)], ids=str)
+def test_float32_adjoint_is_as_close_to_float64_as_plain_autograd_is(optimiser: Optimiser) -> None:
     errors: dict[str, list[float]] = {"adjoint": [], "graph": []}
     for seed in range(20):
         case = Case(seed=seed, steps=5)
-        exact = case.run("graph").grads.images
+        exact = case.run("graph", optimiser=optimiser).grads.images
         case.net, case.theta0, case.images, case.alpha = (
             case.net.float(),
             case.theta0.float(),
@@ -283,6 +303,6 @@ def test_float32_adjoint_is_as_close_to_float64_as_plain_autograd_is() -> None:
         )
         case.targets = {n: (t.float(), w) for n, (t, w) in case.targets.items()}
         for mode, values in errors.items():
-            values.append(float((case.run(mode).grads.images - exact).norm() / exact.norm()))
+            values.append(float((case.run(mode, optimiser=optimiser).grads.images - exact).norm() / exact.norm()))
     medians = {mode: sorted(values)[len(values) // 2] for mode, values in errors.items()}
     assert medians["adjoint"] <= 3 * medians["graph"]

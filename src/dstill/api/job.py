@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -209,23 +210,28 @@ class Job:
     def _with_experts(self, config: ExpertConfig) -> Job:
         return replace(self, recipe=self.recipe.model_copy(update={"experts": config}))
 
-    def trained_network(self) -> TrainedNetwork | None:
-        """The recipe's network trained on all real images, for methods that need one; None for the others."""
+    def trained_networks(self) -> tuple[TrainedNetwork, ...]:
+        """The recipe's network trained on all real images, as often as the method asks; empty if it needs none."""
         if self.method.needs != "trained network":
-            return None
-        config = self.recipe.distill.network_training
+            return ()
+        config, count = self.recipe.distill.network_training, self.recipe.distill.network_count
         task = NetworkTask(self.real, self.preprocess(), self.recipe.net, config, self.seeds.experts)
 
-        def observe(report: EpochReport) -> None:
-            detail = f"loss {report.loss:.3f}, {report.images_per_second:,.0f} images/s"
-            self.place.reporter.progress("training a network", report.epochs_done, config.epochs, detail)
+        def observe(number: int, report: EpochReport) -> None:
+            done, detail = number * config.epochs + report.epochs_done, f"loss {report.loss:.3f}"
+            detail += f", {report.images_per_second:,.0f} images/s"
+            self.place.reporter.progress("training networks", done, count * config.epochs, detail)
 
-        return trained_network(task, self.place.cache / "networks", self.place.device, observe)
+        folder, device = self.place.cache / "networks", self.place.device
+        return tuple(
+            trained_network(replace(task, number=number), folder, device, functools.partial(observe, number))
+            for number in range(count)
+        )
 
     def problem(self, seed: int, trajectories: Trajectories | None, initial: DistilledSet | None = None) -> Problem:
         """What the method works on to distil one set. Whatever it needs beside the experts is made first."""
         describing = None if initial is not None else self.describing_expert(trajectories)
-        trained, preprocess = self.trained_network(), self.preprocess()
+        trained, preprocess = self.trained_networks(), self.preprocess()
         return Problem(self.real, preprocess, self.recipe, trajectories, self.place.device, seed, describing, trained, initial)
 
 

@@ -34,7 +34,7 @@ def evaluate(
     Args:
         distilled: distilled.safetensors or its folder.
         source: see `dstill run`.
-        protocol: ast, mtt, frepo, quick, or a YAML file (default: the recipe's).
+        protocol: ast, mtt, datm, rat, frepo, quick, or a YAML file (default: the recipe's).
         evaluation: how the set is measured.
         augmentation: DSA operations joined by _, or none (default: the set's own).
         hard: train on the most likely class of soft labels.

@@ -29,7 +29,8 @@ class MethodInfo:
         path: `module:Class` of a `dstill.methods.base.Method`.
         family: the family of methods, such as `trajectory matching`.
         needs: what is trained first. `experts`: expert trajectories; `trained network`: one network trained on the real
-            images, with the number of times it forgot each of them; `real images`: nothing.
+            images, or as many as `DistillConfig.network_count` says, with the number of times each forgot each of them; `real
+            images`: nothing.
         labels: `hard` class ids, or `soft` labels that are part of the result.
         paper: who published it.
         note: one line for `dstill ls methods`.
@@ -69,6 +70,34 @@ METHODS: dict[str, MethodInfo] = {
         needs="trained network",
         paper="Toneva et al. 2019",
         note="real images forgotten most often",
+    ),
+    "kmeans": MethodInfo(
+        "dstill.methods.kmeans:KMeans",
+        "selection",
+        needs="trained network",
+        paper="Lloyd 1982",
+        note="real images nearest to the centroids of K-Means on features",
+    ),
+    "k-centre": MethodInfo(
+        "dstill.methods.k_centre:KCentre",
+        "selection",
+        needs="trained network",
+        paper="Sener and Savarese 2018",
+        note="real images that leave no feature far from a chosen one",
+    ),
+    "grand": MethodInfo(
+        "dstill.methods.grand:Grand",
+        "selection",
+        needs="trained network",
+        paper="Paul et al. 2021",
+        note="real images with the smallest gradients early in training, or the largest",
+    ),
+    "el2n": MethodInfo(
+        "dstill.methods.el2n:El2n",
+        "selection",
+        needs="trained network",
+        paper="Paul et al. 2021",
+        note="real images with the smallest errors early in training, or the largest",
     ),
     "dc": MethodInfo(
         "dstill.methods.dc:Dc",

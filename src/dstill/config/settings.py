@@ -96,8 +96,8 @@ class ExpertConfig(Settings):
 class TrainingConfig(Settings):
     """Plain training of one network on all real images, by SGD and without augmentation."""
 
-    epochs: Count = 30
-    """Passes over the real training set."""
+    epochs: Annotated[int, Field(ge=0, le=10**9)] = 30
+    """Passes over the real training set; 0 for a network as it was initialised."""
     lr: Positive = 0.01
     """Learning rate."""
     momentum: Momentum = 0.9
@@ -197,8 +197,13 @@ class DistillConfig(Settings):
 
     @property
     def network_training(self) -> TrainingConfig:
-        """How the network of methods that need a trained one is trained."""
+        """How the networks of methods that need trained ones are trained."""
         return TrainingConfig()
+
+    @property
+    def network_count(self) -> int:
+        """How many such networks the method needs; they differ in their initial weights and in the order of the images."""
+        return 1
 
     def adapted(self, case: Case) -> Self:
         """These settings adapted to a case that they were not written for."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from dstill.artifacts.files import atomic
 from dstill.derivatives.unit import TensorUnit
 
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-Wno-psabi")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-Wno-psabi")
 _SWITCHED_OFF = "these are switched off by DSTILL_NATIVE=0"
 _SUFFIXES = {torch.float32: "float32", torch.float64: "float64"}
 

@@ -7,6 +7,7 @@
 //   winograd_*  the transforms of Winograd's F(4x4, 3x3) convolution (dstill.derivatives.cpu_convolutions)
 //   patches_*   images as rows of 3x3 patches, for images of few channels (dstill.derivatives.cpu_convolutions)
 //   products    a batch of small matrix products, and sums of two of them
+//   adam_*      a step of Adam and its pullback, each in one pass over memory (dstill.unrolling.optimisers)
 
 #include <algorithm>
 #include <cmath>
@@ -506,6 +507,37 @@ void patches_adjoint(const T* rows, T* x, long length, long images, Size s) {
   });
 }
 
+// The derivative of a step by the squares of the gradients is left out where they have all been 0 (r = 0).
+// Without __restrict__ a compiler would have to check every pair of pointers, and does not vectorise.
+template <class T>
+void adam_step(const T* __restrict__ theta, const T* __restrict__ first, const T* __restrict__ second,
+               const T* __restrict__ g, T* __restrict__ theta_out, T* __restrict__ first_out, T* __restrict__ second_out,
+               T rate, T decay, T beta1, T beta2, T c2, T eps, long count) {
+  for (long i = 0; i < count; ++i) {
+    const T m = beta1 * first[i] + (1 - beta1) * g[i], v = beta2 * second[i] + (1 - beta2) * g[i] * g[i];
+    first_out[i] = m;
+    second_out[i] = v;
+    theta_out[i] = decay * theta[i] - rate * m / (std::sqrt(v / c2) + eps);
+  }
+}
+
+template <class T>
+void adam_pullback(const T* __restrict__ g, const T* __restrict__ first, const T* __restrict__ second,
+                   const T* __restrict__ by_theta, const T* __restrict__ by_first, const T* __restrict__ by_second,
+                   T* __restrict__ p, T* __restrict__ by_first_out, T* __restrict__ by_second_out, T* __restrict__ update,
+                   T lr, T beta1, T beta2, T c1, T c2, T eps, long count) {
+  for (long i = 0; i < count; ++i) {
+    const T r = std::sqrt(second[i] / c2), inverse = 1 / (r + eps), scaled = lr * by_theta[i] * inverse;
+    const T by_m = by_first[i] - scaled / c1;
+    const T u = first[i] * inverse / c1, slope = scaled * u / (2 * c2 * (r > 0 ? r : T(1)));
+    const T by_v = by_second[i] + (r > 0 ? slope : T(0));
+    update[i] = u;
+    p[i] = (1 - beta1) * by_m + 2 * (1 - beta2) * g[i] * by_v;
+    by_first_out[i] = beta1 * by_m;
+    by_second_out[i] = beta2 * by_v;
+  }
+}
+
 }  // namespace
 
 #define EXPORT(T, S)                                                                                                        \
@@ -549,6 +581,16 @@ void patches_adjoint(const T* rows, T* x, long length, long images, Size s) {
   }                                                                                                                         \
   void patches_adjoint_##S(const T* rows, T* x, long length, long b, long h, long w, long c) {                              \
     patches_adjoint<T>(rows, x, length, b, {h, w, c});                                                                      \
+  }                                                                                                                         \
+  void adam_step_##S(const T* theta, const T* first, const T* second, const T* g, T* theta_out, T* first_out,               \
+                     T* second_out, double rate, double decay, double beta1, double beta2, double c2, double eps, long n) { \
+    adam_step<T>(theta, first, second, g, theta_out, first_out, second_out, rate, decay, beta1, beta2, c2, eps, n);         \
+  }                                                                                                                         \
+  void adam_pullback_##S(const T* g, const T* first, const T* second, const T* by_theta, const T* by_first,                 \
+                         const T* by_second, T* p, T* by_first_out, T* by_second_out, T* update, double lr, double beta1,   \
+                         double beta2, double c1, double c2, double eps, long n) {                                          \
+    adam_pullback<T>(g, first, second, by_theta, by_first, by_second, p, by_first_out, by_second_out, update, lr, beta1,    \
+                     beta2, c1, c2, eps, n);                                                                                \
   }                                                                                                                         \
   void products_##S(const T* a, const T* b, const T* a2, const T* b2, T* c, long planes, long m, long n, long k,            \
                     long a_row, long a_column, long a_plane, long b_row, long b_plane, long c_row, long c_plane) {          \

@@ -1,4 +1,4 @@
-"""A network trained on the real images, and what it forgot during training: the basis of selection methods."""
+"""Networks trained on the real images, and what they forgot during training: the basis of selection methods."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class NetworkTask:
         net: the network.
         config: the training settings.
         seed: master seed.
+        number: which of several networks that differ in nothing but their random draws, from 0.
     """
 
     real: RealSet
@@ -56,20 +57,26 @@ class NetworkTask:
     net: NetConfig
     config: TrainingConfig
     seed: int
+    number: int = 0
 
     def identity(self) -> dict[str, Any]:
-        """What the weights depend on."""
+        """What the weights depend on. The first network is named as if it were the only one, so that all methods share it."""
         return {
             "data": self.real.fingerprint,
             "preprocess": self.preprocess.kind,
             "net": canonical(self.net, exclude_none=True),
             "training": canonical(self.config),
             "seed": self.seed,
+            **({"number": self.number} if self.number else {}),
         }
 
     def fingerprint(self) -> str:
         """The name of the network's file: 16 hex digits of the SHA-256 of its identity."""
         return digest(self.identity())
+
+    def generator(self) -> torch.Generator:
+        """The generator of all its random draws, at its start."""
+        return seeding.generator(self.seed, "trained-network", *([self.number] if self.number else []))
 
 
 class _Events:
@@ -107,7 +114,7 @@ def train_network(
         DstillError: the network has running statistics or dropout.
     """
     real, config = task.real, task.config
-    generator = seeding.generator(task.seed, "trained-network")
+    generator = task.generator()
     net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
     Student(net)  # refuses running statistics, since only the weights are stored
     images = from_bytes(task.preprocess, real.train.images, device)

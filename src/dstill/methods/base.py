@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -43,7 +44,7 @@ class Problem:
         device: where tensors live.
         seed: master seed of all random draws; recorded in the result.
         feature_expert: the expert whose last epoch gives the features of real images; the first of `trajectories` if left out.
-        trained: the recipe's network trained on all real images, for methods that need it.
+        trained: the recipe's network trained on all real images, as often as the method asks; empty if it needs none.
         initial: a set whose images are the start of the synthetic set, instead of the recipe's initialisation.
     """
 
@@ -54,7 +55,7 @@ class Problem:
     device: torch.device
     seed: int
     feature_expert: Trajectories | None = None
-    trained: TrainedNetwork | None = None
+    trained: tuple[TrainedNetwork, ...] = ()
     initial: DistilledSet | None = None
 
     def settings(self, kind: type[_Settings]) -> _Settings:
@@ -80,9 +81,12 @@ class Problem:
         return nets.build(config or self.recipe.net, real.channels, real.classes, real.size, generator).to(self.device)
 
     def trained_network(self) -> nn.Module:
-        """The recipe's network, trained on all real images."""
-        assert self.trained is not None
-        return self.network(self.trained.weights)
+        """The recipe's network, trained on all real images; the first one if there are several."""
+        return self.network(self.trained[0].weights)
+
+    def trained_networks(self) -> Iterator[nn.Module]:
+        """The recipe's network, trained as often as `DistillConfig.network_count` says."""
+        return (self.network(trained.weights) for trained in self.trained)
 
     @property
     def decoded_count(self) -> int:

@@ -7,24 +7,16 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dstill.methods.selection import Selection, SelectionConfig
-
-
-def most_forgotten(forgotten: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Rows of the `count` images with the most forgetting events, of `[n]` counts; ties are broken at random."""
-    shuffled = torch.randperm(len(forgotten), generator=generator)
-    order = forgotten[shuffled].argsort(descending=True, stable=True)
-    return shuffled[order[:count]]
+from dstill.methods.selection import Selection, SelectionConfig, highest
 
 
 @final
 class Forgetting(Selection):
-    """Selects the images of each class that a network forgot most often during training."""
+    """Selects the images of each class that a network forgot most often during training; ties are broken at random."""
 
     Settings = SelectionConfig
 
     def choose(self, generator: torch.Generator) -> Tensor:
-        assert self.problem.trained is not None
-        forgotten, ipc = self.problem.trained.forgotten, self.problem.recipe.ipc
+        forgotten, ipc = self.problem.trained[0].forgotten, self.problem.recipe.ipc
         by_class = self.problem.real.train.by_class(self.problem.real.classes)
-        return torch.cat([rows[most_forgotten(forgotten[rows], ipc, generator)] for rows in by_class])
+        return torch.cat([rows[highest(forgotten[rows], ipc, generator)] for rows in by_class])

@@ -10,8 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dstill.methods.selection import Selection, SelectionConfig
-from dstill.training.fit import described
+from dstill.methods.selection import FeatureSelection
 
 
 def herd(features: Tensor, count: int) -> Tensor:
@@ -37,14 +36,8 @@ def herd(features: Tensor, count: int) -> Tensor:
 
 
 @final
-class Herding(Selection):
+class Herding(FeatureSelection):
     """Herding in each class, on the features of a trained network."""
 
-    Settings = SelectionConfig
-
-    def choose(self, generator: torch.Generator) -> Tensor:
-        net, chosen = self.problem.trained_network(), []
-        for rows in self.problem.real.train.by_class(self.problem.real.classes):
-            features = described(net, self.problem.prepared(rows))
-            chosen.append(rows[herd(features, self.problem.recipe.ipc)])
-        return torch.cat(chosen)
+    def pick(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        return herd(features, self.problem.recipe.ipc)

@@ -191,11 +191,12 @@ class MatchingConfig(DistillConfig):
         span = math.ceil(self.max_start_epoch * factors["max_start_epoch"])
         start = min(last, max(self.min_start_epoch + 1, span))
         others = {name: getattr(self, name) * factor for name, factor in factors.items()}
-        return self.model_copy(update={**others, "max_start_epoch": int(start)})
+        first = self.first_start_epochs and max(self.min_start_epoch + 1, min(int(start), self.first_start_epochs))
+        return self.model_copy(update={**others, "max_start_epoch": int(start), "first_start_epochs": first})
 
     def smoke(self) -> Self:
         small = {"iterations": 5, "student_steps": 6, "max_start_epoch": 2, "min_start_epoch": 0, "expert_epochs": 2}
-        return self.model_copy(update={**small, "feature_epochs": None})
+        return self.model_copy(update={**small, "feature_epochs": None, "first_start_epochs": None})
 
 
 class TrajectoryMatching(Method):

@@ -222,10 +222,12 @@ def _trained(job: Job, clock: Clock) -> list[Stage]:
         return []
     shape, recipe, config = job.shape, job.recipe, job.recipe.distill.network_training
     step = clock.training(recipe.net, config.batch_size, "none", torch.get_num_threads())
-    seconds = config.epochs * math.ceil(shape.train / config.batch_size) * step
-    memory, disk = shape.train * _image_bytes(shape), 4 * _parameters(recipe.net, shape) + 8 * shape.train
-    note = f"{config.epochs} epochs, none if it is cached"
-    makes = _named("network", recipe, config.model_dump())
+    count = recipe.distill.network_count
+    seconds = count * config.epochs * math.ceil(shape.train / config.batch_size) * step
+    memory, disk = shape.train * _image_bytes(shape), count * (4 * _parameters(recipe.net, shape) + 8 * shape.train)
+    many = f"{count} of {config.epochs} epochs, none if they are cached"
+    note = many if count > 1 else f"{config.epochs} epochs, none if it is cached"
+    makes = _named("network", recipe, [count, config.model_dump()])
     return [Stage(name="trained network", seconds=seconds, peak_bytes=memory, disk_bytes=disk, note=note, makes=makes)]
 
 

@@ -243,12 +243,17 @@ def fit(
 
 
 @torch.no_grad()
-def predictions(net: nn.Module, images: Tensor) -> Tensor:
-    """Class ids `[N]` predicted for images `[N, C, H, W]`, in evaluation mode; the network's mode is restored."""
+def answers(net: nn.Module, images: Tensor) -> Tensor:
+    """Logits `[N, K]` for images `[N, C, H, W]`, in evaluation mode and without a gradient; the network's mode is restored."""
     written = derivatives_of(net)
     if written is not None and written.native:
-        return written.logits(list(net.parameters()), images).argmax(1)
-    return _in_blocks(net, images, lambda block: net(block).argmax(1))
+        return written.logits(list(net.parameters()), images)
+    return _in_blocks(net, images, net)
+
+
+def predictions(net: nn.Module, images: Tensor) -> Tensor:
+    """Class ids `[N]` predicted for images `[N, C, H, W]`, in evaluation mode; the network's mode is restored."""
+    return answers(net, images).argmax(1)
 
 
 @torch.no_grad()

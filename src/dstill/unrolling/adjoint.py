@@ -74,7 +74,8 @@ def adjoint(
         if n == burn_in:
             break
         (rows, params), theta = steps[n - 1], swept.thetas[n - 1]
-        pulled = optimiser.pullback(theta, swept.steps[n], rates[n - 1], n, v, by_buffers)
+        with torch.no_grad():
+            pulled = optimiser.pullback(theta, swept.steps[n], rates[n - 1], n, v, by_buffers)
         with torch.enable_grad():
             chosen = images.detach()[rows].requires_grad_()
             augmented = siamese.apply(chosen, params)

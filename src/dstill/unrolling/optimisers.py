@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dstill.derivatives.build import Kernels, kernels
 from dstill.errors import DstillError
 
 # What an optimiser carries from step to step, each `[P]`: no tensor, the momentum, or Adam's two moments.
@@ -176,32 +177,62 @@ class Adam(Optimiser):
         beta1, beta2 = self.betas
         if self.weight_decay and not self.decoupled:
             gradient = gradient + self.weight_decay * theta
+        if (kernels := _kernels(theta)) is not None:
+            return self._fused_step(kernels, theta, buffers, gradient, float(lr), number)
         first = beta1 * buffers[0] + (1 - beta1) * gradient
         second = torch.addcmul(beta2 * buffers[1], gradient, gradient, value=1 - beta2)
         start = theta * (1 - lr * self.weight_decay) if self.weight_decay and self.decoupled else theta
         update = first / (_root(second / (1 - beta2**number)) + self.eps)
         return Stepped(start - lr / (1 - beta1**number) * update, (first, second), (gradient, first, second))
 
+    def _fused_step(
+        self, kernels: Kernels, theta: Tensor, buffers: Buffers, gradient: Tensor, lr: float, number: int
+    ) -> Stepped:
+        (beta1, beta2), outputs = self.betas, [torch.empty_like(theta) for _ in range(3)]
+        decay = 1 - lr * self.weight_decay if self.decoupled else 1.0
+        rate, c2 = lr / (1 - beta1**number), 1 - beta2**number
+        numbers = (rate, decay, beta1, beta2, c2, self.eps, theta.numel())
+        kernels.call("adam_step", theta, *buffers, gradient, *outputs, *numbers)
+        stepped, first, second = outputs
+        return Stepped(stepped, (first, second), (gradient, first, second))
+
     def pullback(
         self, theta: Tensor, kept: tuple[Tensor, ...], lr: Tensor, number: int, by_theta: Tensor, by_buffers: Buffers
     ) -> Pulled:
+        p, by_first, by_second, update = self._pull(kept, lr, number, by_theta, by_buffers)
+        by_lr, decayed = -(update @ by_theta), by_theta
+        if self.weight_decay and self.decoupled:
+            by_lr = by_lr - self.weight_decay * (theta @ by_theta)
+            decayed = by_theta * (1 - lr * self.weight_decay)
+        elif self.weight_decay:
+            decayed = by_theta + self.weight_decay * p
+        return Pulled(p, decayed, (by_first, by_second), lambda _: by_lr)
+
+    def _pull(
+        self, kept: tuple[Tensor, ...], lr: Tensor, number: int, by_theta: Tensor, by_buffers: Buffers
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The derivatives by the gradient and by the moments before the step; and m' / (c1 (r + ε)), the step for lr = 1."""
         (beta1, beta2), (gradient, first, second) = self.betas, kept
         c1, c2 = 1 - beta1**number, 1 - beta2**number
+        if (kernels := _kernels(gradient)) is not None:
+            p, by_first, by_second, update = (torch.empty_like(gradient) for _ in range(4))
+            numbers = (float(lr), beta1, beta2, c1, c2, self.eps, gradient.numel())
+            kernels.call("adam_pullback", *kept, by_theta, *by_buffers, p, by_first, by_second, update, *numbers)
+            return p, by_first, by_second, update
         r = (second / c2).sqrt_()
         inverse = (r + self.eps).reciprocal_()
-        update = first * inverse / c1
-        scaled = by_theta * inverse * lr
+        update, scaled = first * inverse / c1, by_theta * inverse * lr
         by_first = by_buffers[0] - scaled / c1
         # Where r = 0 there has been no gradient yet, and the step does not depend on its square.
         by_second = by_buffers[1] + torch.where(r > 0, scaled * update / (2 * c2 * r), 0)
         p = (1 - beta1) * by_first + 2 * (1 - beta2) * gradient * by_second
-        by_lr = -(update @ by_theta)
-        if self.weight_decay and self.decoupled:
-            by_lr = by_lr - self.weight_decay * (theta @ by_theta)
-            by_theta = by_theta * (1 - lr * self.weight_decay)
-        elif self.weight_decay:
-            by_theta = by_theta + self.weight_decay * p
-        return Pulled(p, by_theta, (beta1 * by_first, beta2 * by_second), lambda _: by_lr)
+        return p, beta1 * by_first, beta2 * by_second, update
+
+
+def _kernels(like: Tensor) -> Kernels | None:
+    """The native kernels where they can run: on contiguous vectors of a CPU that autograd does not follow."""
+    suitable = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and like.is_contiguous()
+    return kernels() if suitable and not torch.is_grad_enabled() else None
 
 
 def _root(x: Tensor) -> Tensor:
