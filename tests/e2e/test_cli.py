@@ -254,6 +254,25 @@ def test_a_set_is_not_evaluated_on_other_data(arguments: list[str], sentence: st
     assert sentence in err
 
 
+def test_several_images_in_one_go_through_every_command(call: Call, tmp_path: Path) -> None:
+    fast = [*FAST, "distill.parts=2", "distill.initialisation=noise"]
+    assert call("run", "digits", "--method", "dm", "--networks", "1", "-o", "run", *fast)[0] == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["parts"], result["family"], result["stored_bytes"]) == (2, "parts", 10 * 64 + 10)
+    code, out, _ = call("show", "run", "--png", "seen.png")
+    assert code == 0 and "1x8x8 with 2x2 parts" in out
+    assert call("show", "run", "--png", "stored.png", "--stored")[0] == 0
+    with Image.open("seen.png") as seen, Image.open("stored.png") as stored:
+        assert (seen.size, stored.size) == ((4 * 66 + 2, 10 * 66 + 2), (10 * 66 + 2, 66 + 2))
+    assert call("export", "run/set-0", "pt", "-o", "held", "--stored")[0] == 0
+    digits = ["digits", "--train-fraction", "0.1"]
+    imported = ["import", "held/images_best.pt", *digits, "--preprocess", "standardise", "-o", "back", "--parts", "2"]
+    code, out, _ = call(*imported, "--method", "dm")
+    assert code == 0 and "digits distilled by dm, 1 image(s) of each of 10 classes, 1x8x8 with 2x2 parts" in out
+    code, out, _ = call("plan", "digits", "--method", "random", *FAST, "distill.parts=2")
+    assert code == 2
+
+
 def test_tune_writes_a_recipe_that_says_how_it_was_found(call: Call) -> None:
     short = ["--set", "distill.iterations=2", "distill.student_steps=2"]
     code, out, err = call("tune", "digits", *FAST, *short, "--method", "mtt", "--budget", "0.01", "-o", "best.yaml")

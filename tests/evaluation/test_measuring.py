@@ -223,11 +223,11 @@ def test_a_class_of_one_image_leaves_random_images_the_protocols_rate(
 
 
 def test_sets_that_differ_are_not_evaluated_together(syn: DistilledSet, tiny_real: RealSet) -> None:
-    with pytest.raises(DstillError, match="only if method, IPC and preprocessing agree"):
+    with pytest.raises(DstillError, match="only if method, IPC, parts and preprocessing agree"):
         dstill.evaluate([syn, replace(syn, method="dm")], tiny_real)
     # The same kind with other numbers: the test images would be preprocessed with those of the first set.
     other = preprocess.fit("standardise", tiny_real.train.images[:4])
-    with pytest.raises(DstillError, match="only if method, IPC and preprocessing agree"):
+    with pytest.raises(DstillError, match="only if method, IPC, parts and preprocessing agree"):
         dstill.evaluate([syn, replace(syn, preprocess=other)], tiny_real)
     with pytest.raises(DstillError, match="at least one"):
         dstill.evaluate([], tiny_real)

@@ -80,12 +80,12 @@ def unbalanced(real: RealSet) -> RealSet:
     return RealSet("unbalanced", real.train.take(kept), real.test, real.class_names)
 
 
-def recipe_of(method: str, real: RealSet, ipc: int, iterations: int) -> Recipe:
+def recipe_of(method: str, real: RealSet, ipc: int, iterations: int, parts: int = 1) -> Recipe:
     info = methods()[method]
     shape = Shape(real.channels, real.size, real.classes)
     settings = list(QUICK.get(method, ()))
     if info.family != "selection":
-        settings.append(f"distill.iterations={iterations}")
+        settings += [f"distill.iterations={iterations}", f"distill.parts={parts}"]
     smoke, _ = recipes.resolve(
         "smoke", real.name, shape, method=method, ipc=ipc, changes=["augmentation=none", "preprocess=standardise", *settings]
     )
@@ -96,8 +96,8 @@ def recipe_of(method: str, real: RealSet, ipc: int, iterations: int) -> Recipe:
 def problem_of(cache: Path) -> Callable[..., Problem]:
     """A problem for a method; whatever the method needs is trained once per session."""
 
-    def make(method: str, real: RealSet, *, ipc: int = 1, iterations: int = 3, seed: int = 0) -> Problem:
-        choice = Choice(recipe=recipe_of(method, real, ipc, iterations))
+    def make(method: str, real: RealSet, *, ipc: int = 1, iterations: int = 3, seed: int = 0, parts: int = 1) -> Problem:
+        choice = Choice(recipe=recipe_of(method, real, ipc, iterations, parts))
         job = Job.resolve(real, choice, 0, Workplace.of(Machine(device="cpu", cache=cache), False))
         return replace(job.problem(seed, job.experts() if job.method.needs_experts else None), feature_expert=None)
 
@@ -139,20 +139,38 @@ def test_the_seed_decides_everything(method: str, problem_of: Callable[..., Prob
     assert same(first, other) == (method in DETERMINED)
 
 
+@pytest.mark.parametrize("method", STEPPING)
+def test_a_stored_image_may_hold_several(
+    method: str, problem_of: Callable[..., Problem], tiny_real: RealSet, tmp_path: Path
+) -> None:
+    first, again, other = (run_method(problem_of(method, tiny_real, ipc=2, parts=2, seed=seed)) for seed in (0, 0, 1))
+    assert same(first, again) and not same(first, other)
+    assert first.images.shape == (6, 3, 8, 8) and (first.ipc, first.parts) == (2, 2)
+    assert first.decoded.images.shape == (24, 3, 8, 8) and len(first.decoded.labels) == 24
+    if first.labels.is_floating_point():
+        assert first.labels.shape == (24, 3) and first.family == "parts and labels"
+    else:
+        assert first.labels.tolist() == [0, 0, 1, 1, 2, 2] and first.family == "parts"
+        assert first.decoded.labels.tolist() == [c for c in range(3) for _ in range(8)]
+    assert not torch.equal(first.images, run_method(problem_of(method, tiny_real, ipc=2)).images)
+    loaded = DistilledSet.load(first.save(tmp_path))
+    assert same(first, loaded) and loaded.parts == 2 and loaded.recipe == first.recipe
+
+
 class _Stopped(Exception):
     pass
 
 
 @pytest.mark.parametrize("method", STEPPING)
-@pytest.mark.parametrize("stop", [1, 3, 4])
+@pytest.mark.parametrize(("stop", "parts"), [(1, 1), (3, 1), (4, 1), (3, 2)])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    method: str, stop: int, problem_of: Callable[..., Problem], tiny_real: RealSet, tmp_path: Path
+    method: str, stop: int, parts: int, problem_of: Callable[..., Problem], tiny_real: RealSet, tmp_path: Path
 ) -> None:
     def interrupt(iteration: int, total: int, row: dict[str, float]) -> None:
         if iteration == stop:
             raise _Stopped
 
-    problem = problem_of(method, tiny_real, iterations=5, ipc=2)
+    problem = problem_of(method, tiny_real, iterations=5, ipc=2, parts=parts)
     whole = run_method(problem, RunFolder(tmp_path / "whole", {}), cadence=Cadence(checkpoint=2))
     broken = functools.partial(run_method, problem, cadence=Cadence(checkpoint=2))
     with pytest.raises(_Stopped):
@@ -204,11 +222,12 @@ def score(problem: Problem, state: State) -> float:
 
 
 @pytest.mark.parametrize("method", STEPPING)
+@pytest.mark.parametrize("parts", [1, 2])
 def test_the_objective_falls_and_the_set_gets_better_than_its_start(
-    method: str, problem_of: Callable[..., Problem], hard_real: RealSet
+    method: str, parts: int, problem_of: Callable[..., Problem], hard_real: RealSet
 ) -> None:
     steps = 20
-    problem = problem_of(method, hard_real, iterations=steps)
+    problem = problem_of(method, hard_real, iterations=steps, parts=parts)
     running = make_method(problem)
     start = running.initialise(torch.Generator().manual_seed(0))
     state, losses = {name: tensor.clone() for name, tensor in start.items()}, list[float]()

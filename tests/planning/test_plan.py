@@ -15,6 +15,7 @@ from dstill.config.registry import methods
 from dstill.config.settings import NetConfig, Passes, settings_class
 from dstill.data.catalog import DATASETS, Shape
 from dstill.data.real import RealSet
+from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.planning.clock import Clock
 from dstill.planning.plan import Plan, together
@@ -90,6 +91,30 @@ def test_an_evaluation_takes_the_training_and_the_judging_of_its_networks(
     plan = dstill.plan(tiny_real, method="random", evaluation=judged, machine=on(tmp_path), **SMALL)
     epochs = load_protocol("quick").passes
     assert stage(plan, "evaluation").seconds == pytest.approx(3 * (epochs * 1.0 + 100.0))
+
+
+def test_a_plan_counts_what_stored_images_hold_and_random_images_by_their_bytes(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clock, "passes", lambda self, net, passes: passes.times * passes.images)
+    monkeypatch.setattr(Clock, "training", lambda self, net, images, *given: float(images))
+
+    def planned(ipc: int, parts: int) -> Plan:
+        changes, looks = ["net.width=4", f"distill.parts={parts}"], dstill.Recording(validate_every=1)
+        options = {"recipe": "smoke", "method": "dm", "changes": changes, "recording": looks, "machine": on(tmp_path)}
+        return dstill.plan(tiny_real, ipc=ipc, **options)  # type: ignore[arg-type]
+
+    one, four, held = planned(1, 1), planned(4, 1), planned(1, 2)
+    for name, like in (("distilling", four), ("validation", four), ("evaluation", four), ("random images", one)):
+        assert stage(held, name).seconds == stage(like, name).seconds, name
+    assert stage(held, "distilling").disk_bytes == stage(one, "distilling").disk_bytes
+    with pytest.raises(DstillError, match="fewer than the 24 images per class"):
+        planned(6, 2)
+    with pytest.raises(DstillError, match="cannot hold 9x9 parts"):
+        planned(1, 9)
+    monkeypatch.setattr("dstill.api.job.load_real", lambda source: pytest.fail(f"{source} was loaded"))
+    with pytest.raises(DstillError, match="5000 training images per class, fewer than 8000"):
+        dstill.plan("cifar10", method="dm", ipc=2000, distill={"parts": 2}, machine=on(tmp_path))
 
 
 def test_further_protocols_are_planned_with_their_own_passes(

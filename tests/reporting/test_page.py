@@ -125,6 +125,25 @@ def test_images_are_those_of_the_set_and_have_words_instead(runs: Path, page: Pa
     assert len(set(ids)) == len(ids)
 
 
+def test_stored_images_are_shown_beside_what_they_hold(runs: Path, tiny_real: RealSet, tmp_path: Path) -> None:
+    once = dstill.Evaluation(networks=1)
+    options: dict[str, Any] = {"evaluation": once, "machine": dstill.Machine(cache=runs / "cache"), "out": tmp_path / "held"}
+    dstill.run(tiny_real, method="dm", recipe="smoke", changes=["net.width=4", "distill.parts=2"], **options)
+    page, one = Page(tmp_path / "held" / "report.html"), DistilledSet.load(tmp_path / "held" / "set-0")
+    seen = [image for image in page.all("img") if image["alt"].endswith(", distilled")]
+    stored = [image for image in page.all("img") if image["alt"].endswith(", stored")]
+    assert (len(seen), len(stored), len(page.all("img"))) == (12, 3, 12 + 12 + 3)
+    for images, of in ((seen, one.decoded), (stored, one)):
+        expected = (of.pixels() * 255).round().byte().permute(0, 2, 3, 1)
+        for image, pixels in zip(images, expected, strict=True):
+            with Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))) as picture:
+                assert np.array_equal(np.asarray(picture), pixels.numpy())
+    for words in ("tiny in 3 images", "Each holds 2 x 2 smaller ones", "random real images of the same size in bytes"):
+        assert words in page.text
+    assert (tmp_path / "held" / "set-0" / "stored.png").exists()
+    assert not (runs / "ast" / "set-0" / "stored.png").exists() and "stored images" not in Page(runs / "ast/report.html").text
+
+
 def test_soft_labels_are_spelled_out(runs: Path) -> None:
     one, page = DistilledSet.load(runs / "frepo" / "set-0"), Page(runs / "frepo" / "report.html")
     first = one.labels[0].softmax(0)
@@ -152,11 +171,14 @@ def test_a_run_repeated_with_fewer_sets_shows_these_alone(runs: Path, tmp_path: 
 def test_several_runs_share_a_table_and_their_curves(runs: Path) -> None:
     page = Page(report([runs / name for name in ("ast", "frepo", "random")], runs / "all.html"))
     assert "3 runs on tiny" in page.text
-    for name in ("ast", "frepo", "random"):
+    for name, family in (("ast", "raw"), ("frepo", "labels"), ("random", "raw")):
         assert dstill.Result.load(runs / name / "result.json").accuracy.mean * 100 == pytest.approx(
-            float(re.search(rf"{name} {name} 1 ([\d.]+) ±", page.text).group(1)),
+            float(re.search(rf"{name} {name} 1 {family} ([\d.]+) ±", page.text).group(1)),
             abs=0.051,  # type: ignore[union-attr]
         )
+    assert "Rows of different families" in page.text
+    alike = Page(report([runs / name for name in ("ast", "random")], runs / "alike.html"))
+    assert "Rows of different families" not in alike.text
 
 
 def test_large_sets_are_cut_and_say_so(runs: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,9 @@ def test_the_errors_are_those_of_plain_training_that_is_never_put_back(
         theta = parameters_to_vector(net.parameters()).detach()
         expected.append(float((theta - rows[epoch]).norm() / (rows[epoch] - rows[0]).norm()))
     assert accumulated_error(one, Trajectories(tmp_path), 0, CPU) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_student_follows_on_what_stored_images_hold(distilled: Callable[..., DistilledSet], own_steps: Trajectories) -> None:
+    held = replace(distilled(), parts=2)
+    assert accumulated_error(held, own_steps, 0, CPU) == accumulated_error(held.decoded, own_steps, 0, CPU)
+    assert accumulated_error(held, own_steps, 0, CPU) != accumulated_error(distilled(), own_steps, 0, CPU)

@@ -10,7 +10,7 @@ from dstill.api.job import Job
 from dstill.api.options import Network
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import NetConfig, Recipe
-from dstill.data import siamese
+from dstill.data import formation, siamese
 from dstill.data.real import VALIDATION_FRACTION, RealSet, check_ipc, stratified
 from dstill.distillation.sinks import check_sinks
 from dstill.errors import DstillError
@@ -45,13 +45,14 @@ def check_early(
     """
     real, recipe = job.real, job.recipe
     method = method_class(recipe.method)
-    check_ipc(real, recipe.ipc)
+    formation.check_parts(real.size, recipe.distill.parts)
+    check_ipc(real, recipe.decoded_ipc)
     if validates and real.judged_on == "test":
         stratified(real.train.labels, real.class_names, VALIDATION_FRACTION, torch.Generator())
     if initial is not None:
         if not method.starts_from_a_set:
             raise DstillError(f"method {recipe.method!r} selects real images and does not start from a set: leave init out")
-        check_initial(initial, real, recipe.ipc)
+        check_initial(initial.decoded, real, recipe.decoded_ipc)
     load_protocol(recipe.protocol)
     check_sinks(logs)
     siamese.parse(recipe.augmentation)

@@ -29,7 +29,7 @@ from dstill.support.tables import latex, markdown
 from dstill.support.workers import refuse_import
 
 _KEYS = (
-    *("method", "ipc", "labels", "accuracy", "std", "n", "over_random", "of_whole"),
+    *("method", "ipc", "labels", "parts", "family", "accuracy", "std", "n", "over_random", "of_whole"),
     *("seconds", "peak_bytes", "stored_bytes", "reason"),
 )
 
@@ -53,6 +53,8 @@ class Row(BaseModel):
         accuracy, random, whole, cost = result.accuracy, result.random, result.whole, result.cost
         return cells | {
             "labels": result.labels,
+            "parts": result.parts,
+            "family": result.family,
             "accuracy": 100 * accuracy.mean,
             "std": 100 * accuracy.std,
             "n": accuracy.n,
@@ -64,11 +66,12 @@ class Row(BaseModel):
         }
 
 
-# The part of `Row.cells` that a printed table shows.
+# The part of `Row.cells` that a printed table shows. The family is that of `Result.family`: rows of different families store
+# different things, so that their accuracies make no ranking.
 COLUMNS = {
     "method": "method",
     "ipc": "IPC",
-    "labels": "labels",
+    "family": "family",
     "accuracy": "accuracy %",
     "n": "n",
     "over_random": "over random",
@@ -78,11 +81,11 @@ COLUMNS = {
     "stored_bytes": "stored KiB",
     "reason": "failed because",
 }
-LEFT = ("method", "labels", "failed because")
+LEFT = ("method", "family", "failed because")
 
 
 class Comparison(BaseModel):
-    """The rows of a comparison, in the order they were asked for."""
+    """The rows of a comparison, in the order they were asked for. They are not ranked."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

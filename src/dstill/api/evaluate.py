@@ -116,7 +116,6 @@ def measure_sets(
     random = baselines.random(chosen, count) if evaluation.random and real.judged_on == "test" else None
     whole = baselines.whole() if evaluation.whole else None
     stages = {"evaluate": evaluated - started, "baselines": time.perf_counter() - evaluated}
-    soft = first.labels.is_floating_point()
     return Result(
         method=first.method,
         data=real.name,
@@ -132,8 +131,9 @@ def measure_sets(
         also=also,
         confusion=torch.tensor(confusions).sum(0).tolist(),
         alpha=first.alpha,
-        labels="soft" if soft else "hard",
-        stored_bytes=first.images.numel() + first.labels.numel() * (4 if soft else 1),
+        labels="soft" if first.labels.is_floating_point() else "hard",
+        parts=first.parts,
+        stored_bytes=first.stored_bytes,
         whole_bytes=real.train.images.numel() + len(real.train),
         seconds=sum(stages.values()),
         stages=stages,
@@ -173,8 +173,8 @@ def _check_sets(sets: Sequence[DistilledSet], real: RealSet, place: Workplace) -
     unseen = [real.class_names[c] for c in range(real.classes) if not bool((real.test.labels == c).any())]
     if unseen:
         place.reporter.note(f"{real.name} has no test image of {', '.join(unseen)}: the accuracy says nothing about it")
-    if len(sets) > 1 and len({(one.method, one.ipc, _fitted(one)) for one in sets}) > 1:
-        raise DstillError("several sets are evaluated together only if method, IPC and preprocessing agree")
+    if len(sets) > 1 and len({(one.method, one.ipc, one.parts, _fitted(one)) for one in sets}) > 1:
+        raise DstillError("several sets are evaluated together only if method, IPC, parts and preprocessing agree")
 
 
 def _networks(first: DistilledSet, evaluation: Evaluation) -> list[NetConfig]:

@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from dstill.artifacts import files
-from dstill.artifacts.result import Claim
+from dstill.artifacts.result import Claim, Family, family_of
 from dstill.artifacts.synthetic import SyntheticDataset
 from dstill.config.registry import known
 from dstill.config.settings import NetConfig, Recipe, canonical
+from dstill.data import formation, siamese
 from dstill.data import preprocess as preprocessing
-from dstill.data import siamese
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
@@ -29,6 +29,7 @@ from dstill.support.console import in_notebook
 KIND = "distilled set"
 FILE_NAME = "distilled.safetensors"
 _PREPROCESS = "preprocess."
+_PARTS_SINCE = 2  # the file format from which on readers know that an image may hold several
 
 
 class _Header(BaseModel):
@@ -47,6 +48,7 @@ class _Header(BaseModel):
     recipe: Recipe | None
     seed: int
     accuracy: Claim | None
+    parts: Annotated[int, Field(ge=1)] = 1
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class DistilledSet:
     """A synthetic image set, how it was made, and the accuracy that it claims.
 
     Attributes:
-        images: the images that networks are trained on: float32 `[S, C, H, W]`, preprocessed.
-        labels: class ids `[S]` (int64), or label logits `[S, K]` (float32).
+        images: the stored images: float32 `[S, C, H, W]`, preprocessed. With `parts` above 1, networks are trained on what they
+            hold, see `decoded`.
+        labels: class ids `[S]` (int64), or label logits `[S, K]` (float32); or one for each part, `[S * parts²]` or
+            `[S * parts², K]`, image by image.
         alpha: the learned learning rate; None if the method learns none.
         preprocess: maps pixels to the inputs of networks, and back. Real test images must be preprocessed with it.
         method: name of the method.
-        ipc: images per class.
+        ipc: stored images per class.
         class_names: name of each class id.
         augmentation: DSA strategy to train with.
         net: the network that it was distilled with.
@@ -68,6 +72,7 @@ class DistilledSet:
         recipe: the resolved settings; None for an imported set.
         seed: master seed.
         accuracy: the accuracy that its run measured; None before that.
+        parts: images in a stored one along each side: with 2, a stored image holds four.
 
     Raises:
         DstillError: images or labels do not have these types and shapes, or a class id is out of range.
@@ -101,13 +106,16 @@ class DistilledSet:
     recipe: Recipe | None
     seed: int
     accuracy: Claim | None = None
+    parts: int = 1
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if images.ndim != 4 or not images.is_floating_point():
             raise DstillError(f"images of a set must be floats [S, C, H, W], got {images.dtype} {tuple(images.shape)}")
+        formation.check_parts((images.shape[2], images.shape[3]), self.parts)
         hard, soft = labels.dtype == torch.int64 and labels.ndim == 1, labels.is_floating_point() and labels.ndim == 2
-        if len(labels) != len(images) or not (hard or (soft and labels.shape[1] == self.classes)):
+        counts = (len(images), len(images) * self.parts**2)
+        if len(labels) not in counts or not (hard or (soft and labels.shape[1] == self.classes)):
             raise DstillError(
                 f"labels of {len(images)} images and {self.classes} classes must be class ids or logits for each, "
                 f"got {labels.dtype} {tuple(labels.shape)}"
@@ -129,6 +137,7 @@ class DistilledSet:
         net: str = "convnet",
         augmentation: str = "colour_crop_cutout_flip_scale_rotate",
         seed: int = 0,
+        parts: int = 1,
     ) -> DistilledSet:
         """A set of images that you made yourself, to be evaluated, judged, shown, exported, or distilled further.
 
@@ -143,6 +152,7 @@ class DistilledSet:
             net: the network that it is evaluated with.
             augmentation: DSA strategy to train with, or `none`.
             seed: recorded with the set.
+            parts: images in each of these along a side.
 
         Raises:
             DstillError: images or labels do not have these types and shapes, or a class id is out of range.
@@ -163,13 +173,14 @@ class DistilledSet:
         classes = ids.shape[1] if soft else int(ids.max()) + 1
         names = real.class_names if real is not None else class_names or [str(c) for c in range(classes)]
         siamese.parse(augmentation)
+        each = max(1, len(ids) // max(1, len(given)))  # labels of a stored image
         return cls(
             images=given.float(),
             labels=ids,
             alpha=alpha,
             preprocess=preprocess,
             method=method,
-            ipc=max(1, len(given) // len(names) if soft else int(torch.bincount(ids).max())),
+            ipc=max(1, len(given) // len(names) if soft else int(torch.bincount(ids).max()) // each),
             class_names=tuple(names),
             augmentation=augmentation,
             net=NetConfig(name=net),
@@ -177,17 +188,19 @@ class DistilledSet:
             data_fingerprint="" if real is None else real.fingerprint,
             recipe=None,
             seed=seed,
+            parts=parts,
         )
 
-    def show(self, columns: int | None = None) -> None:
+    def show(self, columns: int | None = None, *, stored: bool = False) -> None:
         """Draws the images: below the cell of a notebook, elsewhere in the system's image viewer.
 
         Args:
             columns: most images in a row; 10 if left out.
+            stored: the stored images, instead of what they hold.
         """
         from dstill.artifacts.pictures import grid
 
-        picture = grid(self, columns)
+        picture = grid(self, columns, stored=stored)
         if in_notebook():
             sys.modules["IPython"].display.display(picture)
         else:
@@ -201,7 +214,9 @@ class DistilledSet:
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.images.shape[1:]))
-        return f"DistilledSet({self.method!r} of {self.data!r}, {len(self.images)} images of {shape}, {self.classes} classes)"
+        holding = f" with {self.parts}x{self.parts} parts" if self.parts > 1 else ""
+        count = f"{len(self.images)} images of {shape}{holding}"
+        return f"DistilledSet({self.method!r} of {self.data!r}, {count}, {self.classes} classes)"
 
     @property
     def classes(self) -> int:
@@ -210,22 +225,60 @@ class DistilledSet:
 
     @property
     def class_ids(self) -> Tensor:
-        """The class of each image, int64 `[S]`; for soft labels the most likely class."""
+        """The class of each stored image, int64 `[S]`; for soft labels the most likely class, over all its parts."""
+        ids = self._most_likely()
+        if len(ids) == len(self.images):
+            return ids
+        soft = self.labels.is_floating_point()
+        shares = self.labels.softmax(1) if soft else torch.nn.functional.one_hot(ids, self.classes).float()
+        return shares.unflatten(0, (len(self.images), -1)).mean(1).argmax(1)
+
+    def _most_likely(self) -> Tensor:
+        """The class of each label."""
         return self.labels.argmax(1) if self.labels.is_floating_point() else self.labels
 
+    @property
+    def decoded(self) -> DistilledSet:
+        """What networks are trained on, as a set whose images each hold one: `ipc * parts²` of each class.
+
+        The set itself, if its images hold one each.
+        """
+        if self.parts == 1:
+            return self
+        images, labels = formation.decode(self.images, self.parts), self.labels
+        if len(labels) < len(images):
+            labels = formation.decoded_labels(labels, self.parts)
+        return replace(self, images=images, labels=labels, ipc=self.ipc * self.parts**2, parts=1)
+
+    @property
+    def family(self) -> Family:
+        """What the set stores, see `Result.family`."""
+        return family_of(soft=self.labels.is_floating_point(), parts=self.parts)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the set: the stored images as 8-bit pixels, and labels at one byte per class id or four per logit."""
+        return self.images.numel() + self.labels.numel() * (4 if self.labels.is_floating_point() else 1)
+
     def pixels(self) -> Tensor:
-        """The images in natural colours, `[S, C, H, W]`; values outside the displayable range [0, 1] are clipped."""
+        """The stored images in natural colours, `[S, C, H, W]`; values outside the displayable range [0, 1] are clipped.
+
+        `decoded.pixels()` are those of what they hold. Whitening mixes the pixels of a whole image, so it cannot be undone in a
+        stored image of several parts; such an image is put together from what it holds.
+        """
+        if self.parts > 1 and self.preprocess.kind == "zca":
+            return formation.encode(self.decoded.pixels(), self.parts)
         return self.preprocess.invert(self.images).clamp(0, 1)
 
     def as_dataset(self, *, augment: bool = True, seed: int = 0) -> SyntheticDataset:
-        """A torch `Dataset` of (preprocessed image, label) for a `DataLoader`.
+        """A torch `Dataset` of (preprocessed image, label) for a `DataLoader`; of stored images, what they hold.
 
         Args:
             augment: augment each batch with a new draw of the set's augmentation, as the evaluation does.
             seed: seed of the draws.
         """
-        strategy = self.augmentation if augment else "none"
-        return SyntheticDataset(self.images, self.labels, strategy, torch.Generator().manual_seed(seed))
+        strategy, decoded = self.augmentation if augment else "none", self.decoded
+        return SyntheticDataset(decoded.images, decoded.labels, strategy, torch.Generator().manual_seed(seed))
 
     def train_kwargs(self) -> dict[str, float]:
         """Arguments for `torch.optim.SGD`: the learned rate, or 0.01 without one; momentum and decay of protocol `ast`."""
@@ -242,16 +295,17 @@ class DistilledSet:
         if ours != theirs:
             raise DstillError(f"distilled images are {ours}, real ones {theirs} (channels, height, width): pass --image-size")
 
-    def export(self, kind: str, folder: str | Path) -> Path:
+    def export(self, kind: str, folder: str | Path, *, stored: bool = False) -> Path:
         """Writes the set for other programs, see `dstill.export`.
 
         Args:
             kind: `hf`, `png`, `npz` or `pt`.
             folder: the folder to write; made if missing.
+            stored: the stored images, instead of what they hold.
         """
         from dstill.artifacts.exporting import export
 
-        return export(self, kind, folder)
+        return export(self, kind, folder, stored=stored)
 
     def with_accuracy(self, accuracy: Claim) -> DistilledSet:
         """The same set with the accuracy that it claims."""
@@ -259,7 +313,7 @@ class DistilledSet:
 
     def with_hard_labels(self) -> DistilledSet:
         """The same images, with the most likely class of each soft label as their class id."""
-        return replace(self, labels=self.class_ids, accuracy=None)
+        return replace(self, labels=self._most_likely(), accuracy=None)
 
     def with_augmentation(self, strategy: str) -> DistilledSet:
         """The same set, to be trained with another DSA strategy.
@@ -292,7 +346,8 @@ class DistilledSet:
         wrong = self._not_finite()
         if wrong:
             raise DstillError(f"the distilled set has non-finite {', '.join(wrong)} and is not saved: the run has diverged")
-        files.save(target, KIND, self.tensors(), self.header())
+        since = _PARTS_SINCE if self.parts > 1 else 1
+        files.save(target, KIND, self.tensors(), self.header(), since=since)
         return target
 
     def _not_finite(self) -> list[str]:
@@ -306,8 +361,8 @@ class DistilledSet:
         return tensors | {_PREPROCESS + name: tensor for name, tensor in self.preprocess.tensors().items()}
 
     def header(self) -> dict[str, Any]:
-        """Everything except the tensors, as plain JSON values."""
-        return {
+        """Everything except the tensors, as plain JSON values. A set without parts does not mention them."""
+        said: dict[str, Any] = {
             "method": self.method,
             "ipc": self.ipc,
             "class_names": list(self.class_names),
@@ -320,6 +375,7 @@ class DistilledSet:
             "seed": self.seed,
             "accuracy": self.accuracy.model_dump() if self.accuracy else None,
         }
+        return said | ({"parts": self.parts} if self.parts > 1 else {})
 
     @classmethod
     def load(cls, path: str | Path) -> DistilledSet:
@@ -371,6 +427,7 @@ class DistilledSet:
                 recipe=said.recipe,
                 seed=said.seed,
                 accuracy=said.accuracy,
+                parts=said.parts,
             )
             siamese.parse(one.augmentation)
             fits = one.preprocess.invert(one.images[:1]).shape == one.images[:1].shape

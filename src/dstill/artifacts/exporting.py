@@ -21,11 +21,14 @@ from dstill.errors import DstillError, suggest
 _SHARD = "data/train-00000-of-00001.parquet"
 
 
-def export(distilled: DistilledSet, kind: str, folder: str | Path) -> Path:
+def export(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: bool = False) -> Path:
     """Writes a set to a folder, for other programs.
 
     In `npz` and `pt` the images are preprocessed and exact. In `hf` and `png` they are 8-bit pixels, clipped to the displayable
     range; the exact set is stored beside them as `distilled.safetensors`.
+
+    Of stored images that hold several, what they hold is written, as images of their own with their labels. The exact set
+    keeps them as they are stored.
 
     Args:
         distilled: the set.
@@ -33,6 +36,7 @@ def export(distilled: DistilledSet, kind: str, folder: str | Path) -> Path:
             folder for each class. `npz`: all arrays in one file. `pt`: `images_best.pt`, `labels_best.pt` and `lr_best.pt`, as
             code for trajectory matching reads them.
         folder: the folder to write; made if missing.
+        stored: write the stored images, instead of what they hold.
 
     Returns:
         The folder.
@@ -58,7 +62,7 @@ def export(distilled: DistilledSet, kind: str, folder: str | Path) -> Path:
         raise DstillError(f"unknown export {kind!r}; {suggest(kind, KINDS)}")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    KINDS[kind](distilled, target)
+    KINDS[kind](distilled if stored else distilled.decoded, distilled, target)
     return target
 
 
@@ -66,7 +70,7 @@ def _png(distilled: DistilledSet) -> list[bytes]:
     return [png_of(pixels) for pixels in (distilled.pixels() * 255).round().byte()]
 
 
-def _export_png(distilled: DistilledSet, folder: Path) -> None:
+def _export_png(distilled: DistilledSet, exact: DistilledSet, folder: Path) -> None:
     counts, files = dict[int, int](), dict[Path, bytes]()
     for content, label in zip(_png(distilled), distilled.class_ids.tolist(), strict=True):
         number = counts[label] = counts.get(label, -1) + 1
@@ -76,7 +80,7 @@ def _export_png(distilled: DistilledSet, folder: Path) -> None:
         raise DstillError(f"{folder} holds other images ({others[0]}): pass another folder, or remove this one")
     for path, content in files.items():
         write_bytes(path, content)
-    distilled.save(folder)
+    exact.save(folder)
 
 
 def safe_name(name: str) -> str:
@@ -89,14 +93,14 @@ def safe_name(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:40] or "class"
 
 
-def _export_npz(distilled: DistilledSet, folder: Path) -> None:
+def _export_npz(distilled: DistilledSet, _: DistilledSet, folder: Path) -> None:
     arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in distilled.tensors().items()}
     arrays["header"] = np.array(json.dumps(distilled.header()))
     with atomic(folder / "distilled.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 
-def _export_pt(distilled: DistilledSet, folder: Path) -> None:
+def _export_pt(distilled: DistilledSet, _: DistilledSet, folder: Path) -> None:
     tensors: dict[str, Tensor] = {"images": distilled.images, "labels": distilled.labels}
     if distilled.alpha is not None:
         tensors["lr"] = torch.tensor(distilled.alpha, dtype=torch.float64)
@@ -105,7 +109,7 @@ def _export_pt(distilled: DistilledSet, folder: Path) -> None:
             torch.save(tensor.detach().cpu().clone(), temporary)
 
 
-def _export_hf(distilled: DistilledSet, folder: Path) -> None:
+def _export_hf(distilled: DistilledSet, exact: DistilledSet, folder: Path) -> None:
     from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 
     soft = distilled.labels.is_floating_point()
@@ -115,13 +119,15 @@ def _export_hf(distilled: DistilledSet, folder: Path) -> None:
         "label": distilled.class_ids.tolist(),
     }
     if soft:
-        features["soft_label"] = Sequence(Value("float32"))
-        columns["soft_label"] = distilled.labels.softmax(1).tolist()
+        shares, each = distilled.labels.softmax(1), Value("float32")
+        of_parts = len(shares) > len(distilled.images)  # a stored image then has a list of them
+        features["soft_label"] = Sequence(Sequence(each)) if of_parts else Sequence(each)
+        columns["soft_label"] = (shares.unflatten(0, (len(distilled.images), -1)) if of_parts else shares).tolist()
     (folder / "data").mkdir(exist_ok=True)
     with atomic(folder / _SHARD) as temporary, without_progress_bars():
         Dataset.from_dict(columns, features=Features(features)).to_parquet(temporary)
-    distilled.save(folder)
-    write_text(folder / "README.md", _card(distilled))
+    exact.save(folder)
+    write_text(folder / "README.md", _card(distilled, exact))
     write_text(folder / "croissant.json", json.dumps(_croissant(distilled, folder), indent=2) + "\n")
 
 
@@ -132,7 +138,7 @@ def _described(distilled: DistilledSet) -> str:
     )
 
 
-def _card(distilled: DistilledSet) -> str:
+def _card(distilled: DistilledSet, exact: DistilledSet) -> str:
     """The data set card: metadata for the hub, and what users of the set must know."""
     rate = "of your choice" if distilled.alpha is None else f"{distilled.alpha:.6g}, learned with the images"
     lines = [
@@ -154,6 +160,11 @@ def _card(distilled: DistilledSet) -> str:
         f"- Learning rate: {rate}",
         f"- Labels: {'soft, as probabilities in `soft_label`' if distilled.labels.is_floating_point() else 'class ids'}",
     ]
+    if exact.parts > 1:
+        lines.append(
+            f"- Stored as {len(exact.images)} images that hold {exact.parts}x{exact.parts} each; networks are trained on what "
+            "they hold, enlarged bilinearly"
+        )
     if distilled.accuracy:
         lines.append(f"- Accuracy: {distilled.accuracy}")
     return "\n".join(lines) + "\n"
@@ -217,7 +228,8 @@ def _croissant(distilled: DistilledSet, folder: Path) -> dict[str, Any]:
     }
 
 
-KINDS: dict[str, Callable[[DistilledSet, Path], None]] = {
+# Each takes what it writes, the exact set as it is stored, and the folder.
+KINDS: dict[str, Callable[[DistilledSet, DistilledSet, Path], None]] = {
     "hf": _export_hf,
     "png": _export_png,
     "npz": _export_npz,

@@ -21,7 +21,7 @@ from torch import Tensor
 from dstill.errors import DamagedFileError, DstillError
 from dstill.version import __version__
 
-FORMAT = 1
+FORMAT = 2  # the newest that is read here
 _KEY = "dstill"
 _CHECK = "header_sha256"
 _PART = ".part"
@@ -103,7 +103,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def save(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+def save(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any], *, since: int = 1) -> None:
     """Writes tensors and a header atomically, with a checksum for each of the two.
 
     Args:
@@ -111,9 +111,10 @@ def save(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[s
         kind: what the file holds, such as `distilled set`.
         tensors: the tensors by name.
         header: JSON values. The format, the kind and the version of dstill are added.
+        since: the format of the file: the first whose readers understand what it holds. Older ones refuse it.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    full = {"format": FORMAT, "kind": kind, "dstill": __version__, "sha256": checksum(contiguous), **header}
+    full = {"format": since, "kind": kind, "dstill": __version__, "sha256": checksum(contiguous), **header}
     text = json.dumps({**full, _CHECK: _sha256(full)}, sort_keys=True)
     with atomic(path) as temporary:
         try:

@@ -52,6 +52,7 @@ def import_set(
     net: str = "convnet",
     augmentation: str = "colour_crop_cutout_flip_scale_rotate",
     alpha: float | None = None,
+    parts: int = 1,
 ) -> DistilledSet:
     """A distilled set from the files of another program, ready for `evaluate`.
 
@@ -66,6 +67,8 @@ def import_set(
         net: the network that the set was distilled with.
         augmentation: DSA strategy to train with.
         alpha: the learning rate to train with; if left out, that in the file, if any.
+        parts: images in each stored image along a side, see `dstill.data.formation`. Labels are those of stored images or of
+            their parts.
 
     Returns:
         The set. Floating-point labels are label logits, unless they lie in [0, 1] and each row adds up to one: then they are
@@ -97,9 +100,10 @@ def import_set(
     expected = (real.channels, *real.size)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise DstillError(f"{source} holds images {tuple(images.shape)}, {real.name} has images {expected}: is it another set?")
-    labels = _labels(found.labels, len(images), real.classes, source)
+    labels = _labels(found.labels, (len(images), len(images) * parts**2), real.classes, source)
     soft = labels.is_floating_point()  # images with soft labels cannot be counted by class
-    ipc = len(images) // real.classes if soft else int(torch.bincount(labels, minlength=real.classes).max())
+    each = max(1, len(labels) // max(1, len(images)))  # labels of a stored image
+    ipc = len(images) // real.classes if soft else int(torch.bincount(labels, minlength=real.classes).max()) // each
     return DistilledSet(
         images=images,
         labels=labels,
@@ -114,6 +118,7 @@ def import_set(
         data_fingerprint=real.fingerprint,
         recipe=None,
         seed=0,
+        parts=parts,
     )
 
 
@@ -168,17 +173,17 @@ def _from_dc(content: dict[str, Any], path: Path) -> _Found:
     return _Found(_tensor(images, "images", path), _tensor(labels, "labels", path), None)
 
 
-def _labels(labels: Tensor, images: int, classes: int, path: Path) -> Tensor:
-    """Class ids `[S]` or label logits `[S, K]`, from class ids, probabilities or logits."""
-    if labels.ndim not in (1, 2) or len(labels) != images or (labels.ndim == 2 and labels.shape[1] != classes):
-        raise DstillError(f"{path}: {images} images have labels {tuple(labels.shape)} for {classes} classes")
+def _labels(labels: Tensor, counts: tuple[int, int], classes: int, path: Path) -> Tensor:
+    """Class ids `[S]` or label logits `[S, K]`, from class ids, probabilities or logits; S is one of `counts`."""
+    if labels.ndim not in (1, 2) or len(labels) not in counts or (labels.ndim == 2 and labels.shape[1] != classes):
+        raise DstillError(f"{path}: {counts[0]} images have labels {tuple(labels.shape)} for {classes} classes")
     if labels.ndim == 1:
         ids = labels.long()
         if not bool(((ids >= 0) & (ids < classes)).all()):
             raise DstillError(f"{path}: class ids from {int(ids.min())} to {int(ids.max())} for {classes} classes")
         return ids
     rows = labels.float()
-    if bool((rows >= 0).all()) and torch.allclose(rows.sum(1), torch.ones(images), atol=1e-3):
+    if bool((rows >= 0).all()) and torch.allclose(rows.sum(1), torch.ones(len(rows)), atol=1e-3):
         return rows.clamp_min(1e-12).log()
     return rows
 

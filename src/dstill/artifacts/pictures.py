@@ -19,7 +19,7 @@ _MIN_TILE = 64
 _STRIP = 8
 
 
-def grid(distilled: DistilledSet, columns: int | None = None) -> Image.Image:
+def grid(distilled: DistilledSet, columns: int | None = None, *, stored: bool = False) -> Image.Image:
     """A picture of the images in natural colours, one row for each class, enlarged to at least 64 pixels a side.
 
     Below an image with a soft label is a strip with one cell for each class; the darker the cell, the more probable the class.
@@ -27,7 +27,9 @@ def grid(distilled: DistilledSet, columns: int | None = None) -> Image.Image:
     Args:
         distilled: the set.
         columns: most images in a row; 10 if left out.
+        stored: the stored images, instead of what they hold. A label of a part is not shown then.
     """
+    distilled = distilled if stored else distilled.decoded
     per_class = min(distilled.ipc, columns or 10)
     shown = [rows[:per_class] for rows in _rows_by_class(distilled)]
     # With one image per class, rows of ten classes are easier to look at than a single column.
@@ -36,7 +38,8 @@ def grid(distilled: DistilledSet, columns: int | None = None) -> Image.Image:
     pixels = (distilled.pixels() * 255).round().byte()
     scale = max(1, -(-_MIN_TILE // min(pixels.shape[2:])))
     height, width = pixels.shape[2] * scale, pixels.shape[3] * scale
-    strip = _STRIP if distilled.labels.is_floating_point() else 0
+    labelled = distilled.labels.is_floating_point() and len(distilled.labels) == len(pixels)
+    strip = _STRIP if labelled else 0
     across, down = width + _GAP, height + strip + _GAP
     canvas = Image.new("RGB", (max(len(row) for row in rows) * across + _GAP, len(rows) * down + _GAP), "white")
     for y, row in enumerate(rows):
@@ -58,7 +61,7 @@ def _rows_by_class(distilled: DistilledSet) -> list[Tensor]:
     """The row numbers of each class. Sets with soft labels are stored class by class, whatever class a label favours."""
     if distilled.labels.is_floating_point():
         return list(torch.arange(len(distilled.images)).split(distilled.ipc))
-    return [(distilled.labels == c).nonzero().squeeze(1) for c in range(distilled.classes)]
+    return [(distilled.class_ids == c).nonzero().squeeze(1) for c in range(distilled.classes)]
 
 
 def _chunks(values: list[int], size: int) -> list[list[int]]:
@@ -85,10 +88,10 @@ def uri_of(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def save_grid(distilled: DistilledSet, path: Path) -> Path:
+def save_grid(distilled: DistilledSet, path: Path, *, stored: bool = False) -> Path:
     """Writes the grid as PNG, atomically."""
     with atomic(path) as temporary:
-        grid(distilled).save(temporary, format="PNG")
+        grid(distilled, stored=stored).save(temporary, format="PNG")
     return path
 
 

@@ -6,14 +6,33 @@ import html
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from dstill.artifacts.files import write_text
 from dstill.errors import DamagedFileError, DstillError
 
 _COST = "cost.json"
+
+Family = Literal["raw", "labels", "parts", "parts and labels"]
+"""What a set stores besides plain images and class ids. Results are ranked within a family only."""
+
+
+def family_of(*, soft: bool, parts: int) -> Family:
+    """The family of a set.
+
+    Args:
+        soft: whether its labels are soft.
+        parts: images in a stored one along a side.
+
+    Example:
+        >>> family_of(soft=False, parts=1), family_of(soft=True, parts=2)
+        ('raw', 'parts and labels')
+    """
+    if parts > 1:
+        return "parts and labels" if soft else "parts"
+    return "labels" if soft else "raw"
 
 
 class Score(BaseModel):
@@ -148,6 +167,8 @@ class Result(BaseModel):
     alpha: float | None
     labels: Literal["hard", "soft"] = "hard"
     """Whether networks are trained on class ids or on soft labels."""
+    parts: int = 1
+    """Images in a stored one along a side."""
     cost: Cost | None = None
     """What it took to distil the first set; None for a set that was not distilled here."""
     stored_bytes: int
@@ -159,6 +180,18 @@ class Result(BaseModel):
     stages: dict[str, float]
     """Wall time of each stage of this launch."""
     dstill: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_derived(cls, values: Any) -> Any:
+        """Files name the family, which follows from the other fields."""
+        return {key: value for key, value in values.items() if key != "family"} if isinstance(values, dict) else values
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def family(self) -> Family:
+        """What the sets store; results of different families are not ranked together."""
+        return family_of(soft=self.labels == "soft", parts=self.parts)
 
     def rows(self) -> list[tuple[str, Score]]:
         """The accuracies and whose they are: the method's, by network where there are several, then the baselines'."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from dstill.api.options import Flag, Whole
 from dstill.cli.app import app
 from dstill.cli.options import Common, Data, Out
 from dstill.support.console import printable
@@ -16,7 +17,7 @@ _DATA, _COMMON = Data(), Common()
 
 
 @app.command
-def export(distilled: Path, kind: Literal["hf", "png", "npz", "pt"], *, out: Out) -> None:
+def export(distilled: Path, kind: Literal["hf", "png", "npz", "pt"], *, out: Out, stored: Flag = False) -> None:
     """Write a set for programs that do not know dstill.
 
     Args:
@@ -24,11 +25,12 @@ def export(distilled: Path, kind: Literal["hf", "png", "npz", "pt"], *, out: Out
         kind: hf: a Hugging Face data set folder; png: one file per image; npz: NumPy arrays; pt: images_best.pt,
             labels_best.pt and lr_best.pt, as trajectory matching scripts read them.
         out: folder.
+        stored: of stored images that hold several, write these, instead of what they hold.
     """
     from dstill.artifacts.distilled import DistilledSet
     from dstill.artifacts.exporting import export
 
-    print(export(DistilledSet.load(distilled), kind, out))
+    print(export(DistilledSet.load(distilled), kind, out, stored=stored))
 
 
 @app.command(name="import")
@@ -41,6 +43,7 @@ def import_(
     net: str = "convnet",
     augmentation: str = "colour_crop_cutout_flip_scale_rotate",
     alpha: float | None = None,
+    parts: Whole = 1,
     out: Out,
     data: Data = _DATA,
     common: Common = _COMMON,
@@ -51,11 +54,12 @@ def import_(
         path: images_best.pt beside labels_best.pt (MTT, FTD, TESLA, DATM), res_*.pt (DC, DSA, DM), or an export of dstill.
         source: the real data that it was distilled from; see `dstill run`.
         preprocess: preprocessing of its images: published: the constants of the field's scripts; standardise or zca: fitted
-            on the real data. This and the next four are only for files of other programs; exports of dstill contain them.
+            on the real data. This and the next five are only for files of other programs; exports of dstill contain them.
         method: method name for tables.
         net: network that it was distilled with.
         augmentation: DSA operations joined by _ to train with, or none.
         alpha: learning rate, if there is no lr_best.pt.
+        parts: images that each stored image holds along a side (IDC).
         out: folder for distilled.safetensors.
         data: how the real data are read.
         common: how the command behaves.
@@ -64,7 +68,7 @@ def import_(
     from dstill.cli.show import describe
 
     real = data.load(source)
-    options = {"method": method, "net": net, "augmentation": augmentation, "alpha": alpha}
+    options = {"method": method, "net": net, "augmentation": augmentation, "alpha": alpha, "parts": parts}
     importing.import_set(path, real, preprocess=preprocess, **options).save(out)  # type: ignore[arg-type]
     print(printable(describe(out)))
 
@@ -84,18 +88,19 @@ def import_experts(*buffers: Path, out: Out) -> None:
 
 
 @app.command
-def show(path: Path, *, png: Path | None = None) -> None:
+def show(path: Path, *, png: Path | None = None, stored: Flag = False) -> None:
     """Describe a file or folder of dstill.
 
     Args:
         path: a distilled set, a run folder, a folder of experts, or a result.json.
         png: write the distilled images as a picture.
+        stored: of stored images that hold several, show these in the picture, instead of what they hold.
     """
     from dstill.cli.show import describe, write_picture
 
     print(printable(describe(path)))
     if png is not None:
-        write_picture(path, png)
+        write_picture(path, png, stored=stored)
         print(f"pictures: {png}")
 
 

@@ -35,10 +35,10 @@ def describe(path: Path) -> str:
     return _result(path) if path.suffix == ".json" else _distilled(path)
 
 
-def write_picture(path: Path, png: Path) -> None:
-    """The images of a set, or of the first set of a run folder, as a PNG."""
+def write_picture(path: Path, png: Path, *, stored: bool = False) -> None:
+    """The images of a set, or of the first set of a run folder, as a PNG; the stored ones, or what they hold."""
     first = path / "set-0"
-    save_grid(DistilledSet.load(first if first.is_dir() else path), png)
+    save_grid(DistilledSet.load(first if first.is_dir() else path), png, stored=stored)
 
 
 def _distilled(path: Path) -> str:
@@ -47,6 +47,7 @@ def _distilled(path: Path) -> str:
     if one.labels.is_floating_point():
         labels = f"soft labels that give their most likely class {one.labels.softmax(1).amax(1).mean():.0%} on average"
     shape = "x".join(str(side) for side in one.images.shape[1:])
+    shape += f" with {one.parts}x{one.parts} parts" if one.parts > 1 else ""
     rate = f"{one.alpha:.4g}" if one.alpha else "of the protocol"
     lines = [
         f"{path}: {one.data} distilled by {one.method}, {one.ipc} image(s) of each of {one.classes} classes, {shape}, {labels}",

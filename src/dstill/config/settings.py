@@ -7,7 +7,17 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from dstill.config.registry import load_method
 from dstill.data.catalog import Shape
@@ -145,9 +155,25 @@ class DistillConfig(Settings):
 
     iterations: Annotated[int, Field(ge=0, le=10**9)] = 0
     """Updates of the synthetic set; 0 for methods that select real images."""
+    parts: Count = 1
+    """Images in a stored one along each side: with 2, a stored image holds four, and IPC k trains as 4 k images per class."""
 
+    optimises_images: ClassVar[bool] = False
+    """Whether the method optimises images through `Problem.decoded`, so that a stored image may hold several."""
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {}
     """Settings that `tune` searches, with the factors to multiply them by; if empty, the method cannot be tuned."""
+
+    @model_validator(mode="after")
+    def _parts_are_optimised(self) -> Self:
+        if self.parts > 1 and not self.optimises_images:
+            raise ValueError("parts is for methods that optimise images, and this one takes images as they are: leave it at 1")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_parts(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out `parts: 1`, so that runs, caches and files from before there were parts stay what they are."""
+        values: dict[str, Any] = plain(self)
+        return {key: value for key, value in values.items() if key != "parts" or value != 1}
 
     @classmethod
     def expert_defaults(cls) -> dict[str, Any]:
@@ -188,7 +214,12 @@ class DistillConfig(Settings):
         return self, ""
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        """The approximate cost of one iteration; empty for selection methods."""
+        """The approximate cost of one iteration; empty for selection methods.
+
+        Args:
+            ipc: images per class that networks are trained on, see `Recipe.decoded_ipc`.
+            classes: number of classes.
+        """
         return []
 
     def scaled(self, factors: Mapping[str, float], longest: int | None) -> Self:
@@ -247,6 +278,11 @@ class Recipe(Settings):
         if isinstance(section, DistillConfig):
             raise ValueError(f"method {info.data['method']!r} takes a {wanted.__name__}, not a {type(section).__name__}")
         return wanted.model_validate({} if section is None else section)
+
+    @property
+    def decoded_ipc(self) -> int:
+        """Images per class that networks are trained on: more than are stored, if stored images hold several."""
+        return self.ipc * self.distill.parts**2
 
     @property
     def expert_config(self) -> ExpertConfig:

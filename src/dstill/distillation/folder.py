@@ -43,7 +43,7 @@ class Watcher:
         self.reporter, self.out, recipe = reporter, out, problem.recipe
         title = f"{recipe.method}, {problem.real.name}, IPC {recipe.ipc}"
         self.sinks: list[Sink] = open_sinks(logs, out, title, canonical(recipe)) if out and logs else []
-        work = recipe.distill.work(ipc=recipe.ipc, classes=problem.real.classes)
+        work = recipe.distill.work(ipc=recipe.decoded_ipc, classes=problem.real.classes)
         self.images = sum(passes.times * passes.images for passes in work if passes.kind != "tangent")
         self.validation = ""
 
@@ -98,6 +98,7 @@ def distill_into(
     identity = {**known, "experts": experts.identity if experts else None, "expert_count": len(experts) if experts else 0}
     if problem.initial is not None:
         identity["initial"] = files.checksum({"images": problem.initial.images})
+        identity |= {"initial_parts": problem.initial.parts} if problem.initial.parts > 1 else {}
     folder = RunFolder(out, identity, reporter.note)
     with folder.locked():
         return _distill(folder, problem, cadence, reporter, logs)
@@ -123,6 +124,8 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
     if settings.exists():
         return distilled
     pictures.save_grid(distilled, out / "distilled.png")
+    if distilled.parts > 1:
+        pictures.save_grid(distilled, out / "stored.png", stored=True)
     pictures.save_animation(sorted((out / FRAMES).glob("*.png")), out / "distilled.webp")
     title = f"{problem.recipe.method}, {problem.real.name}, IPC {problem.recipe.ipc}"
     if (drawn := figures.run_curves(SetRecord.of(folder.metrics(), curve_titles(problem.recipe.method)), title)) is not None:

@@ -24,7 +24,9 @@ RANDOM_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
 def random_set(like: DistilledSet, split: Split, generator: torch.Generator) -> DistilledSet:
-    """Random real images, with the preprocessing, augmentation and IPC of another set.
+    """Random real images, with the preprocessing, augmentation and IPC of another set, and so as many bytes.
+
+    They are stored one by one, whatever the images of the other set hold.
 
     Args:
         like: the other set.
@@ -33,7 +35,7 @@ def random_set(like: DistilledSet, split: Split, generator: torch.Generator) -> 
     """
     rows = random_rows(split, like.classes, like.ipc, generator)
     images = from_bytes(like.preprocess, split.images[rows], like.images.device)
-    fields = {**like.__dict__, "images": images, "labels": split.labels[rows], "alpha": None, "method": "random"}
+    fields = {**like.__dict__, "images": images, "labels": split.labels[rows], "alpha": None, "method": "random", "parts": 1}
     return DistilledSet(**fields)
 
 

@@ -163,7 +163,7 @@ def measure(
 
 
 def _measured(test: tuple[Tensor, Tensor], protocol: Protocol, trial: Trial, report: Callable[[float], None]) -> Measured:
-    distilled, device = trial.distilled, test[0].device
+    distilled, device = trial.distilled.decoded, test[0].device
     measured = train_and_measure(
         trial.net,
         distilled.images.to(device),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config.registry import MethodInfo, load_method
 from dstill.config.settings import DistillConfig, NetConfig, Recipe
+from dstill.data import formation
 from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import RealSet
@@ -31,6 +32,9 @@ _Settings = TypeVar("_Settings", bound=DistillConfig)
 @dataclass(frozen=True)
 class Problem:
     """What a method works on.
+
+    A method keeps and updates stored images. Networks see `decoded` ones, of which a stored image may hold several, with the
+    labels of `labels`. A gradient by decoded images that autograd did not compute goes through `pulled_back`.
 
     Attributes:
         real: real data.
@@ -84,16 +88,36 @@ class Problem:
         """The recipe's network, trained as often as `DistillConfig.network_count` says."""
         return (self.network(trained.weights) for trained in self.trained)
 
+    @property
+    def decoded_count(self) -> int:
+        """Number of images that networks are trained on, of all classes."""
+        return self.real.classes * self.recipe.decoded_ipc
+
+    def decoded(self, images: Tensor) -> Tensor:
+        """What networks see of stored images `[S, C, H, W]`, see `formation.decode`; differentiable."""
+        return formation.decode(images, self.recipe.distill.parts)
+
+    def pulled_back(self, gradient: Tensor) -> Tensor:
+        """The gradient by stored images, from that by decoded ones."""
+        return formation.pull_back(gradient, self.recipe.distill.parts)
+
     def labels(self) -> Tensor:
-        """Class ids of a synthetic set: `ipc` per class, class by class."""
-        return torch.arange(self.real.classes).repeat_interleave(self.recipe.ipc).to(self.device)
+        """Class ids of the decoded images, class by class: `decoded_ipc` of each."""
+        return torch.arange(self.real.classes).repeat_interleave(self.recipe.decoded_ipc).to(self.device)
 
     def result(self, images: Tensor, labels: Tensor, alpha: float | None) -> DistilledSet:
-        """Makes a distilled set from images and labels in the order of `labels()`."""
-        recipe = self.recipe
+        """Makes a distilled set.
+
+        Args:
+            images: stored images, class by class.
+            labels: labels in the order of `labels()`. Class ids are stored once for each stored image, other labels for
+                each decoded one.
+            alpha: learned learning rate, if there is one.
+        """
+        recipe, parts = self.recipe, self.recipe.distill.parts
         return DistilledSet(
             images=images.detach().cpu().clone(),
-            labels=labels.detach().cpu().clone(),
+            labels=(labels if labels.is_floating_point() else labels[:: parts**2]).detach().cpu().clone(),
             alpha=alpha,
             preprocess=self.preprocess,
             method=recipe.method,
@@ -105,6 +129,7 @@ class Problem:
             data_fingerprint=self.real.fingerprint,
             recipe=recipe,
             seed=self.seed,
+            parts=parts,
         )
 
 
@@ -163,7 +188,7 @@ class Method(abc.ABC):
         far the largest. With a gradient, torch keeps the maps of every block; without one, it needs working memory. Both are
         the same within a factor of two.
         """
-        work = recipe.distill.work(ipc=recipe.ipc, classes=shape.classes)
+        work = recipe.distill.work(ipc=recipe.decoded_ipc, classes=shape.classes)
         batches = [(passes.net or recipe.net, passes.images) for passes in work if passes.kind != "forward"]
         return max((library_bytes(net, images, shape) for net, images in batches), default=0.0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ _PREPARED_SHARE = 1 / 8
 
 class ImageConfig(DistillConfig):
     """Settings of every method that optimises images by SGD against batches of real ones."""
+
+    optimises_images: ClassVar[bool] = True
 
     iterations: Count = 1000
     """Updates, each with its own network."""
@@ -57,8 +59,8 @@ class InnerConfig(ImageConfig):
 class ClassBatch(NamedTuple):
     """Augmented real and synthetic images of one class.
 
-    `source` holds the synthetic images before augmentation, `rows` their rows in the set. `synthetic` is differentiable in
-    `source`.
+    `source` holds the stored images that the synthetic ones are decoded from, `rows` their rows in the set. `synthetic` is
+    differentiable in `source`.
     """
 
     real: Tensor
@@ -103,13 +105,20 @@ class ClassBatches:
         return self.problem.prepared(rows[torch.randperm(len(rows), generator=generator)[: size or self.size]])
 
     def draw(self, c: int, images: Tensor, generator: torch.Generator) -> ClassBatch:
-        """Real and synthetic images of class c. With gradients enabled, `synthetic` is differentiable in `source`."""
-        ipc = self.problem.recipe.ipc
-        rows = torch.arange(c * ipc, (c + 1) * ipc, device=images.device)
+        """Real and synthetic images of class c. With gradients enabled, `synthetic` is differentiable in `source`.
+
+        Args:
+            c: the class.
+            images: the stored images of all classes `[S, C, H, W]`.
+            generator: generator of all draws.
+        """
+        recipe = self.problem.recipe
+        rows = torch.arange(c * recipe.ipc, (c + 1) * recipe.ipc, device=images.device)
         real = self.real(c, generator)
-        params = siamese.sample(self.strategy, ipc, generator, shared=True)
+        params = siamese.sample(self.strategy, recipe.decoded_ipc, generator, shared=True)
         source = images[rows].detach().requires_grad_()
-        return ClassBatch(siamese.apply(real, params), siamese.apply(source, params), source, rows)
+        decoded = self.problem.decoded(source)
+        return ClassBatch(siamese.apply(real, params), siamese.apply(decoded, params), source, rows)
 
 
 class RealBatches:
@@ -149,10 +158,10 @@ class RealBatches:
 def train_on_synthetic(
     net: nn.Module, images: Tensor, batches: ClassBatches, settings: InnerConfig, epochs: int, generator: torch.Generator
 ) -> None:
-    """Trains by plain SGD for some passes over the synthetic set, with the augmentation of the batches."""
+    """Trains by plain SGD for some passes over what stored images hold, with the augmentation of the batches."""
     fit(
         net,
-        images,
+        batches.problem.decoded(images),
         batches.problem.labels(),
         epochs=epochs,
         batch_size=settings.batch_train,

@@ -46,6 +46,7 @@ _SLOWEST = 0.01  # share of the step size at the end of the cosine
 class BpttConfig(DistillConfig):
     """How a synthetic set is optimised through the training of a network on it. Defaults are those of Wang et al."""
 
+    optimises_images: ClassVar[bool] = True
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "lr_images": (0.3, 1.0, 3.0),
         "alpha_init": (0.3, 1.0, 3.0),
@@ -227,7 +228,7 @@ class Bptt(Method):
         unrolled = unroll(
             self.student,
             theta,
-            state["images"],
+            problem.decoded(state["images"]),
             label_logits(state["labels"]) if "labels" in state else problem.labels(),
             steps,
             rates if rates.ndim == 0 else rates[: len(steps)],
@@ -240,7 +241,7 @@ class Bptt(Method):
 
     def _by_name(self, state: State, grads: Gradients, rates: Tensor) -> dict[str, Tensor]:
         """The gradients by what is learned, in the state's terms: ln α and non-negative labels."""
-        gradients = {"images": grads.images}
+        gradients = {"images": self.problem.pulled_back(grads.images)}
         if "log_alpha" in state:
             by_alpha = grads.alpha if rates.ndim == 0 else nn.functional.pad(grads.alpha, (0, len(rates) - len(grads.alpha)))
             gradients["log_alpha"] = by_alpha * rates
@@ -263,7 +264,7 @@ class Bptt(Method):
     def _draw_steps(self, count: int, generator: torch.Generator) -> list[Step]:
         """Draws mini-batches, each with its own augmentation."""
         recipe, device = self.problem.recipe, self.problem.device
-        size = self.problem.real.classes * recipe.ipc
+        size = self.problem.decoded_count
         return [
             Step(sent(rows, device), siamese.sample(recipe.augmentation, len(rows), generator))
             for rows in student_batches(size, self.settings.batch_syn, count, generator)
@@ -313,7 +314,8 @@ class Bptt(Method):
         settings = recipe.distill
         assert isinstance(settings, BpttConfig)
         student = Student(nets.build(recipe.net, shape.channels, shape.classes, shape.size, torch.Generator()))
-        batch = min(settings.batch_syn or recipe.ipc * shape.classes, recipe.ipc * shape.classes)
+        count = recipe.decoded_ipc * shape.classes
+        batch = min(settings.batch_syn or count, count)
         vectors = optimiser(settings.optimiser, momentum=settings.student_momentum).vectors
         weights = 4 * student.numel * (settings.differentiated * vectors + 8)
         real = 4 * shape.numbers * settings.batch_real

@@ -8,7 +8,7 @@ ages; each use trains it one step further.
 from __future__ import annotations
 
 import math
-from typing import Literal, Self, final
+from typing import ClassVar, Literal, Self, final
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ _SMALLEST_PROBABILITY = 1e-4
 
 class FrepoConfig(DistillConfig):
     """Neural feature regression with a pool (FRePo)."""
+
+    optimises_images: ClassVar[bool] = True
 
     iterations: Count = 500_000
     """Updates of images and labels, each with one network of the pool."""
@@ -109,7 +111,9 @@ def label_logits(labels: Tensor) -> Tensor:
 
 @final
 class Frepo(Method):
-    """State: `images` and `labels` (Y_s) with LAMB's moments; the pool's weights, buffers, Adam's moments and ages."""
+    """State: `images`, and `labels` (Y_s) of what they hold, with LAMB's moments; the pool's weights, buffers, Adam's moments
+    and ages.
+    """
 
     Settings = FrepoConfig
 
@@ -147,7 +151,8 @@ class Frepo(Method):
         labels = state["labels"].detach().requires_grad_()
         self.net.eval()
         with torch.enable_grad():
-            features = nets.features(self.net, torch.cat([images, images.flip(3)]) if settings.flip else images)
+            decoded = self.problem.decoded(images)
+            features = nets.features(self.net, torch.cat([decoded, decoded.flip(3)]) if settings.flip else decoded)
             both = torch.cat([labels, labels]) if settings.flip else labels
             predicted = kernel_regression(real, features, both, settings.ridge)
             error, margin = (predicted - targets).square().mean(), label_margin(labels)
@@ -201,10 +206,11 @@ class Frepo(Method):
         """One Adam step of member i on the squared error to the synthetic labels."""
         settings = self.settings
         self._take(state, i)
-        rows = torch.randperm(len(state["images"]), generator=generator)[: settings.batch_train].to(state["images"].device)
+        labels = state["labels"]
+        rows = torch.randperm(len(labels), generator=generator)[: settings.batch_train].to(labels.device)
         self.net.train()
         with torch.enable_grad():
-            loss = (self.net(state["images"][rows]) - state["labels"][rows]).square().mean()
+            loss = (self.net(self.problem.decoded(state["images"])[rows]) - labels[rows]).square().mean()
             gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(self.net.parameters()))])
         weights = state["pool.weights"][i].clone()
         weights.grad = gradient

@@ -35,7 +35,7 @@ class GradientMatchingConfig(InnerConfig):
         return super().smoke().model_copy(update={"outer_steps": 2, "inner_epochs": 2})
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        outer, inner = self.loops(ipc)
+        outer, inner = self.loops(ipc // self.parts**2)
         real = Passes("gradient", outer * classes, self.batch_real)
         synthetic = [Passes(kind, outer * classes, ipc) for kind in ("gradient", "tangent")]
         training = self.training(ipc * classes)
@@ -43,6 +43,8 @@ class GradientMatchingConfig(InnerConfig):
 
     def loops(self, ipc: int) -> tuple[int, int]:
         """The numbers (K_o, K_i). Published: (1, 1), (10, 50), (20, 25), (30, 20), (40, 15), (50, 10) for IPC 1, 10 ... 50.
+
+        The IPC is that of stored images, whatever they hold.
 
         For other IPC (our extension), K_o = IPC up to 50, and K_i is interpolated linearly.
         """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
+from dstill.data import formation
 from dstill.data.real import RealSet, Split
 from dstill.errors import DstillError
 from dstill.methods.base import Problem
@@ -93,7 +94,7 @@ def _representatives(problem: Problem, features: np.ndarray, generator: torch.Ge
             "the expert used for the initialisation gives features that are not finite: lower experts.lr, or pass "
             "--set distill.initialisation=random"
         )
-    seed, ipc = int(torch.randint(2**31, (), generator=generator)), problem.recipe.ipc
+    seed, ipc = int(torch.randint(2**31, (), generator=generator)), problem.recipe.decoded_ipc
     return nearest_to_centroids(features, ipc, clusters(ipc, released=released), seed)
 
 
@@ -108,7 +109,7 @@ def classified_rows(problem: Problem, generator: torch.Generator) -> Tensor:
     if trajectories is None:
         raise DstillError("initialisation=classified needs expert trajectories: use a method that has them")
     for c, rows in enumerate(problem.real.train.by_class(problem.real.classes)):
-        free, taken, wanted = rows[torch.randperm(len(rows), generator=generator)], rows[:0], problem.recipe.ipc
+        free, taken, wanted = rows[torch.randperm(len(rows), generator=generator)], rows[:0], problem.recipe.decoded_ipc
         for expert in range(len(trajectories)):
             net = problem.network(trajectories.rows(expert, trajectories.epochs, trajectories.epochs + 1)[0])
             right = _first_right(problem, net, free, c, wanted - len(taken))
@@ -179,12 +180,19 @@ def check_initial(initial: DistilledSet, real: RealSet, ipc: int) -> Tensor:
 
 
 def _images_of(problem: Problem, initial: DistilledSet) -> Tensor:
-    """The images of another set, class by class, converted to the problem's preprocessing."""
-    images = initial.images[check_initial(initial, problem.real, problem.recipe.ipc).argsort(stable=True)]
+    """The images of another set, class by class, converted to the problem's preprocessing and parts.
+
+    They are taken as they are stored, or, if preprocessing or parts differ, as networks see them.
+    """
+    recipe, parts = problem.recipe, problem.recipe.distill.parts
     before, now = initial.preprocess.tensors(), problem.preprocess.tensors()
-    if before.keys() != now.keys() or not all(torch.equal(before[name], now[name]) for name in now):
+    alike = before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in now)
+    stored = alike and initial.parts == parts
+    given, ipc = (initial, recipe.ipc) if stored else (initial.decoded, recipe.decoded_ipc)
+    images = given.images[check_initial(given, problem.real, ipc).argsort(stable=True)]
+    if not alike:
         images = problem.preprocess.forward(initial.preprocess.invert(images))
-    return images.to(problem.device)
+    return (images if stored else formation.encode(images, parts)).to(problem.device)
 
 
 def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> Tensor:
@@ -193,20 +201,21 @@ def initial_images(problem: Problem, kind: str, generator: torch.Generator) -> T
     Args:
         problem: data, recipe and experts.
         kind: `random`, `representative`, `representative-released`, `classified`, `noise` (standard normal in preprocessed
-            units), or `unit-noise` (such noise, each image scaled to norm 1).
+            units), or `unit-noise` (such noise, each image scaled to norm 1). If stored images hold several, real images are
+            shrunk into their parts, and noise is of the stored size.
         generator: generator of all random draws.
     """
-    real, ipc = problem.real, problem.recipe.ipc
+    real, recipe = problem.real, problem.recipe
     if problem.initial is not None:
         return _images_of(problem, problem.initial)
     if kind in ("noise", "unit-noise"):
-        noise = torch.randn((ipc * real.classes, real.channels, *real.size), generator=generator)
+        noise = torch.randn((recipe.ipc * real.classes, real.channels, *real.size), generator=generator)
         norms = noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         return (noise / norms if kind == "unit-noise" else noise).to(problem.device)
     if kind == "classified":
         rows = classified_rows(problem, generator)
     elif kind == "random":
-        rows = random_rows(real.train, real.classes, ipc, generator)
+        rows = random_rows(real.train, real.classes, recipe.decoded_ipc, generator)
     else:
         rows = representative_rows(problem, generator, released=kind == "representative-released")
-    return problem.prepared(rows)
+    return formation.encode(problem.prepared(rows), recipe.distill.parts)

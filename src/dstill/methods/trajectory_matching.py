@@ -41,6 +41,7 @@ Mode = Literal["adjoint", "graph", "tesla"]
 class MatchingConfig(DistillConfig):
     """How a synthetic set is optimised to reproduce expert segments (paper IV-C, IV-D, Algorithm 2). Defaults are MTT's."""
 
+    optimises_images: ClassVar[bool] = True
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "lr_images": (0.1, 0.3, 1.0, 3.0, 10.0),
         "max_start_epoch": (0.5, 1.0, 2.0),
@@ -167,7 +168,7 @@ class MatchingConfig(DistillConfig):
     def fitted(self, case: Case) -> tuple[Self, str]:
         """Reduces N so that the kept vectors fit into memory, and drops a `batch_syn` that covers the whole set."""
         steps = min(self.student_steps, max(self.expert_epochs, self._steps_in_memory(case)))
-        whole = case.ipc * case.shape.classes
+        whole = case.ipc * self.parts**2 * case.shape.classes
         batch = self.batch_syn if self.batch_syn is not None and self.batch_syn < whole else None
         cut = f"; N cut from {self.student_steps} to {steps} to fit the memory" if steps < self.student_steps else ""
         return self.model_copy(update={"student_steps": steps, "batch_syn": batch}), cut
@@ -235,7 +236,8 @@ class TrajectoryMatching(Method):
             "skipped": torch.zeros((), dtype=torch.int64),
         }
         if self.settings.soft_labels == "learned":
-            state["labels"] = mean_expert_labels(self.student, self.trajectories, images, self.problem.labels())
+            decoded, ids = self.problem.decoded(images), self.problem.labels()
+            state["labels"] = mean_expert_labels(self.student, self.trajectories, decoded, ids)
             state["labels.momentum"] = torch.zeros_like(state["labels"])
         if self.settings.image_ema is not None:
             state |= {f"{name}.average": state[name].clone() for name in self._learned}
@@ -249,7 +251,7 @@ class TrajectoryMatching(Method):
         follow = functools.partial(
             unroll,
             theta0=start,
-            images=state["images"],
+            images=self.problem.decoded(state["images"]),
             labels=self._labels(state, segment),
             steps=self._draw_steps(generator),
             alpha=state["alpha"],
@@ -305,7 +307,7 @@ class TrajectoryMatching(Method):
     def _draw_steps(self, generator: torch.Generator) -> list[Step]:
         """Draws N mini-batches, each with its own augmentation."""
         recipe, settings = self.problem.recipe, self.settings
-        count = self.problem.real.classes * recipe.ipc
+        count = self.problem.decoded_count
         return [
             Step(sent(rows, self.problem.device), siamese.sample(recipe.augmentation, len(rows), generator))
             for rows in student_batches(count, settings.batch_syn, settings.student_steps, generator)
@@ -322,16 +324,17 @@ class TrajectoryMatching(Method):
             return self.problem.labels()
         if self.settings.soft_labels == "learned":
             return state["labels"]
-        state["labels"] = expert_labels(self.student, segment.targets[-1], state["images"])
+        state["labels"] = expert_labels(self.student, segment.targets[-1], self.problem.decoded(state["images"]))
         return state["labels"]
 
     def _by_images(self, state: State, segment: Segment, unrolled: Unrolled) -> Tensor:
-        """The gradient by the images, including the part through the labels if they are differentiated."""
+        """The gradient by the stored images, including the part through the labels if they are differentiated."""
         if self.settings.soft_labels != "expert-differentiated":
-            return unrolled.grads.images
+            return self.problem.pulled_back(unrolled.grads.images)
         assert unrolled.grads.labels is not None
-        through = gradient_through_labels(self.student, segment.targets[-1], state["images"], unrolled.grads.labels)
-        return unrolled.grads.images + through
+        decoded = self.problem.decoded(state["images"])
+        through = gradient_through_labels(self.student, segment.targets[-1], decoded, unrolled.grads.labels)
+        return self.problem.pulled_back(unrolled.grads.images + through)
 
     def _update(self, state: State, by_images: Tensor, unrolled: Unrolled, iteration: int) -> bool:
         """One SGD step on images, learned labels and α, unless the guard skips it. Returns whether it was taken."""
@@ -365,7 +368,8 @@ class TrajectoryMatching(Method):
         settings = recipe.distill
         assert isinstance(settings, MatchingConfig)
         student = Student(nets.build(recipe.net, shape.channels, shape.classes, shape.size, torch.Generator()))
-        batch = min(settings.batch_syn or recipe.ipc * shape.classes, recipe.ipc * shape.classes)
+        count = recipe.decoded_ipc * shape.classes
+        batch = min(settings.batch_syn or count, count)
         vectors = (settings.student_steps + settings.expert_epochs + 8) * (2 if settings.student_momentum else 1)
         weights = 4 * student.numel * vectors
         kept = student.kept_bytes(torch.zeros(1), batch)

@@ -15,6 +15,7 @@ from dstill.api.job import Job, Workplace
 from dstill.api.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.api.run import Task
 from dstill.config.settings import ExpertConfig, NetConfig, Passes, Protocol, Recipe, digest
+from dstill.data import formation
 from dstill.data.catalog import DATASETS, Shape
 from dstill.data.real import Source
 from dstill.errors import DstillError
@@ -127,11 +128,12 @@ def plan(
     known = DATASETS[source].shape if isinstance(source, str) and source in DATASETS and DATASETS[source].hub else None
     job, task = Job.resolve(source, choice, seed, place, shape=known), Task(sets, evaluation, recording)
     at_least_one(sets=sets, networks=evaluation.networks)
+    formation.check_parts(job.shape.size, job.recipe.distill.parts)
     if job.data is not None:
         check_early(job, evaluation.nets)
-    elif job.recipe.ipc * job.shape.classes > job.shape.train:
+    elif job.recipe.decoded_ipc * job.shape.classes > job.shape.train:
         each = job.shape.train // job.shape.classes
-        raise DstillError(f"{job.name} has {each} training images per class, fewer than {job.recipe.ipc}")
+        raise DstillError(f"{job.name} has {each} training images per class, fewer than {job.recipe.decoded_ipc}")
     return plan_job(job, task, Clock(job.shape, place.device))
 
 
@@ -237,14 +239,14 @@ def _named(kind: str, recipe: Recipe, settings: Any = None) -> str:
 
 def _distilling(job: Job, task: Task, clock: Clock) -> list[Stage]:
     distill, shape, recipe, sets = job.recipe.distill, job.shape, job.recipe, task.sets
-    count, images = recipe.ipc * shape.classes, recipe.ipc * shape.classes * _image_bytes(shape)
+    count, stored = recipe.decoded_ipc * shape.classes, recipe.ipc * shape.classes * _image_bytes(shape)
     stages: list[Stage] = []
     if distill.iterations:
-        work = distill.work(ipc=recipe.ipc, classes=shape.classes)
+        work = distill.work(ipc=recipe.decoded_ipc, classes=shape.classes)
         seconds = sets * distill.iterations * sum(clock.passes(recipe.net, passes) for passes in work)
         memory = _BASE + method_class(recipe.method).peak_bytes(recipe, shape, job.place.device)
         note = f"{distill.iterations} iterations" + (f", {sets} sets" if sets > 1 else "")
-        stages.append(Stage(name="distilling", seconds=seconds, peak_bytes=memory, disk_bytes=sets * 3 * images, note=note))
+        stages.append(Stage(name="distilling", seconds=seconds, peak_bytes=memory, disk_bytes=sets * 3 * stored, note=note))
     if distill.iterations and task.recording.validate_every:
         looks = math.ceil(distill.iterations / task.recording.validate_every)
         step = clock.training(recipe.net, min(count, 256), recipe.augmentation, torch.get_num_threads())
@@ -259,10 +261,11 @@ def _distilling(job: Job, task: Task, clock: Clock) -> list[Stage]:
 
 def _evaluating(job: Job, task: Task, clock: Clock) -> list[Stage]:
     shape, recipe, protocol, evaluation = job.shape, job.recipe, load_protocol(job.recipe.protocol), task.evaluation
-    count, each = recipe.ipc * shape.classes, evaluation.networks or protocol.networks
+    each = evaluation.networks or protocol.networks
     memory = shape.test * _image_bytes(shape)
 
-    def trainings(net: NetConfig, number: int, protocol: Protocol = protocol) -> float:
+    def trainings(net: NetConfig, number: int, ipc: int = recipe.decoded_ipc, protocol: Protocol = protocol) -> float:
+        count = ipc * shape.classes
         processes = max(1, min(_processes(job), number))
         threads = threads_each(processes)
         step = clock.training(net, min(count, protocol.batch_size), recipe.augmentation, threads)
@@ -274,12 +277,12 @@ def _evaluating(job: Job, task: Task, clock: Clock) -> list[Stage]:
     number = task.sets * each * len(configs)
     for other in map(load_protocol, evaluation.also):
         more = task.sets * (evaluation.networks or other.networks)
-        seconds, number = seconds + trainings(configs[0], more, other), number + more
+        seconds, number = seconds + trainings(configs[0], more, protocol=other), number + more
     note = f"{number} networks"
     stages = [Stage(name="evaluation", seconds=seconds, peak_bytes=memory, disk_bytes=0, note=note)]
     if evaluation.random:
         number = RANDOM_DRAWS * each + len(RANDOM_RATES)
-        seconds, note = trainings(configs[0], number), f"{number} networks, none if they are cached"
+        seconds, note = trainings(configs[0], number, recipe.ipc), f"{number} networks, none if they are cached"
         makes = _named("random", recipe, [recipe.ipc, recipe.protocol, each])
         stages.append(Stage(name="random images", seconds=seconds, peak_bytes=memory, disk_bytes=0, note=note, makes=makes))
     if evaluation.whole:

@@ -56,8 +56,9 @@ class Shown:
         name: a short, unique name.
         record: the record of the run.
         distilled: its first set.
-        pictures: images of this set.
+        pictures: images of this set, as networks see them.
         left_out: number of images that are not shown.
+        stored: the stored images, if they hold several each.
         settings: the recipe as YAML.
         map: the initialisation map as SVG; empty if there is none.
     """
@@ -67,6 +68,7 @@ class Shown:
     distilled: DistilledSet
     pictures: tuple[Picture, ...]
     left_out: int
+    stored: tuple[Picture, ...]
     settings: str
     map: Markup
 
@@ -100,6 +102,7 @@ def report(runs: Sequence[str | Path], out: str | Path) -> Path:
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=_title(shown),
         shown=shown,
+        families=len({one.distilled.family for one in shown}),
         figures=_figures(records),
         most_classes=MOST_CLASSES,
         version=__version__,
@@ -133,13 +136,15 @@ def _shown(name: str, folder: Path) -> Shown:
         raise DstillError(f"{folder} holds no finished run: there is no {first / FILE_NAME}")
     distilled, record = DistilledSet.load(first), RunRecord.read(folder)
     initial = DistilledSet.load(first / INITIAL_NAME) if (first / INITIAL_NAME).exists() else None
-    rows = _rows(distilled)
+    seen, before = distilled.decoded, initial.decoded if initial is not None else None
+    rows = _rows(seen)
     return Shown(
         name=name,
         record=record,
         distilled=distilled,
-        pictures=_pictures(distilled, initial, rows),
-        left_out=len(distilled.images) - len(rows),
+        pictures=_pictures(seen, before, rows),
+        left_out=len(seen.images) - len(rows),
+        stored=_stored(distilled) if distilled.parts > 1 else (),
         settings=yamls.dump(record.recipe),
         map=_map(name, record),
     )
@@ -166,6 +171,13 @@ def _pictures(distilled: DistilledSet, initial: DistilledSet | None, rows: Tenso
     names = [distilled.class_names[c] for c in distilled.class_ids[rows].tolist()]
     labels = [_likeliest(distilled, int(row)) for row in rows]
     return tuple(Picture(*parts) for parts in zip(after, before, names, labels, strict=True))
+
+
+def _stored(distilled: DistilledSet) -> tuple[Picture, ...]:
+    """Stored images by class, without labels, which their parts may have each for itself."""
+    rows = _rows(distilled)
+    names = [distilled.class_names[c] for c in distilled.class_ids[rows].tolist()]
+    return tuple(Picture(uri, "", name, ()) for uri, name in zip(_uris(distilled, rows), names, strict=True))
 
 
 def _likeliest(distilled: DistilledSet, row: int, most: int = 3) -> tuple[tuple[str, float], ...]:

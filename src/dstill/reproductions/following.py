@@ -39,7 +39,8 @@ def accumulated_error(distilled: DistilledSet, trajectories: Trajectories, exper
     student = Student(nets.build(distilled.net, channels, distilled.classes, (size[0], size[1]), generator).to(device))
     origin = trajectories.rows(expert, 0, 1)[0].to(device)
     theta, buffer, errors = origin, torch.zeros_like(origin), list[float]()
-    images, labels = distilled.images.to(device), distilled.labels.to(device)
+    decoded = distilled.decoded
+    images, labels = decoded.images.to(device), decoded.labels.to(device)
     last = min(settings.epochs_needed, trajectories.epochs)
     for epoch in range(settings.expert_epochs, last + 1, settings.expert_epochs):
         for rows in student_batches(len(images), settings.batch_syn, settings.student_steps, generator):

@@ -205,7 +205,10 @@ def published_case(rows: Sequence[Row], case: Case) -> str:
 
 
 def verdict(rows: Sequence[Row], case: Case, entries: Entries) -> str:
-    """A sentence that compares our accuracies with the published ones; empty if nothing can be compared."""
+    """A sentence that compares our accuracies with the published ones; empty if nothing can be compared.
+
+    The order of two rows is looked at only within a family, see `Result.family`: the others store different things.
+    """
     where = published_case(rows, case)
     pairs, lost = [], 0
     for row in rows:
@@ -213,16 +216,18 @@ def verdict(rows: Sequence[Row], case: Case, entries: Entries) -> str:
         if sets is None or theirs is None:
             continue
         if sets.record.result:
-            pairs.append((100 * sets.record.result.accuracy.mean, theirs))
+            pairs.append((100 * sets.record.result.accuracy.mean, theirs, sets.record.result.family))
         else:
             lost += 1
     sentences = []
     if where == case.name and pairs:
-        gaps = [ours - theirs for ours, theirs in pairs]
+        gaps = [ours - theirs for ours, theirs, _ in pairs]
         sentences.append(f"Ours are {_range(gaps)} points from the published figures, {_about(rows, case, entries)}.")
-    orders = [(a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in itertools.combinations(pairs, 2) if a[1] != b[1]]
+    alike = [(a, b) for a, b in itertools.combinations(pairs, 2) if a[2] == b[2] and a[1] != b[1]]
+    orders = [(a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in alike]
     if orders:
-        sentences.append(f"Of {_counted(len(orders), 'pair')} of rows, {sum(orders)} in the published order.")
+        of_one = " of one family" if len({family for *_, family in pairs}) > 1 else ""
+        sentences.append(f"Of {_counted(len(orders), 'pair')} of rows{of_one}, {sum(orders)} in the published order.")
     if lost:
         sentences.append(f"{_counted(lost, 'row')} failed and cannot be compared.")
     return " ".join(sentences)
