@@ -37,7 +37,7 @@ from dstill.experts.smooth import gradient_penalty, smooth_objective
 from dstill.experts.trajectory import Trajectories, save_expert
 from dstill.methods import trajectory_matching
 from dstill.methods.base import Problem
-from dstill.methods.trajectory_matching import MatchingConfig
+from dstill.methods.matching_config import MatchingConfig
 from dstill.nets.convnet import ConvNet
 from dstill.support.devices import processor
 from dstill.training.fit import Batch, predictions

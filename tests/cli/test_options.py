@@ -20,8 +20,8 @@ CHOICE = "--method mtt --ipc 3 --recipe smoke --net alexnet --set a=1 b=2"
 CHOSEN = {"method": "mtt", "ipc": 3, "recipe": "smoke", "net": "alexnet", "changes": ("a=1", "b=2")}
 PLACE = "--device cpu --cache c --threads 3 --workers 2 --deterministic --seed 5 --quiet"
 MACHINE = {"machine": Machine("cpu", "c", 3, 2, True), "seed": 5}
-JUDGED = "--nets vgg11,alexnet --networks 4 --no-random --whole"
-EVALUATION = Evaluation(("vgg11", "alexnet"), 4, False, True)
+JUDGED = "--nets vgg11,alexnet --networks 4 --no-random --whole --also ast,mtt"
+EVALUATION = Evaluation(("vgg11", "alexnet"), 4, False, True, ("ast", "mtt"))
 RECORDED = "--validate-every 6 --checkpoint-every 7 --picture-every 8 --log wandb,tensorboard"
 RECORDING = Recording(6, 7, 8, ("wandb", "tensorboard"))
 
@@ -111,7 +111,7 @@ def test_evaluate_takes_the_set_as_its_options_say(monkeypatch: pytest.MonkeyPat
     call = called(monkeypatch, "api.evaluate", "evaluate", text)
     call.named.pop("progress")
     assert call.positional[0] is one and asked == ["hard", "flip"]
-    judged = {"nets": ("vgg11", "alexnet"), "networks": 4, "random": False, "whole": True}
+    judged = {"nets": ("vgg11", "alexnet"), "networks": 4, "random": False, "whole": True, "also": ("ast", "mtt")}
     assert call.named == MACHINE | judged | {"protocol": "p", "out": Path("o")}
 
 

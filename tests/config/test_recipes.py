@@ -19,7 +19,7 @@ from dstill.methods.cafe import CafeConfig
 from dstill.methods.distribution_matching import DistributionMatchingConfig
 from dstill.methods.frepo import FrepoConfig
 from dstill.methods.gradient_matching import GradientMatchingConfig
-from dstill.methods.trajectory_matching import MatchingConfig
+from dstill.methods.matching_config import MatchingConfig
 
 NAMES = recipe_names()
 IPCS = {"cifar10": (1, 10, 50), "cifar100": (1, 10, 50), "tiny-imagenet": (1, 10), "imagenet-subset": (1, 10)}

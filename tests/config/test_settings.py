@@ -13,7 +13,7 @@ from dstill.methods.ast import AstConfig
 from dstill.methods.distribution_matching import DistributionMatchingConfig
 from dstill.methods.frepo import FrepoConfig
 from dstill.methods.gradient_matching import GradientMatchingConfig
-from dstill.methods.trajectory_matching import MatchingConfig
+from dstill.methods.matching_config import MatchingConfig
 
 
 def every_model(base: type[Settings] = Settings) -> Iterator[type[Settings]]:

@@ -23,7 +23,7 @@ from dstill.errors import DstillError
 from dstill.experts.smooth import step_lengths
 from dstill.experts.train import ExpertTask, lr_schedule, optimiser, train_expert, train_missing
 from dstill.experts.trajectory import KIND, Trajectories, expert_path, save_expert
-from dstill.methods.trajectory_matching import MatchingConfig
+from dstill.methods.matching_config import MatchingConfig
 from dstill.nets import networks as nets
 from dstill.support import seeding
 from dstill.training.checkpoint import Bookmark

@@ -15,7 +15,7 @@ from dstill.data.real import RealSet
 from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trajectory import Trajectories
 from dstill.methods.base import Problem
-from dstill.methods.trajectory_matching import MatchingConfig
+from dstill.methods.matching_config import MatchingConfig
 
 NET = NetConfig(width=4, depth=2)
 EXPERTS = ExpertConfig(

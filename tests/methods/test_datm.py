@@ -18,7 +18,8 @@ from dstill.methods import initialisation
 from dstill.methods.base import Problem, State
 from dstill.methods.datm import DatmConfig
 from dstill.methods.expert_labels import last_weights, mean_expert_labels
-from dstill.methods.trajectory_matching import MatchingConfig, TrajectoryMatching
+from dstill.methods.matching_config import MatchingConfig
+from dstill.methods.trajectory_matching import TrajectoryMatching
 from dstill.support import seeding
 from dstill.unrolling.student import Student
 

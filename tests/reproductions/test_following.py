@@ -17,7 +17,7 @@ from dstill.data import siamese
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories, save_expert
-from dstill.methods.trajectory_matching import MatchingConfig
+from dstill.methods.matching_config import MatchingConfig
 from dstill.nets.networks import build
 from dstill.reproductions.following import accumulated_error
 from dstill.support import seeding

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, final
 
 from dstill.config.settings import Form
-from dstill.methods.trajectory_matching import Initialisation, MatchingConfig, TrajectoryMatching
+from dstill.methods.matching_config import Initialisation, MatchingConfig
+from dstill.methods.trajectory_matching import TrajectoryMatching
 
 
 class AstConfig(MatchingConfig):

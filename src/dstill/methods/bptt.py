@@ -198,7 +198,7 @@ class Bptt(Method):
 
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
         """Averages the gradients of some trainings, and updates the images, learned labels and learned rates once."""
-        draws = [self._draw(state, iteration, generator) for _ in range(self.settings.draws)]
+        draws = [self.draw(state, iteration, generator) for _ in range(self.settings.draws)]
         loss = sum(loss for loss, _ in draws) / len(draws)
         gradients = {name: torch.stack([by[name] for _, by in draws]).mean(0) for name in draws[0][1]}
         norm = gradients["images"].norm()
@@ -216,7 +216,7 @@ class Bptt(Method):
         alpha = float(state["log_alpha"].mean().exp()) if "log_alpha" in state else self.settings.alpha_init
         return self.problem.result(images, labels, alpha if self.settings.optimiser == "sgd" else None)
 
-    def _draw(self, state: State, iteration: int, generator: torch.Generator) -> tuple[float, dict[str, Tensor]]:
+    def draw(self, state: State, iteration: int, generator: torch.Generator) -> tuple[float, dict[str, Tensor]]:
         """The outer loss of one training, and its gradients by what is learned."""
         settings, problem = self.settings, self.problem
         start = self._window_start(iteration, generator)

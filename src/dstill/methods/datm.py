@@ -7,7 +7,8 @@ from typing import Annotated, Any, final
 from pydantic import Field
 
 from dstill.config.settings import Count, Positive
-from dstill.methods.trajectory_matching import Initialisation, MatchingConfig, SoftLabels, StartEpochs, TrajectoryMatching
+from dstill.methods.matching_config import Initialisation, MatchingConfig, SoftLabels, StartEpochs
+from dstill.methods.trajectory_matching import TrajectoryMatching
 
 
 class DatmConfig(MatchingConfig):

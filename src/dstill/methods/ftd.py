@@ -6,7 +6,8 @@ from typing import Annotated, Any, final
 
 from pydantic import Field
 
-from dstill.methods.trajectory_matching import MatchingConfig, TrajectoryMatching
+from dstill.methods.matching_config import MatchingConfig
+from dstill.methods.trajectory_matching import TrajectoryMatching
 
 
 class FtdConfig(MatchingConfig):

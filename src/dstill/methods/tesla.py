@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import final
 
 from dstill.config.settings import Count
-from dstill.methods.trajectory_matching import MatchingConfig, Mode, SoftLabels, TrajectoryMatching
+from dstill.methods.matching_config import MatchingConfig, Mode, SoftLabels
+from dstill.methods.trajectory_matching import TrajectoryMatching
 
 
 class TeslaConfig(MatchingConfig):
