@@ -393,19 +393,19 @@ class DistilledSet:
                 raise DstillError(f"{source} is the folder of a run: pass one of its sets, {source / 'set-0'}")
             source = source / FILE_NAME
         header, tensors = files.load(source, KIND)
-        return cls.from_parts(header, tensors, source)
+        return cls.from_contents(header, tensors, source)
 
     @classmethod
-    def from_parts(cls, header: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> DistilledSet:
-        """A set from its header and its tensors.
+    def from_contents(cls, header: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> DistilledSet:
+        """A set from the contents of its file: its header and its tensors.
 
         Args:
             header: as from `header`.
             tensors: as from `tensors`.
-            source: where the parts come from, for errors.
+            source: the file, for errors.
 
         Raises:
-            DstillError: a part is missing or malformed.
+            DstillError: something is missing or malformed.
         """
         if not known(header.get("method")):  # its package is not installed here, so its settings cannot be checked
             header = {**header, "recipe": None}

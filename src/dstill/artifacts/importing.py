@@ -201,7 +201,7 @@ def _from_npz(path: Path) -> DistilledSet:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise many unrelated types for damaged files
         raise DstillError(f"{path} is damaged or not an export of dstill ({error})") from error
-    return DistilledSet.from_parts(header, tensors, path)
+    return DistilledSet.from_contents(header, tensors, path)
 
 
 def _check_size(path: Path, count: int) -> None:
