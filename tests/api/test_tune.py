@@ -42,6 +42,20 @@ def test_the_score_is_that_of_the_recipe_with_experts_of_its_own(tmp_path: Path)
     assert noted[1] == f"{again:.1%}"
 
 
+def test_a_method_without_experts_is_tuned_without_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "experts", lambda *_: pytest.fail("experts were trained that nothing reads"))
+    file = dstill.tune(
+        dstill.load_real("digits", train_fraction=0.3),
+        budget=0,
+        method="rat-bptt",
+        recipe="smoke",
+        changes=["net.width=4", "distill.iterations=2"],
+        out=tmp_path / "best.yaml",
+        machine=dstill.Machine(cache=tmp_path),
+    )
+    assert recipes.load_recipe(str(file)).note.endswith("best of 1 candidates")
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every candidate takes a minute, so that the budget is their number, plus the one in progress."""

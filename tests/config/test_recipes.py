@@ -520,6 +520,14 @@ def test_a_small_memory_cuts_the_students_steps_and_says_so() -> None:
     assert "N cut from 50 to 9 to fit the memory" in origin
 
 
+def test_the_window_is_cut_where_its_vectors_do_not_fit_and_a_batch_of_everything_is_dropped() -> None:
+    plenty, _ = resolve(None, shape(), method="rat-bptt", ipc=50)
+    assert (plenty.distill.window, plenty.distill.batch_syn) == (60, None)  # type: ignore[attr-defined]
+    # 320,010 parameters, four vectors of which are kept for each step.
+    tight, origin = resolve(None, shape(memory=4 * 4 * 4 * 320_010 * 20), method="rat-bptt", ipc=10)
+    assert tight.distill.window == 20 and "W cut from 60 to 20 to fit the memory" in origin  # type: ignore[attr-defined]
+
+
 def test_the_students_steps_are_never_cut_below_the_expert_epochs() -> None:
     found, _ = resolve(None, shape(memory=1.0), method="ast", ipc=1)
     assert found.distill is not None

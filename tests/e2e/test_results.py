@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 import dstill
+from dstill.config.recipes import load_recipe
+from dstill.config.settings import Recipe, canonical
 from dstill.reproductions.page import Entry
 from dstill.reproductions.run import small_picture
 from dstill.reproductions.spec import reproduction_names
@@ -47,6 +49,16 @@ def test_the_results_take_at_most_five_megabytes() -> None:
 def test_every_result_that_a_page_names_is_there(source: Path) -> None:
     for name in PATH.findall(source.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), f"{source.name} names {name}"
+
+
+def test_runs_from_before_later_settings_are_still_the_same_runs() -> None:
+    settings = json.loads((RESULTS / "digits-ipc1" / "set-0" / "settings.json").read_text())
+    recipe = Recipe.model_validate(settings["recipe"])
+    assert canonical(recipe)["distill"] == settings["recipe"]["distill"]
+    other = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"skip_above": 1.0, "parts": 2})})
+    assert canonical(other)["distill"].items() >= {"skip_above": 1.0, "parts": 2}.items()
+    datm = load_recipe("cifar10/datm-ipc1")
+    assert Recipe.model_validate(canonical(datm)) == datm and canonical(datm)["distill"]["start_epochs"] == "uniform"
 
 
 def test_there_are_rows() -> None:

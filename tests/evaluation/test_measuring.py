@@ -181,6 +181,8 @@ def test_further_protocols_stand_beside_the_result(syn: DistilledSet, tiny_real:
     assert result.also == {"other v3": alone.accuracy.model_copy(update={"lr": None})}
     assert result.also["other v3"].values != result.accuracy.values
     assert [name for name, _ in result.rows()] == ["mtt", "mtt (protocol other v3)"]
+    twice = dstill.evaluate(sets[0], tiny_real, protocol=short, also=[short], **options)
+    assert twice.also == {}, "nothing is measured twice"
     one, two = (dstill.evaluate(s, tiny_real, protocol=short, also=[str(other)], **options) for s in sets)
     pooled = Result.pooled([one, two])
     assert pooled.also["other v3"].values == (*one.also["other v3"].values, *two.also["other v3"].values)

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from dstill.config.settings import NetConfig, Recipe
 from dstill.data import preprocess as preprocessing
 from dstill.data import siamese
+from dstill.data.catalog import Shape
 from dstill.data.real import RealSet
 from dstill.errors import CollapseError
 from dstill.methods.base import Problem, State
@@ -70,9 +71,10 @@ def naive_draw(problem: Problem, state: State, generator: torch.Generator) -> tu
         targets = positive / positive.sum(1, keepdim=True)
     first, second = torch.zeros_like(theta), torch.zeros_like(theta)
     draws = []
-    for _ in range(start + settings.differentiated):
-        rows = torch.randperm(len(state["images"]), generator=generator)
-        draws.append((rows, siamese.sample(problem.recipe.augmentation, len(rows), generator)))
+    while len(draws) < start + settings.differentiated:
+        order = torch.randperm(len(state["images"]), generator=generator)
+        for rows in order.split(settings.batch_syn or len(order))[: start + settings.differentiated - len(draws)]:
+            draws.append((rows, siamese.sample(problem.recipe.augmentation, len(rows), generator)))
     for n, (rows, params) in enumerate(draws, 1):
         theta = theta if theta.requires_grad else theta.requires_grad_()
         loss = loss_of(theta, siamese.apply(learned["images"][rows], params), targets[rows])
@@ -81,8 +83,10 @@ def naive_draw(problem: Problem, state: State, generator: torch.Generator) -> tu
         if "log_alpha" in learned:
             alpha = (learned["log_alpha"] if learned["log_alpha"].ndim == 0 else learned["log_alpha"][n - 1]).exp()
         if settings.optimiser == "sgd":
-            theta = theta - alpha * gradient
+            first = settings.student_momentum * first + gradient + settings.student_weight_decay * theta
+            theta = theta - alpha * first
         else:
+            theta = theta * (1 - alpha * settings.student_weight_decay)
             first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
             # The conv biases' gradients are zero up to rounding, which the square root would turn into infinite slopes.
             root = torch.where(second > 1e-18, second, 1e-18).sqrt() / math.sqrt(1 - 0.999**n)
@@ -101,7 +105,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"learn_alpha": "each", "window": None},
     {"learn_alpha": "one", "window_start": "random", "soft_labels": "learned"},
     {"optimiser": "adam", "learn_alpha": "off", "alpha_init": 0.01, "window_start": "random"},
-    {"learn_alpha": "each", "window_start": "random", "draws": 3, "clip": 2.0},
+    {"learn_alpha": "each", "draws": 3, "clip": 2.0, "batch_syn": 4},
+    {"learn_alpha": "one", "student_momentum": 0.9, "student_weight_decay": 0.1},
+    {"optimiser": "adamw", "student_weight_decay": 0.1, "learn_alpha": "off", "alpha_init": 0.01},
 ]
 
 
@@ -126,16 +132,37 @@ def test_a_step_equals_adam_on_the_gradients_of_a_naive_loop(tiny_real: RealSet,
         torch.testing.assert_close(state[name], stepped.clamp_min(0) if name == "labels" else stepped, rtol=1e-4, atol=1e-5)
 
 
-def test_rates_after_the_window_get_no_gradient(tiny_real: RealSet) -> None:
-    method, state = started(problem_of(tiny_real, window_start="random", learn_alpha="each"))
-    start = int(torch.randint(3, (), generator=seeding.generator(1, "step")))
+def test_rates_before_the_window_get_no_gradient(tiny_real: RealSet) -> None:
+    method, state = started(problem_of(tiny_real, learn_alpha="each"))
     method.step(state, 0, seeding.generator(1, "step"))
-    moved = [n for n in range(5) if float(state["log_alpha.first"][n]) != 0]
-    assert moved == list(range(start, start + 3))
+    assert [n for n in range(5) if float(state["log_alpha.first"][n]) != 0] == [2, 3, 4]
+
+
+def test_settings_that_would_have_no_effect_or_hurt_are_refused() -> None:
+    for wrong, message in (
+        ({"window": 40}, "must not exceed total_steps"),
+        ({"grow_over": 10}, "set a window below total_steps"),
+        ({"window": 5, "window_start": "random"}, "learn_alpha each"),
+        ({"window": 5, "grow_over": 10}, "learn_alpha each"),
+        ({"optimiser": "adam", "student_momentum": 0.9}, "adam has its own"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BpttConfig(**wrong)
+
+
+def test_labels_and_rates_shrink_with_the_gradient_of_the_images(tiny_real: RealSet) -> None:
+    method, state = started(problem_of(tiny_real, clip=1.5, learn_alpha="one", soft_labels="learned"))
+    for scale, factor in ((1.0, 1.0), (10.0, 0.15)):
+        before = {name: state[f"{name}.first"].clone() for name in ("images", "labels", "log_alpha")}
+        gradients = {name: torch.full_like(state[name], scale) for name in before}
+        assert method._update(state, gradients, gradients["images"].norm(), 1.0, 0)
+        for name, first in before.items():
+            entered = (state[f"{name}.first"] - 0.9 * first) / 0.1
+            torch.testing.assert_close(entered, torch.full_like(entered, scale * factor), rtol=1e-4, atol=0)
 
 
 def test_the_window_starts_everywhere_and_training_grows(tiny_real: RealSet) -> None:
-    method, _ = started(problem_of(tiny_real, window_start="random", total_steps=9, grow_over=10))
+    method, _ = started(problem_of(tiny_real, window_start="random", total_steps=9, grow_over=10, learn_alpha="off"))
     starts = [{method._window_start(i, torch.Generator().manual_seed(k)) for k in range(60)} for i in (0, 5, 10, 99)]
     assert starts == [{0}, set(range(4)), set(range(7)), set(range(7))]
     last, _ = started(problem_of(tiny_real, total_steps=9))
@@ -171,13 +198,44 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_end_the_run(tiny_real
     method, state = started(problem_of(tiny_real, learn_alpha="off"))
     method.step(state, 0, seeding.generator(0, "step"))
     before = {name: tensor.clone() for name, tensor in state.items()}
+    method.guard = replace(method.guard, max_skip_share=0.5)
     bad = {"images": torch.full_like(state["images"], math.nan)}
     assert not method._update(state, bad, bad["images"].norm(), 1.0, 1)
     assert int(state["skipped"]) == 1
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items() if name != "skipped")
-    with pytest.raises(CollapseError):
+    with pytest.raises(
+        CollapseError, match=r"were not finite, more than the 50% allowed: lower distill\.lr_images or alpha_init"
+    ):
         for i in range(2, 30):
             method._update(state, bad, bad["images"].norm(), 1.0, i)
+    assert int(state["skipped"]) == 10
+
+
+def test_no_learned_quantity_is_ruined_by_one_that_is_not_finite(tiny_real: RealSet) -> None:
+    method, state = started(problem_of(tiny_real, learn_alpha="one", clip=2.0))
+    for images, rate in ((1.0, math.inf), (1e30, 1.0)):
+        gradients = {"images": torch.full_like(state["images"], images), "log_alpha": torch.tensor(rate)}
+        assert not method._update(state, gradients, gradients["images"].norm(), 1.0, 0)
+    assert torch.isfinite(state["images"]).all() and torch.isfinite(state["norm"])
+
+
+def test_the_average_of_learned_labels_is_the_result(tiny_real: RealSet) -> None:
+    method, state = started(problem_of(tiny_real, soft_labels="learned", image_ema=0.75, learn_alpha="off", lr_labels=0.1))
+    before = state["labels"].clone()
+    method.step(state, 0, seeding.generator(0, "step"))
+    average = 0.75 * before + 0.25 * state["labels"]
+    torch.testing.assert_close(method.result(state).labels, label_logits(average))
+
+
+def test_the_memory_of_prepared_images_and_blocks_is_counted(tiny_real: RealSet) -> None:
+    recipe, shape = problem_of(tiny_real, window=1).recipe, Shape(3, (8, 8), 3, 10**6)
+    device = torch.device("cpu")
+    few, many = (Bptt.peak_bytes(recipe, shape._replace(train=n), device) for n in (1000, 2000))
+    assert many - few == 2 * 4 * 3 * 8 * 8 * 1000
+    more = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"batch_real": 1012})})
+    grown = Bptt.peak_bytes(more, shape._replace(train=1000), device) - few
+    kept = Student(problem_of(tiny_real).network()).kept_bytes(torch.zeros(1), 1)
+    assert kept is not None and grown == 1000 * 2 * 4 * 3 * 8 * 8 + (1000 - 12) * 2 * kept
 
 
 def test_the_learned_rate_is_the_sets_own_only_if_networks_can_use_it(tiny_real: RealSet) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dstill.methods.frepo import centred, kernel_regression, label_logits, label_margin
+from dstill.methods.frepo import centred, kernel_regression, label_margin, uncentred_logits
 from dstill.methods.lamb import cosine, lamb_step
 
 
@@ -45,10 +45,10 @@ def test_labels_sum_to_nothing_and_come_back_as_probabilities() -> None:
     for classes in (2, 10, 25):
         labels = centred(torch.arange(classes), classes)
         assert float(labels.sum(1).abs().max()) < 1e-6
-        probabilities = label_logits(labels / math.sqrt(classes / 10)).softmax(1)
+        probabilities = uncentred_logits(labels / math.sqrt(classes / 10)).softmax(1)
         assert float((probabilities - torch.eye(classes)).abs().max()) < 1e-4 * classes
     soft = torch.tensor([[0.5, 0.3, 0.2]])
-    back = label_logits((soft - 1 / 3) / math.sqrt(0.3)).softmax(1)
+    back = uncentred_logits((soft - 1 / 3) / math.sqrt(0.3)).softmax(1)
     torch.testing.assert_close(back, soft, rtol=1e-5, atol=1e-6)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dstill.api.job import Job
-from dstill.api.options import Network
+from dstill.api.options import Evaluation
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import NetConfig, Recipe
 from dstill.data import formation, siamese
@@ -23,7 +23,7 @@ from dstill.nets import networks as nets
 
 def check_early(
     job: Job,
-    evaluated_on: Sequence[Network] = (),
+    evaluation: Evaluation = Evaluation(),
     logs: Sequence[str] = (),
     *,
     own_experts: bool = True,
@@ -34,7 +34,7 @@ def check_early(
 
     Args:
         job: the resolved command.
-        evaluated_on: evaluation networks.
+        evaluation: how the sets will be measured.
         logs: names of sinks.
         own_experts: whether the recipe's experts are used; others may have more epochs.
         validates: whether a validation part of the training images is needed.
@@ -53,10 +53,11 @@ def check_early(
         if not method.starts_from_a_set:
             raise DstillError(f"method {recipe.method!r} selects real images and does not start from a set: leave init out")
         check_initial(initial.decoded, real, recipe.decoded_ipc)
-    load_protocol(recipe.protocol)
+    for protocol in (recipe.protocol, *evaluation.also):
+        load_protocol(protocol)
     check_sinks(logs)
     siamese.parse(recipe.augmentation)
-    own, *_ = [_network(config, real) for config in (recipe.net, *nets.evaluation_nets(recipe.net, evaluated_on))]
+    own, *_ = [_network(config, real) for config in (recipe.net, *nets.evaluation_nets(recipe.net, evaluation.nets))]
     method.check(recipe, own)
     if own_experts:
         _check_epochs(recipe)

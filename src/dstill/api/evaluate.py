@@ -103,12 +103,12 @@ def measure_sets(
     first = sets[0]
     chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
     count, configs = evaluation.networks or chosen.networks, _networks(first, evaluation)
+    others = [other for other in map(load_protocol, evaluation.also) if _id(other) != _id(chosen)]
     test = prepared(real.test, first.preprocess, place.device)
     measured = {config.name: _measured(sets, config, count, test, chosen, seed, place) for config in configs}
     rates = {learning_rate(one, chosen) for one in sets}
     rate = rates.pop() if len(rates) == 1 else None
     scores = {name: Score.of([[one.accuracy for one in some] for some in by_set], lr=rate) for name, by_set in measured.items()}
-    others = [load_protocol(name) for name in evaluation.also]
     also = {str(_id(other)): _score_under(sets, configs[0], evaluation, test, other, seed, place) for other in others}
     confusions = [one.confusion for some in measured[configs[0].name] for one in some]
     evaluated = time.perf_counter()

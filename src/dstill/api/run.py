@@ -252,7 +252,7 @@ def run_job(job: Job, folder: Path, task: Task, started: float | None = None) ->
     started = time.perf_counter() if started is None else started
     evaluation, recording, reporter = task.evaluation, task.recording, job.place.reporter
     at_least_one(sets=task.sets, networks=evaluation.networks)
-    check_early(job, evaluation.nets, recording.logs, validates=recording.validate_every > 0)
+    check_early(job, evaluation, recording.logs, validates=recording.validate_every > 0)
     seeds = [job.seeds.images + k for k in range(task.sets)]
     for k, seed in enumerate(seeds):
         refuse_other_run(folder / f"set-{k}", job.identity(seed))

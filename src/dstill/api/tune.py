@@ -83,7 +83,7 @@ def tune(
     job = Job.resolve(source, Choice(method, ipc, recipe, net, changes, distill, experts), seed, place)
     base, real = job.recipe, job.real
     if not base.distill.search_factors:
-        raise DstillError(f"tune searches settings of trajectory matching; method {base.method!r} has none: take ast or mtt")
+        raise DstillError(f"method {base.method!r} names no settings that tune could search: take ast, mtt or rat-bptt")
     target = Path(out) if out else Path(f"{real.name}-{base.method.rpartition(':')[2]}-ipc{base.ipc}.yaml")
     if target.is_dir():
         raise DstillError(f"{target} is a folder: pass the recipe file to write, such as {target / 'tuned.yaml'}")
@@ -91,7 +91,7 @@ def tune(
     held = job.on(real.holdout(seed))
     check_early(held)
     longest = _longest(base)
-    trajectories = held.on(held.real, longest).experts()
+    trajectories = held.on(held.real, longest).experts() if held.method.needs_experts else None
     search = _Search(target, held, place.reporter.note)
     silent = replace(held, place=replace(place, reporter=Silent(), workers=1))
     for factors in _candidates(base.distill.search_factors, seed):
@@ -203,11 +203,13 @@ def _candidates(choices: Mapping[str, tuple[float, ...]], seed: int) -> Iterator
         yield {name: some[int(torch.randint(len(some), (), generator=generator))] for name, some in choices.items()}
 
 
-def _judge(job: Job, trajectories: Trajectories) -> float | None:
+def _judge(job: Job, trajectories: Trajectories | None) -> float | None:
     """The accuracy on the validation part; None if the run collapses."""
-    # No longer than the experts of the final recipe: the initialisation uses the features of their last epoch.
-    experts = Trajectories(trajectories.folder, len(trajectories), job.recipe.expert_config.epochs)
-    check_experts(experts, job)
+    experts = None
+    if trajectories is not None:
+        # No longer than the experts of the final recipe: the initialisation uses the features of their last epoch.
+        experts = Trajectories(trajectories.folder, len(trajectories), job.recipe.expert_config.epochs)
+        check_experts(experts, job)
     try:
         candidate = run_method(job.problem(job.seeds.images, experts))
         if not bool(torch.isfinite(candidate.images).all()):

@@ -25,7 +25,10 @@ _FOREIGN = 100.0  # distance added for another data set: more than between any t
 
 
 def recipe_names() -> list[str]:
-    """Names of all shipped recipes, `<data>/<method>[-released|-tuned]-ipc<k>`: of the paper, its code, or tuned here."""
+    """Names of all shipped recipes, `<data>/<method>[-<form>]-ipc<k>`.
+
+    Without a form they are the paper's; `released` is its code, `tuned` was tuned here, `smooth` is on AST's experts.
+    """
     return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.glob("*/*.yaml"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -145,6 +146,13 @@ class Case(NamedTuple):
     mirror: bool
     memory: float
 
+    def steps_in_memory(self, steps: int, vectors: int) -> int:
+        """At most `steps` steps of a student, of which a quarter of the memory holds `vectors` parameter vectors each."""
+        (channels, size, classes), width, depth = self.shape[:3], self.net.width or 128, self.net.depth or 1
+        last = math.prod(max(1, side >> depth) for side in size)
+        parameters = 9 * width * (channels + width * (depth - 1)) + 3 * width * depth + (width * last + 1) * classes
+        return int(min(steps, 0.25 * self.memory / (4 * parameters * vectors)))
+
 
 class DistillConfig(Settings):
     """Base of a method's settings, the section `distill` of its recipes.
@@ -160,6 +168,9 @@ class DistillConfig(Settings):
 
     optimises_images: ClassVar[bool] = False
     """Whether the method optimises images through `Problem.decoded`, so that a stored image may hold several."""
+    late: ClassVar[frozenset[str]] = frozenset({"parts"})
+    """Settings that were added later. Where one has its default, files do not mention it, so that runs and caches from before
+    stay what they are."""
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {}
     """Settings that `tune` searches, with the factors to multiply them by; if empty, the method cannot be tuned."""
 
@@ -170,10 +181,10 @@ class DistillConfig(Settings):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_the_usual_parts(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out `parts: 1`, so that runs, caches and files from before there were parts stay what they are."""
+    def _without_late_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = plain(self)
-        return {key: value for key, value in values.items() if key != "parts" or value != 1}
+        fields = type(self).model_fields
+        return {key: value for key, value in values.items() if key not in self.late or value != fields[key].default}
 
     @classmethod
     def expert_defaults(cls) -> dict[str, Any]:

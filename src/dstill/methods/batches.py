@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -10,15 +11,18 @@ from torch import Tensor, nn
 
 from dstill.config.settings import Count, DistillConfig, Momentum, Passes, Positive
 from dstill.data import siamese
+from dstill.data.catalog import Shape
 from dstill.derivatives.engine import derivatives_of
 from dstill.errors import DstillError
 from dstill.methods.base import Problem, State
 from dstill.methods.initialisation import initial_images
 from dstill.support.devices import sent, total_memory
-from dstill.training.fit import cross_entropy_objective, fit
+from dstill.training.fit import cross_entropy_objective, fit, student_batches
 from dstill.unrolling.optimisers import sgd_step
+from dstill.unrolling.types import Step
 
 _PREPARED_SHARE = 1 / 8
+_BLOCK = 1000  # images that are preprocessed at once
 
 
 class ImageConfig(DistillConfig):
@@ -137,10 +141,18 @@ class RealBatches:
 
     def __init__(self, problem: Problem, size: int) -> None:
         self.problem, self.size, images = problem, size, problem.real.train.images
-        fits = 4 * images.numel() <= _PREPARED_SHARE * total_memory(problem.device)
-        self.prepared = problem.prepared(torch.arange(len(images))) if fits else None
+        self.prepared: Tensor | None = None
+        if 4 * images.numel() <= _PREPARED_SHARE * total_memory(problem.device):
+            blocks = torch.arange(len(images)).split(_BLOCK)  # all at once would take three times the memory
+            self.prepared = torch.cat([problem.prepared(rows) for rows in blocks])
         self.labels = problem.real.train.labels.to(problem.device)
         self.by_class = problem.real.train.by_class(problem.real.classes)
+
+    @staticmethod
+    def peak_bytes(shape: Shape, size: int, device: torch.device) -> float:
+        """Memory of the prepared images, while they are joined, and of a batch before and after augmentation."""
+        prepared = 4.0 * shape.numbers * shape.train
+        return (2 * prepared if prepared <= _PREPARED_SHARE * total_memory(device) else 0) + 2 * 4 * shape.numbers * size
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images `[B, C, H, W]` without augmentation, and their class ids `[B]`; no image comes twice."""
@@ -153,6 +165,28 @@ class RealBatches:
         here = sent(rows, self.labels.device)
         images = self.problem.prepared(rows) if self.prepared is None else self.prepared[here]
         return images, self.labels[here]
+
+
+def draw_steps(problem: Problem, size: int | None, count: int, generator: torch.Generator) -> list[Step]:
+    """Draws the mini-batches of a student on the decoded images, each with its own augmentation.
+
+    Args:
+        problem: its recipe has the augmentation.
+        size: images in a batch; None for all.
+        count: number of steps.
+        generator: generator of all draws.
+    """
+    return [
+        Step(sent(rows, problem.device), siamese.sample(problem.recipe.augmentation, len(rows), generator))
+        for rows in student_batches(problem.decoded_count, size, count, generator)
+    ]
+
+
+def move_averages(state: State, names: Iterable[str], decay: float | None) -> None:
+    """Moves the averages `name.average` of the state towards its entries; without a decay there are none."""
+    if decay is not None:
+        for name in names:
+            state[f"{name}.average"] = decay * state[f"{name}.average"] + (1 - decay) * state[name]
 
 
 def train_on_synthetic(

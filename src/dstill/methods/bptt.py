@@ -20,22 +20,21 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.config.settings import Count, DistillConfig, Momentum, Passes, Positive, Precision, Recipe
+from dstill.config.settings import Case, Count, DistillConfig, Momentum, Passes, Positive, Precision, Recipe
 from dstill.data import siamese
 from dstill.data.catalog import Shape
 from dstill.derivatives import build as native
 from dstill.derivatives.engine import supports
 from dstill.methods.base import Method, Metrics, Problem, State, library_bytes
-from dstill.methods.batches import RealBatches
+from dstill.methods.batches import RealBatches, draw_steps, move_averages
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
 from dstill.methods.learned_labels import label_logits, one_hot_start, through_logits
 from dstill.nets import networks as nets
-from dstill.support.devices import available_memory, sent
-from dstill.training.fit import student_batches
+from dstill.support.devices import available_memory
 from dstill.unrolling.optimisers import Adam, optimiser
 from dstill.unrolling.student import Student
-from dstill.unrolling.types import FinalLoss, Gradients, Step
+from dstill.unrolling.types import FinalLoss, Gradients
 from dstill.unrolling.unroll import KEPT_SHARE, unroll
 
 _BLOCK = 1000  # real images at a time
@@ -85,7 +84,8 @@ class BpttConfig(DistillConfig):
     schedule: Literal["constant", "cosine"] = "constant"
     """Whether the step sizes stay or fall to a hundredth along half a cosine."""
     clip: Positive | None = None
-    """The gradient's norm is limited to this multiple of its running mean; left out: no limit."""
+    """The norm of the images' gradient is limited to this multiple of its running mean, and those of labels and rates shrink
+    with it; left out: no limit."""
     initialisation: Literal["random", "noise", "unit-noise"] = "noise"
     """Real images drawn at random; standard normal noise in preprocessed units; or such noise, each image of norm 1."""
     soft_labels: Literal["off", "learned"] = "off"
@@ -108,6 +108,12 @@ class BpttConfig(DistillConfig):
     def _consistent(self) -> BpttConfig:
         if self.window is not None and self.window > self.total_steps:
             raise ValueError(f"window {self.window} must not exceed total_steps {self.total_steps}")
+        if self.grow_over and self.differentiated == self.total_steps:
+            raise ValueError("grow_over lets T grow from window to total_steps: set a window below total_steps")
+        if self.learn_alpha == "each" and (self.window_start == "random" or self.grow_over):
+            raise ValueError("learn_alpha each needs a window in one place: set window_start to last and grow_over to 0")
+        if self.student_momentum and self.optimiser != "sgd":
+            raise ValueError(f"student_momentum is for sgd, and {self.optimiser} has its own: leave it at 0")
         return self
 
     @property
@@ -122,6 +128,15 @@ class BpttConfig(DistillConfig):
         share = min(1.0, iteration / self.grow_over)
         return self.differentiated + round(share * (self.total_steps - self.differentiated))
 
+    def fitted(self, case: Case) -> tuple[Self, str]:
+        """Reduces W so that the kept vectors fit into memory, and drops a `batch_syn` that covers the whole set."""
+        vectors = optimiser(self.optimiser, momentum=self.student_momentum).vectors
+        window, asked = max(1, case.steps_in_memory(self.differentiated, vectors)), self.differentiated
+        whole = case.ipc * self.parts**2 * case.shape.classes
+        batch = self.batch_syn if self.batch_syn is not None and self.batch_syn < whole else None
+        cut = f"; W cut from {asked} to {window} to fit the memory" if window < asked else ""
+        return self.model_copy(update={"batch_syn": batch, "window": window if cut else self.window}), cut
+
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
         batch = min(self.batch_syn or ipc * classes, ipc * classes)
         spare = self.total_steps - self.differentiated
@@ -134,7 +149,7 @@ class BpttConfig(DistillConfig):
 
     def smoke(self) -> Self:
         small = {"iterations": 5, "total_steps": 6, "window": 4, "batch_real": min(self.batch_real, 64), "draws": 1}
-        return self.model_copy(update=small)
+        return self.model_copy(update={**small, "grow_over": min(self.grow_over, 2)})
 
 
 def real_loss(student: Student, images: Tensor, labels: Tensor) -> FinalLoss:
@@ -148,7 +163,8 @@ def real_loss(student: Student, images: Tensor, labels: Tensor) -> FinalLoss:
 
     def loss(theta: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = torch.zeros((), device=theta.device), torch.zeros_like(theta)
-        for block, of_block in zip(images.split(_BLOCK), labels.split(_BLOCK), strict=True):
+        count = math.ceil(len(images) / _BLOCK)  # blocks of one size, or nearly
+        for block, of_block in zip(images.tensor_split(count), labels.tensor_split(count), strict=True):
             share = len(block) / len(images)
             one, by_theta, _ = student.gradient(theta, block, of_block)
             value, gradient = value + share * one, gradient + share * by_theta
@@ -179,7 +195,8 @@ class Bptt(Method):
             settings.optimiser, momentum=settings.student_momentum, weight_decay=settings.student_weight_decay
         )
         self.real = RealBatches(problem, settings.batch_real)
-        self.guard = Guard(True, settings.max_skip_share)
+        advice = "lower distill.lr_images or alpha_init, or set distill.clip"
+        self.guard = Guard(True, settings.max_skip_share, bad="were not finite", advice=advice)
 
     def initialise(self, generator: torch.Generator) -> State:
         settings, device = self.settings, self.problem.device
@@ -221,7 +238,7 @@ class Bptt(Method):
         settings, problem = self.settings, self.problem
         start = self._window_start(iteration, generator)
         theta = nn.utils.parameters_to_vector(problem.fresh_network(generator).parameters()).detach()
-        steps = self._draw_steps(start + settings.differentiated, generator)
+        steps = draw_steps(problem, settings.batch_syn, start + settings.differentiated, generator)
         images, labels = self.real.draw(generator)
         augmented = siamese.apply(images, siamese.sample(problem.recipe.augmentation, len(images), generator))
         rates = self._rates(state)
@@ -261,39 +278,31 @@ class Bptt(Method):
         last = self.settings.longest(iteration) - self.settings.differentiated
         return int(torch.randint(last + 1, (), generator=generator)) if self.settings.window_start == "random" else last
 
-    def _draw_steps(self, count: int, generator: torch.Generator) -> list[Step]:
-        """Draws mini-batches, each with its own augmentation."""
-        recipe, device = self.problem.recipe, self.problem.device
-        size = self.problem.decoded_count
-        return [
-            Step(sent(rows, device), siamese.sample(recipe.augmentation, len(rows), generator))
-            for rows in student_batches(size, self.settings.batch_syn, count, generator)
-        ]
-
     def _update(self, state: State, gradients: dict[str, Tensor], norm: Tensor, loss: float, iteration: int) -> bool:
         """One Adam step on all that is learned, unless the loss or the gradient is not finite. Returns whether it was taken."""
         settings = self.settings
-        if not self.guard.allows(state, iteration, loss, gradients["images"], torch.ones(()), ()):
+        if not self.guard.allows(state, iteration, loss, [norm, *gradients.values()]):
             return False
         state["taken"] = state["taken"] + 1
         if settings.clip is not None:
-            limit = settings.clip * state["norm"] if int(state["taken"]) > 1 else norm
-            clipped = torch.minimum(norm, limit)
-            gradients["images"] = gradients["images"] * (clipped / norm.clamp_min(1e-30))
-            before = state["norm"] if int(state["taken"]) > 1 else clipped
-            state["norm"] = _NORM_DECAY * before + (1 - _NORM_DECAY) * clipped
+            shrunk = self._clipped(state, norm) / norm.clamp_min(1e-30)
+            gradients = {name: shrunk * gradient for name, gradient in gradients.items()}
         factor = self._slowed(iteration)
         sizes = {"images": settings.lr_images, "log_alpha": settings.lr_alpha, "labels": settings.lr_labels}
         for name, gradient in gradients.items():
             self._adam(state, name, gradient, factor * sizes[name])
         if "labels" in state:
             state["labels"] = state["labels"].clamp_min(0)
-        if settings.image_ema is not None:
-            for name in ("images", "labels"):
-                if name in state:
-                    average = state[f"{name}.average"]
-                    state[f"{name}.average"] = settings.image_ema * average + (1 - settings.image_ema) * state[name]
+        move_averages(state, [name for name in ("images", "labels") if name in state], settings.image_ema)
         return True
+
+    def _clipped(self, state: State, norm: Tensor) -> Tensor:
+        """The norm that a gradient of this norm is shrunk to; updates the running mean of these."""
+        assert self.settings.clip is not None
+        first = int(state["taken"]) == 1
+        clipped = norm if first else torch.minimum(norm, self.settings.clip * state["norm"])
+        state["norm"] = clipped if first else _NORM_DECAY * state["norm"] + (1 - _NORM_DECAY) * clipped
+        return clipped
 
     def _slowed(self, iteration: int) -> float:
         """The factor on the step sizes."""
@@ -302,6 +311,7 @@ class Bptt(Method):
         return _SLOWEST + (1 - _SLOWEST) * 0.5 * (1 + math.cos(math.pi * iteration / self.settings.iterations))
 
     @staticmethod
+    @torch.no_grad()
     def _adam(state: State, name: str, gradient: Tensor, lr: float) -> None:
         moments = state[f"{name}.first"], state[f"{name}.second"]
         rate = torch.tensor(lr, device=gradient.device)
@@ -318,10 +328,12 @@ class Bptt(Method):
         batch = min(settings.batch_syn or count, count)
         vectors = optimiser(settings.optimiser, momentum=settings.student_momentum).vectors
         weights = 4 * student.numel * (settings.differentiated * vectors + 8)
-        real = 4 * shape.numbers * settings.batch_real
-        kept = student.kept_bytes(torch.zeros(1), batch)
-        if kept is None:
-            return weights + real + library_bytes(recipe.net, max(batch, min(_BLOCK, settings.batch_real)), shape)
+        block = min(_BLOCK, settings.batch_real)
+        real = RealBatches.peak_bytes(shape, settings.batch_real, device)
+        kept, of_block = (student.kept_bytes(torch.zeros(1), images) for images in (batch, block))
+        if kept is None or of_block is None:
+            return weights + real + library_bytes(recipe.net, max(batch, block), shape)
+        real += 2 * of_block  # what a block's first-order pass needs, forward and back
         whole = kept * settings.differentiated
         some = min(whole, max(kept, KEPT_SHARE * available_memory(device)))
         return weights + real + {"keep": whole, "auto": some, "recompute": kept}[settings.memory]

@@ -35,7 +35,7 @@ def mean_expert_labels(student: Student, trajectories: Trajectories, images: Ten
     for expert in range(len(trajectories)):
         logits = expert_labels(student, last_weights(trajectories, expert).to(images), images)
         right = (logits.argmax(1) == labels).unsqueeze(1)
-        total, right_total, count = total + logits, right_total + right * logits, count + right
+        total, right_total, count = total + logits, right_total + torch.where(right, logits, 0.0), count + right
     return torch.where(count > 0, right_total / count.clamp_min(1), total / len(trajectories))
 
 

@@ -102,7 +102,7 @@ def label_margin(labels: Tensor) -> Tensor:
     return -(top[:, 0] - top[:, 1]).clamp_max(1 / labels.shape[1]).mean()
 
 
-def label_logits(labels: Tensor) -> Tensor:
+def uncentred_logits(labels: Tensor) -> Tensor:
     """Learned labels `[S, K]` as logits, without their centring and scaling; probabilities are at least 1e-4."""
     classes = labels.shape[1]
     probabilities = (labels * math.sqrt(classes / 10) + 1 / classes).clamp_min(_SMALLEST_PROBABILITY)
@@ -173,7 +173,7 @@ class Frepo(Method):
         return {"loss": float(error.detach()), "margin": float(margin.detach()), "fit_accuracy": float(right), "age": age}
 
     def result(self, state: State) -> DistilledSet:
-        labels = label_logits(state["labels"]) if self.settings.learn_labels else self.problem.labels()
+        labels = uncentred_logits(state["labels"]) if self.settings.learn_labels else self.problem.labels()
         return self.problem.result(state["images"], labels, None)
 
     def _fresh(self, generator: torch.Generator) -> None:

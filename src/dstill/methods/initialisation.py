@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from dstill.data import formation
 from dstill.data.real import RealSet, Split
 from dstill.errors import DstillError
 from dstill.methods.base import Problem
+from dstill.methods.expert_labels import last_weights
 from dstill.support import seeding
 from dstill.training.fit import described, predictions
 
@@ -65,8 +67,7 @@ def expert_network(problem: Problem) -> nn.Module:
     trajectories = problem.feature_expert or problem.trajectories
     if trajectories is None:
         raise DstillError("representative initialisation needs expert trajectories: use a method that has them")
-    theta = trajectories.rows(0, trajectories.epochs, trajectories.epochs + 1)[0]
-    return problem.network(theta).eval()
+    return problem.network(last_weights(trajectories, 0)).eval()
 
 
 @torch.no_grad()
@@ -108,11 +109,11 @@ def classified_rows(problem: Problem, generator: torch.Generator) -> Tensor:
     trajectories, chosen = problem.trajectories, list[Tensor]()
     if trajectories is None:
         raise DstillError("initialisation=classified needs expert trajectories: use a method that has them")
+    network = functools.cache(lambda expert: problem.network(last_weights(trajectories, expert)))
     for c, rows in enumerate(problem.real.train.by_class(problem.real.classes)):
         free, taken, wanted = rows[torch.randperm(len(rows), generator=generator)], rows[:0], problem.recipe.decoded_ipc
         for expert in range(len(trajectories)):
-            net = problem.network(trajectories.rows(expert, trajectories.epochs, trajectories.epochs + 1)[0])
-            right = _first_right(problem, net, free, c, wanted - len(taken))
+            right = _first_right(problem, network(expert), free, c, wanted - len(taken))
             taken = torch.cat([taken, right])
             free = free[~torch.isin(free, right)]
             if len(taken) == wanted:

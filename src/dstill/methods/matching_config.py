@@ -20,6 +20,9 @@ class MatchingConfig(DistillConfig):
     """How a synthetic set is optimised to reproduce expert segments (paper IV-C, IV-D, Algorithm 2). Defaults are MTT's."""
 
     optimises_images: ClassVar[bool] = True
+    late: ClassVar[frozenset[str]] = DistillConfig.late | {
+        *("start_epochs", "first_start_epochs", "grow_over", "lr_labels", "label_momentum", "skip_above")
+    }
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "lr_images": (0.1, 0.3, 1.0, 3.0, 10.0),
         "max_start_epoch": (0.5, 1.0, 2.0),
@@ -153,11 +156,7 @@ class MatchingConfig(DistillConfig):
 
     def _steps_in_memory(self, case: Case) -> int:
         """The N at which the kept parameter vectors (two per step with momentum) take a quarter of the memory."""
-        (channels, size, classes), width, depth = case.shape[:3], case.net.width or 128, case.net.depth or 1
-        last = math.prod(max(1, side >> depth) for side in size)
-        parameters = 9 * width * (channels + width * (depth - 1)) + 3 * width * depth + (width * last + 1) * classes
-        vectors = 2 if self.student_momentum else 1
-        return int(min(self.student_steps, 0.25 * case.memory / (4 * parameters * vectors)))
+        return case.steps_in_memory(self.student_steps, vectors=2 if self.student_momentum else 1)
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
         batch = min(self.batch_syn or ipc * classes, ipc * classes)

@@ -28,7 +28,7 @@ class RatBpttConfig(BpttConfig):
     lr_images: Positive = 1e-3
     """Step size of Adam on the images, in preprocessed units."""
     clip: Positive | None = 2.0
-    """The gradient's norm is limited to this multiple of its running mean."""
+    """The norm of the images' gradient is limited to this multiple of its running mean."""
     initialisation: Literal["random", "noise", "unit-noise"] = "unit-noise"
     """Real images drawn at random; standard normal noise in preprocessed units; or such noise, each image of norm 1."""
 

@@ -1,4 +1,4 @@
-"""Trajectory matching (paper Algorithm 2): MTT, TESLA, FTD and AST differ only in its settings."""
+"""Trajectory matching (paper Algorithm 2): MTT, TESLA, FTD, DATM and AST differ only in its settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Recipe
-from dstill.data import siamese
 from dstill.data.catalog import Shape
 from dstill.derivatives import build as native
 from dstill.derivatives.engine import supports
@@ -17,16 +16,16 @@ from dstill.errors import DstillError
 from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
 from dstill.methods.base import Method, Metrics, Problem, State, library_bytes
+from dstill.methods.batches import draw_steps, move_averages
 from dstill.methods.expert_labels import expert_labels, gradient_through_labels, mean_expert_labels
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
 from dstill.methods.matching_config import MatchingConfig
 from dstill.nets import networks as nets
-from dstill.support.devices import available_memory, sent
-from dstill.training.fit import student_batches
+from dstill.support.devices import available_memory
 from dstill.unrolling.optimisers import Sgd, sgd_step
 from dstill.unrolling.student import Student
-from dstill.unrolling.types import Step, Targets, Unrolled
+from dstill.unrolling.types import Targets, Unrolled
 from dstill.unrolling.unroll import KEPT_SHARE, unroll
 
 
@@ -34,7 +33,8 @@ class TrajectoryMatching(Method):
     """The images and α are optimised so that a student trained on them follows segments of expert trajectories.
 
     State: `images` and `images.momentum` `[S, C, H, W]`, `alpha` and `alpha.momentum`, `skipped`; `labels` `[S, K]` if they
-    are soft, with `labels.momentum` if they are learned; `images.average` and `labels.average` if a moving average is kept.
+    are soft, with `labels.momentum` if they are learned; `images.average` and `labels.average` if a moving average is kept;
+    `passed_over` if segments with a large loss change nothing.
     """
 
     Settings = MatchingConfig
@@ -54,7 +54,7 @@ class TrajectoryMatching(Method):
         self.trajectories: Trajectories = problem.trajectories
         self.student = Student(problem.network(), precision=self.settings.precision, compiled=self.settings.compile)
         self.trajectories.check_fits(self.student.numel, self.settings.epochs_needed)
-        self.guard = Guard(self.settings.guard == "on", self.settings.max_skip_share)
+        self.guard = Guard(self.settings.guard == "on", self.settings.max_skip_share, self.settings.skip_above)
 
     def initialise(self, generator: torch.Generator) -> State:
         images = initial_images(self.problem, self.settings.initialisation, generator)
@@ -66,6 +66,8 @@ class TrajectoryMatching(Method):
             "alpha.momentum": torch.zeros_like(alpha),
             "skipped": torch.zeros((), dtype=torch.int64),
         }
+        if self.settings.skip_above is not None:
+            state["passed_over"] = torch.zeros((), dtype=torch.int64)
         if self.settings.soft_labels == "learned":
             decoded, ids = self.problem.decoded(images), self.problem.labels()
             state["labels"] = mean_expert_labels(self.student, self.trajectories, decoded, ids)
@@ -84,7 +86,7 @@ class TrajectoryMatching(Method):
             theta0=start,
             images=self.problem.decoded(state["images"]),
             labels=self._labels(state, segment),
-            steps=self._draw_steps(generator),
+            steps=draw_steps(self.problem, settings.batch_syn, settings.student_steps, generator),
             alpha=state["alpha"],
             targets=self._targets(segment, start),
             loss_scale=balanced_loss(segment.epoch, settings.max_start_epoch, settings.balanced_loss),
@@ -135,15 +137,6 @@ class TrajectoryMatching(Method):
             segment, origin, settings.student_steps, settings.intermediate_matching, settings.intermediate_scale
         )
 
-    def _draw_steps(self, generator: torch.Generator) -> list[Step]:
-        """Draws N mini-batches, each with its own augmentation."""
-        recipe, settings = self.problem.recipe, self.settings
-        count = self.problem.decoded_count
-        return [
-            Step(sent(rows, self.problem.device), siamese.sample(recipe.augmentation, len(rows), generator))
-            for rows in student_batches(count, settings.batch_syn, settings.student_steps, generator)
-        ]
-
     @property
     def _learned(self) -> tuple[str, ...]:
         """What SGD with momentum updates besides α."""
@@ -170,8 +163,6 @@ class TrajectoryMatching(Method):
     def _update(self, state: State, by_images: Tensor, unrolled: Unrolled, iteration: int) -> bool:
         """One SGD step on images, learned labels and α, unless the guard skips it. Returns whether it was taken."""
         settings = self.settings
-        if settings.skip_above is not None and float(unrolled.loss) > settings.skip_above:
-            return False
         rules: dict[str, tuple[Tensor | None, float, float]] = {
             "images": (by_images, settings.lr_images, settings.image_momentum),
             "alpha": (unrolled.grads.alpha, settings.lr_alpha, settings.image_momentum),
@@ -184,13 +175,10 @@ class TrajectoryMatching(Method):
             buffer = f"{name}.momentum"
             after[name], after[buffer] = sgd_step(state[name], state[buffer], gradient, lr, momentum)
         momenta = [name for name in after if name.endswith(".momentum")]
-        if not self.guard.allows(state, iteration, float(unrolled.loss), after["images"], after["alpha"], momenta):
+        if not self.guard.allows(state, iteration, float(unrolled.loss), (after["images"],), after["alpha"], momenta):
             return False
         state.update(after)
-        if settings.image_ema is not None:
-            for name in self._learned:
-                average = f"{name}.average"
-                state[average] = settings.image_ema * state[average] + (1 - settings.image_ema) * state[name]
+        move_averages(state, self._learned, settings.image_ema)
         return True
 
     @classmethod

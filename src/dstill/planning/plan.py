@@ -130,7 +130,7 @@ def plan(
     at_least_one(sets=sets, networks=evaluation.networks)
     formation.check_parts(job.shape.size, job.recipe.distill.parts)
     if job.data is not None:
-        check_early(job, evaluation.nets)
+        check_early(job, evaluation)
     elif job.recipe.decoded_ipc * job.shape.classes > job.shape.train:
         each = job.shape.train // job.shape.classes
         raise DstillError(f"{job.name} has {each} training images per class, fewer than {job.recipe.decoded_ipc}")

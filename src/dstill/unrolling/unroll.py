@@ -111,7 +111,7 @@ def _check(steps: int, alpha: Tensor, targets: Targets | FinalLoss, burn_in: int
 
 def _kept_steps(student: Student, theta: Tensor, steps: Sequence[Step], memory: Memory) -> int:
     """For how many of the last steps the forward sweep keeps what the backward sweep needs."""
-    a_step = student.kept_bytes(theta, len(steps[-1].rows)) if steps else None
+    a_step = student.kept_bytes(theta, max(len(step.rows) for step in steps)) if steps else None
     if memory == "recompute" or a_step is None:
         return 0
     return len(steps) if memory == "keep" else min(len(steps), int(KEPT_SHARE * available_memory(theta.device) / a_step))
