@@ -114,7 +114,10 @@ def test_a_list_of_recipes_says_what_each_is_for(call: Call) -> None:
         (["train-experts", "digits", *FAST, "--only", "-1"], "experts are numbered from 0, got -1"),
         (["train-experts", "digits", "--method", "random"], "method 'random' needs no experts"),
         (["distill", "digits", *FAST, "--experts", "nowhere"], "nowhere holds no experts"),
-        (["tune", "digits", "--method", "random", "--budget", "1"], "method 'random' has none: take ast or mtt"),
+        (
+            ["tune", "digits", "--method", "random", "--budget", "1"],
+            "method 'random' names no settings that tune could search: take ast, mtt or rat-bptt",
+        ),
         (["show", "tiny.yaml"], "tiny.yaml is damaged or not a safetensors file"),
         (["show", "."], "holds no distilled set, no experts and no result"),
         (["run", "digits", "--set", "distill.min_start_epoch=99"], "min_start_epoch 99 must be below max_start_epoch"),

@@ -387,6 +387,9 @@ def test_experts_are_never_trained_longer_than_the_recipe_needs() -> None:
         if not isinstance(recipe.distill, MatchingConfig):
             continue
         seen += 1
+        if recipe.method == "datm" and "smooth" not in name and recipe.data != "digits":
+            assert recipe.expert_config.epochs == 100, "labels and initial images come from the end of the training"
+            continue
         # The last segment starts at T+ - 1 and ends M epochs later.
         assert recipe.expert_config.epochs == recipe.distill.max_start_epoch - 1 + recipe.distill.expert_epochs, name
     assert seen >= 40

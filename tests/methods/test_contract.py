@@ -18,7 +18,7 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.run_folder import RunFolder
 from dstill.config import recipes
 from dstill.config.registry import METHODS, methods
-from dstill.config.settings import NetConfig, Protocol, Recipe
+from dstill.config.settings import NetConfig, Protocol, Recipe, settings_class
 from dstill.data.catalog import Shape
 from dstill.data.real import RealSet, Split
 from dstill.distillation.loop import Cadence, make_method, run_method
@@ -29,6 +29,8 @@ NAMES = sorted(methods())
 STEPPING = [name for name in NAMES if methods()[name].family != "selection"]
 # At one image a class these are determined by the trained networks alone.
 DETERMINED = {"herding", "kmeans", "k-centre", "grand", "el2n"}
+# Each method with images as they are, and with four in one if it can.
+FORMS = [(name, parts) for name in STEPPING for parts in ((1, 2) if settings_class(name).optimises_images else (1,))]
 CPU = torch.device("cpu")
 PROTOCOL = Protocol(name="tiny", version=1, passes=40, batch_size=64, momentum=0.9, weight_decay=0.0, lr=0.05, networks=5)
 # Step sizes for twenty steps on a toy set that starts from noise; all other settings are those of a smoke run.
@@ -139,7 +141,7 @@ def test_the_seed_decides_everything(method: str, problem_of: Callable[..., Prob
     assert same(first, other) == (method in DETERMINED)
 
 
-@pytest.mark.parametrize("method", STEPPING)
+@pytest.mark.parametrize("method", [name for name, parts in FORMS if parts == 2])
 def test_a_stored_image_may_hold_several(
     method: str, problem_of: Callable[..., Problem], tiny_real: RealSet, tmp_path: Path
 ) -> None:
@@ -161,8 +163,9 @@ class _Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", STEPPING)
-@pytest.mark.parametrize(("stop", "parts"), [(1, 1), (3, 1), (4, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("method", "parts", "stop"), [(*form, stop) for form in FORMS for stop in ((1, 3, 4) if form[1] == 1 else (3,))]
+)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     method: str, stop: int, parts: int, problem_of: Callable[..., Problem], tiny_real: RealSet, tmp_path: Path
 ) -> None:
@@ -221,8 +224,7 @@ def score(problem: Problem, state: State) -> float:
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("method", STEPPING)
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("method", "parts"), FORMS)
 def test_the_objective_falls_and_the_set_gets_better_than_its_start(
     method: str, parts: int, problem_of: Callable[..., Problem], hard_real: RealSet
 ) -> None:

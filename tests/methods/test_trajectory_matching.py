@@ -20,8 +20,10 @@ from dstill.distillation.loop import run_method
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
 from dstill.methods.base import Metrics, Problem, State
+from dstill.methods.batches import draw_steps
 from dstill.methods.trajectory_matching import TrajectoryMatching
 from dstill.support import seeding
+from dstill.unrolling.types import Step
 
 MakeProblem = Callable[..., Problem]
 DSA = "colour_crop_cutout_flip_scale_rotate"
@@ -46,6 +48,11 @@ def started(problem: Problem) -> tuple[TrajectoryMatching, State]:
 
 def steps(method: TrajectoryMatching, state: State, count: int) -> list[Metrics]:
     return [method.step(state, i, seeding.generator(0, "step", i)) for i in range(count)]
+
+
+def drawn_steps(method: TrajectoryMatching) -> list[Step]:
+    settings = method.settings
+    return draw_steps(method.problem, settings.batch_syn, settings.student_steps, seeding.generator(0, "batches"))
 
 
 def copied(state: State) -> State:
@@ -192,7 +199,7 @@ def test_dropout_zeroes_its_share_of_the_start_and_scales_up_the_rest(make_probl
 def test_a_small_batch_uses_every_image_once_before_any_twice(make_problem: MakeProblem) -> None:
     method, _ = started(make_problem(ipc=10, batch_syn=7, student_steps=23, augmentation=DSA))
     uses = torch.zeros(30, dtype=torch.int64)
-    drawn = method._draw_steps(seeding.generator(0, "batches"))
+    drawn = drawn_steps(method)
     assert len(drawn) == 23
     for step in drawn:
         assert 1 <= len(step.rows) <= 7
@@ -205,14 +212,14 @@ def test_a_small_batch_uses_every_image_once_before_any_twice(make_problem: Make
 
 def test_each_pass_over_the_set_has_an_order_of_its_own(make_problem: MakeProblem) -> None:
     method, _ = started(make_problem(ipc=10, batch_syn=10, student_steps=6))
-    rows = torch.cat([step.rows for step in method._draw_steps(seeding.generator(0, "batches"))])
+    rows = torch.cat([step.rows for step in drawn_steps(method)])
     assert not torch.equal(rows[:30], rows[30:])
 
 
 @pytest.mark.parametrize("batch_syn", [None, 30, 500])
 def test_without_a_smaller_batch_every_step_sees_the_whole_set(make_problem: MakeProblem, batch_syn: int | None) -> None:
     method, _ = started(make_problem(ipc=10, batch_syn=batch_syn))
-    for step in method._draw_steps(seeding.generator(0, "batches")):
+    for step in drawn_steps(method):
         assert step.rows.sort().values.tolist() == list(range(30))
 
 
