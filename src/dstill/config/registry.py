@@ -29,8 +29,8 @@ class MethodInfo:
         path: `module:Class` of a `dstill.methods.base.Method`.
         family: the family of methods, such as `trajectory matching`.
         needs: what is trained first. `experts`: expert trajectories; `trained network`: one network trained on the real
-            images, or as many as `DistillConfig.network_count` says, with the number of times each forgot each of them; `real
-            images`: nothing.
+            images, or as many as `DistillConfig.network_count` says, with the number of times each forgot each of them;
+            `real images`: nothing.
         labels: `hard` class ids, or `soft` labels that are part of the result.
         paper: who published it.
         note: one line for `dstill ls methods`.
