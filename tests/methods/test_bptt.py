@@ -195,10 +195,9 @@ def test_the_cosine_ends_at_a_hundredth_and_the_average_follows_the_images(tiny_
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_too_many_end_the_run(tiny_real: RealSet) -> None:
-    method, state = started(problem_of(tiny_real, learn_alpha="off"))
+    method, state = started(problem_of(tiny_real, learn_alpha="off", max_skip_share=0.5))
     method.step(state, 0, seeding.generator(0, "step"))
     before = {name: tensor.clone() for name, tensor in state.items()}
-    method.guard = replace(method.guard, max_skip_share=0.5)
     bad = {"images": torch.full_like(state["images"], math.nan)}
     assert not method._update(state, bad, bad["images"].norm(), 1.0, 1)
     assert int(state["skipped"]) == 1

@@ -155,6 +155,9 @@ def test_classified_images_are_those_that_an_expert_gets_right(
     assert labels[rows].tolist() == [c for c in range(3) for _ in range(4)] and len(set(rows.tolist())) == 12
     images = problem.prepared(rows)
     assert bool((logits_of(problem, trajectories, 0, images).argmax(1) == labels[rows]).all())
+    # Ten images of a class are classified correctly, by either expert; five more are taken, and none twice.
+    many = initialisation.classified_rows(make_problem(ipc=15, real=problem.real), torch.Generator().manual_seed(0))
+    assert len(set(many.tolist())) == 45
     # All images of a class are taken where too few are classified correctly.
     every = initialisation.classified_rows(make_problem(ipc=20), torch.Generator().manual_seed(0))
     assert sorted(every.tolist()) == list(range(len(tiny_real.train)))
