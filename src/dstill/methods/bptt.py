@@ -23,19 +23,16 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Case, Count, DistillConfig, Momentum, Passes, Positive, Precision, Recipe
 from dstill.data import siamese
 from dstill.data.catalog import Shape
-from dstill.derivatives import build as native
-from dstill.derivatives.engine import supports
-from dstill.methods.base import Method, Metrics, Problem, State, library_bytes
+from dstill.methods.base import Method, Metrics, Problem, State, hand_written, library_bytes
 from dstill.methods.batches import RealBatches, draw_steps, move_averages
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
 from dstill.methods.learned_labels import label_logits, one_hot_start, through_logits
 from dstill.nets import networks as nets
-from dstill.support.devices import available_memory
 from dstill.unrolling.optimisers import Adam, optimiser
 from dstill.unrolling.student import Student
 from dstill.unrolling.types import FinalLoss, Gradients
-from dstill.unrolling.unroll import KEPT_SHARE, unroll
+from dstill.unrolling.unroll import unroll, unrolled_bytes
 
 _BLOCK = 1000  # real images at a time
 _NORM_DECAY = 0.9  # of the running norm that gradients are clipped by
@@ -330,17 +327,14 @@ class Bptt(Method):
         weights = 4 * student.numel * (settings.differentiated * vectors + 8)
         block = min(_BLOCK, settings.batch_real)
         real = RealBatches.peak_bytes(shape, settings.batch_real, device)
-        kept, of_block = (student.kept_bytes(torch.zeros(1), images) for images in (batch, block))
+        kept = unrolled_bytes(student, settings.differentiated, batch, settings.memory, device)
+        of_block = student.kept_bytes(torch.zeros(1), block)
         if kept is None or of_block is None:
             return weights + real + library_bytes(recipe.net, max(batch, block), shape)
-        real += 2 * of_block  # what a block's first-order pass needs, forward and back
-        whole = kept * settings.differentiated
-        some = min(whole, max(kept, KEPT_SHARE * available_memory(device)))
-        return weights + real + {"keep": whole, "auto": some, "recompute": kept}[settings.memory]
+        return weights + real + kept + 2 * of_block  # a block's first-order pass, forward and back
 
     @classmethod
     def engine(cls, problem: Problem) -> str:
         settings = problem.settings(BpttConfig)
-        hand = supports(problem.network())
-        engine = native.describe(problem.device, compiled=settings.compile) if hand else "torch double backward"
+        engine = hand_written(problem, compiled=settings.compile)
         return f"{engine}, {settings.precision}, {'exact' if settings.precision == 'float32' else 'inexact'}"

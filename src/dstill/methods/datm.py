@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, final
-
-from pydantic import Field
+from typing import final
 
 from dstill.config.settings import Count, Positive
-from dstill.methods.matching_config import Initialisation, MatchingConfig, SoftLabels, StartEpochs
+from dstill.methods.ftd import FtdConfig
+from dstill.methods.matching_config import Initialisation, SoftLabels, StartEpochs
 from dstill.methods.trajectory_matching import TrajectoryMatching
 
 
-class DatmConfig(MatchingConfig):
-    """Trajectory matching with DATM's labels, start epochs and initial images, on FTD's experts."""
+class DatmConfig(FtdConfig):
+    """FTD with DATM's labels, start epochs and initial images; the moving average is that of images and labels."""
 
     iterations: Count = 10_000
     """Segments matched, each with one update of images and labels."""
@@ -26,13 +25,6 @@ class DatmConfig(MatchingConfig):
     """Logits that start as the mean of the experts' and are learned."""
     skip_above: Positive | None = 1.0
     """A segment whose matching loss is larger changes nothing; left out: no limit."""
-    image_ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.9995
-    """Decay of a moving average of images and labels, which becomes the result."""
-
-    @classmethod
-    def expert_defaults(cls) -> dict[str, Any]:
-        """Plain SGD with GSAM, as FTD's experts."""
-        return {**super().expert_defaults(), "gsam": {}}
 
 
 @final

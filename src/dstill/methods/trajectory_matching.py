@@ -10,23 +10,20 @@ from torch import Tensor, nn
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Recipe
 from dstill.data.catalog import Shape
-from dstill.derivatives import build as native
-from dstill.derivatives.engine import supports
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
-from dstill.methods.base import Method, Metrics, Problem, State, library_bytes
+from dstill.methods.base import Method, Metrics, Problem, State, hand_written, library_bytes
 from dstill.methods.batches import draw_steps, move_averages
 from dstill.methods.expert_labels import expert_labels, gradient_through_labels, mean_expert_labels
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
 from dstill.methods.matching_config import MatchingConfig
 from dstill.nets import networks as nets
-from dstill.support.devices import available_memory
 from dstill.unrolling.optimisers import Sgd, sgd_step
 from dstill.unrolling.student import Student
 from dstill.unrolling.types import Targets, Unrolled
-from dstill.unrolling.unroll import KEPT_SHARE, unroll
+from dstill.unrolling.unroll import unroll, unrolled_bytes
 
 
 class TrajectoryMatching(Method):
@@ -191,22 +188,13 @@ class TrajectoryMatching(Method):
         batch = min(settings.batch_syn or count, count)
         vectors = (settings.student_steps + settings.expert_epochs + 8) * (2 if settings.student_momentum else 1)
         weights = 4 * student.numel * vectors
-        kept = student.kept_bytes(torch.zeros(1), batch)
-        if kept is None:
-            return weights + library_bytes(recipe.net, batch, shape)
-        whole = kept * settings.student_steps
-        some = min(whole, max(kept, KEPT_SHARE * available_memory(device)))
-        return weights + {"keep": whole, "auto": some, "recompute": kept}[settings.memory]
+        kept = unrolled_bytes(student, settings.student_steps, batch, settings.memory, device)
+        return weights + (library_bytes(recipe.net, batch, shape) if kept is None else kept)
 
     @classmethod
     def engine(cls, problem: Problem) -> str:
         settings = problem.settings(MatchingConfig)
-        if settings.gradient == "graph":
-            engine = "library autograd"
-        elif not supports(problem.network()):
-            engine = "torch double backward"
-        else:
-            engine = native.describe(problem.device, compiled=settings.compile)
+        engine = "library autograd" if settings.gradient == "graph" else hand_written(problem, compiled=settings.compile)
         exact = settings.gradient != "tesla" and settings.precision == "float32"
         return f"{engine}, {settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
 

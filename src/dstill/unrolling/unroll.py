@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from dstill.errors import DstillError, suggest
@@ -107,6 +108,19 @@ def _check(steps: int, alpha: Tensor, targets: Targets | FinalLoss, burn_in: int
     outside = [n for n in targets if not burn_in < n <= steps]
     if outside or not targets:
         raise DstillError(f"matching points must lie in {burn_in + 1} … {steps}, at least one of them, got {sorted(targets)}")
+
+
+def unrolled_bytes(student: Student, steps: int, batch: int, memory: Memory, device: torch.device) -> float | None:
+    """About how much memory `unroll` keeps of `steps` steps with `batch` images each, besides vectors of the size of θ.
+
+    None if nothing can be kept, as for networks without hand-written derivatives.
+    """
+    a_step = student.kept_bytes(torch.zeros(1), batch)
+    if a_step is None:
+        return None
+    whole = a_step * steps
+    some = min(whole, max(a_step, KEPT_SHARE * available_memory(device)))
+    return {"keep": whole, "auto": some, "recompute": a_step}[memory]
 
 
 def _kept_steps(student: Student, theta: Tensor, steps: Sequence[Step], memory: Memory) -> int:
