@@ -15,19 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dstill.api.job import fitted_preprocess, resolve_recipe
 from dstill.artifacts.run_folder import RunFolder
-from dstill.config.settings import Recipe
 from dstill.data.real import RealSet, load_real
 from dstill.derivatives import build as native
 from dstill.distillation.loop import make_method, run_method
 from dstill.experts.trajectory import Trajectories, save_expert
+from dstill.jobs.job import Job, Workplace
+from dstill.jobs.options import Choice, Machine
 from dstill.methods.base import Metrics, Problem
 from dstill.nets import networks as nets
-from dstill.support.console import Silent
 from dstill.support.devices import resident_memory
 
-CPU = torch.device("cpu")
 WIDTH, EPOCHS, EVERY = 32, 20, 50
 MIB = 2**20
 
@@ -36,18 +34,18 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def settings(real: RealSet, iterations: int) -> Recipe:
+def job(real: RealSet, iterations: int, cache: Path) -> Job:
     """AST with all its parts except the initialisation, which needs trained experts."""
     changes = [f"net.width={WIDTH}", f"distill.iterations={iterations}", "distill.student_steps=6", "distill.memory=keep"]
     changes += ["distill.initialisation=random", f"distill.max_start_epoch={EPOCHS - 2}"]
-    return resolve_recipe(real, None, "ast", 1, None, changes, CPU, Silent())
+    place = Workplace.of(Machine(device="cpu", cache=cache, threads=1), progress=False)
+    return Job.resolve(real, Choice("ast", 1, changes=changes), 0, place)
 
 
 def problem(real: RealSet, iterations: int, experts: Path) -> Problem:
     """The problem with synthetic trajectories, whose content does not affect memory."""
-    recipe = settings(real, iterations)
-    preprocess = fitted_preprocess(recipe.preprocess, real, experts.parent / "cache")
-    return Problem(real, preprocess, recipe, Trajectories(experts), CPU, 0, None, None, None)
+    one = job(real, iterations, experts.parent / "cache")
+    return Problem(real, one.preprocess(), one.recipe, Trajectories(experts), torch.device("cpu"), 0)
 
 
 def write_experts(folder: Path, count: int, numel: int) -> Path:
@@ -96,12 +94,11 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--iterations", type=int, default=2500)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     real = load_real("digits")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         few = folder / "few"
-        net = nets.build(settings(real, 1).net, real.channels, real.classes, real.size, torch.Generator())
+        net = nets.build(job(real, 1, folder).recipe.net, real.channels, real.classes, real.size, torch.Generator())
         numel = sum(parameter.numel() for parameter in net.parameters())
         write_experts(few, 5, numel)
         many = write_experts(folder / "many", 200, numel)

@@ -26,8 +26,9 @@ FLOORS = (
     ("methods",),
     ("evaluation",),
     ("distillation",),
-    ("api",),
+    ("jobs",),
     ("planning",),
+    ("api",),
     ("reproductions",),
     ("cli",),
 )

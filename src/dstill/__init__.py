@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from dstill.api.compare import Comparison, compare
     from dstill.api.evaluate import evaluate
     from dstill.api.judge import judge
-    from dstill.api.options import Evaluation, Machine, Recording, Seeds
     from dstill.api.run import distill, run, train_experts
     from dstill.api.tune import tune
     from dstill.artifacts.distilled import DistilledSet
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from dstill.data.real import RealSet, Source, load_real
     from dstill.experts.importing import import_experts
     from dstill.experts.trajectory import Trajectories
+    from dstill.jobs.options import Evaluation, Machine, Recording, Seeds
     from dstill.methods.base import Method
     from dstill.planning.plan import Plan, plan
     from dstill.reporting.page import report
@@ -79,17 +79,17 @@ __all__ = [
 _HOME = {
     "Comparison": "api.compare",
     "DistilledSet": "artifacts.distilled",
-    "Evaluation": "api.options",
-    "Machine": "api.options",
+    "Evaluation": "jobs.options",
+    "Machine": "jobs.options",
     "Method": "methods.base",
     "MethodInfo": "config.registry",
     "Plan": "planning.plan",
     "RealSet": "data.real",
     "Recipe": "config.settings",
-    "Recording": "api.options",
+    "Recording": "jobs.options",
     "Reporter": "support.console",
     "Result": "artifacts.result",
-    "Seeds": "api.options",
+    "Seeds": "jobs.options",
     "Source": "data.real",
     "Step": "unrolling.types",
     "Student": "unrolling.student",

@@ -14,10 +14,9 @@ import pytest
 import dstill
 from dstill import Comparison, DstillError
 from dstill.api.apart import request, run_apart
-from dstill.api.job import Job, Workplace
-from dstill.api.options import Choice
-from dstill.api.run import Task
 from dstill.data.real import RealSet
+from dstill.jobs.job import Job, Task, Workplace
+from dstill.jobs.options import Choice
 
 PROTOCOL = "{name: tiny, version: 1, passes: 4, batch_size: 8, momentum: 0.9, weight_decay: 5e-4, lr: 0.05, networks: 2}"
 

@@ -12,10 +12,10 @@ import pytest
 
 import dstill
 from dstill.api import tune as tuning
-from dstill.api.job import Job
 from dstill.config import recipes
 from dstill.config.settings import Recipe
 from dstill.errors import CollapseError, DstillError
+from dstill.jobs.job import Job
 
 SHORT = ("net.width=4", "distill.iterations=2", "distill.max_start_epoch=3", "distill.student_steps=4", "experts.count=1")
 

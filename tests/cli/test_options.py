@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from dstill.api.options import Evaluation, Machine, Recording, Seeds
 from dstill.cli import files, judge, make  # noqa: F401 - they register their commands
 from dstill.cli.app import app
 from dstill.data.real import RealSet
+from dstill.jobs.options import Evaluation, Machine, Recording, Seeds
 from dstill.support.console import ConsoleReporter
 
 CHOICE = "--method mtt --ipc 3 --recipe smoke --net alexnet --set a=1 b=2"

@@ -9,12 +9,12 @@ from kornia.enhance import ZCAWhitening
 from torch import Tensor
 
 import dstill
-from dstill.api.job import Job, Workplace
-from dstill.api.options import Choice
 from dstill.data import preprocess
 from dstill.data.preprocess import ZCA, Preprocess, Standardise
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
+from dstill.jobs.job import Job, Workplace
+from dstill.jobs.options import Choice
 
 KINDS = ("standardise", "zca")
 

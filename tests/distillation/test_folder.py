@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from dstill.api.job import Job, Workplace
-from dstill.api.options import Choice, Machine
 from dstill.config.settings import NetConfig, Recipe
 from dstill.data import preprocess
 from dstill.data.real import RealSet
@@ -18,6 +16,8 @@ from dstill.distillation.folder import distill_into
 from dstill.distillation.loop import Cadence
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories, save_expert
+from dstill.jobs.job import Job, Workplace
+from dstill.jobs.options import Choice, Machine
 from dstill.methods.base import Problem
 from dstill.nets.networks import build
 from dstill.support.console import Silent

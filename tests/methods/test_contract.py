@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from dstill.api.job import Job, Workplace
-from dstill.api.options import Choice, Machine
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.run_folder import RunFolder
 from dstill.config import recipes
@@ -23,6 +21,8 @@ from dstill.data.catalog import Shape
 from dstill.data.real import RealSet, Split
 from dstill.distillation.loop import Cadence, make_method, run_method
 from dstill.evaluation.networks import evaluate_set, prepared
+from dstill.jobs.job import Job, Workplace
+from dstill.jobs.options import Choice, Machine
 from dstill.methods.base import Problem, State
 
 NAMES = sorted(methods())

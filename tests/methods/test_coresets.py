@@ -13,14 +13,14 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from dstill.api.job import Job, Workplace
-from dstill.api.options import Choice, Machine
 from dstill.config.settings import NetConfig, Recipe, TrainingConfig, digest
 from dstill.data import preprocess as preprocessing
 from dstill.data.real import RealSet, Split
 from dstill.distillation.loop import make_method
 from dstill.errors import DstillError
 from dstill.experts.trained import NetworkTask, TrainedNetwork, train_network
+from dstill.jobs.job import Job, Workplace
+from dstill.jobs.options import Choice, Machine
 from dstill.methods import grand
 from dstill.methods.base import Problem
 from dstill.methods.difficulty import Difficulty, DifficultyConfig, EarlyTrainingConfig

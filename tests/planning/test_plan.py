@@ -112,7 +112,7 @@ def test_a_plan_counts_what_stored_images_hold_and_random_images_by_their_bytes(
         planned(6, 2)
     with pytest.raises(DstillError, match="cannot hold 9x9 parts"):
         planned(1, 9)
-    monkeypatch.setattr("dstill.api.job.load_real", lambda source: pytest.fail(f"{source} was loaded"))
+    monkeypatch.setattr("dstill.jobs.job.load_real", lambda source: pytest.fail(f"{source} was loaded"))
     with pytest.raises(DstillError, match="5000 training images per class, fewer than 8000"):
         dstill.plan("cifar10", method="dm", ipc=2000, distill={"parts": 2}, machine=on(tmp_path))
 
@@ -151,7 +151,7 @@ def test_large_batches_lie_on_the_line_through_two_small_ones() -> None:
 
 
 def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dstill.api.job.load_real", lambda source: pytest.fail(f"{source} was loaded"))
+    monkeypatch.setattr("dstill.jobs.job.load_real", lambda source: pytest.fail(f"{source} was loaded"))
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
     plan = dstill.plan("cifar10", method="mtt", ipc=1, machine=dstill.Machine(device="cpu", cache=tmp_path))
     # 100 experts: the start, 3 epochs, and the network to resume from, 320,010 parameters each (ConvNet-3 on ten classes).

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dstill.api.job import Workplace
-from dstill.api.options import Machine
 from dstill.errors import DstillError
+from dstill.jobs.job import Workplace
+from dstill.jobs.options import Machine
 from dstill.support.workers import apart, choose_workers, cores, spread
 
 CPU = torch.device("cpu")

@@ -1,5 +1,5 @@
 """The functions of the package: run, distill, train_experts, evaluate, judge, compare, tune.
 
-Each function resolves a `Job` once and passes it on. How a method distils and how a network is measured is in the rooms
-below; what a command prints is in `cli`.
+Each function resolves a `Job` (in `jobs`) once and passes it on. How a method distils and how a network is measured is in the
+rooms below; what a command prints is in `cli`.
 """

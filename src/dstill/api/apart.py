@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dstill.api.job import Job
-from dstill.api.run import Task, run_job
+from dstill.api.run import run_job
 from dstill.artifacts.files import write_text
 from dstill.artifacts.record import RESULT_NAME
 from dstill.artifacts.result import Result
 from dstill.config.settings import canonical
 from dstill.evaluation.protocols import load_protocol
+from dstill.jobs.job import Job, Task
 from dstill.support.console import Silent
 from dstill.support.workers import apart
 

@@ -11,9 +11,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from dstill.api.apart import request, run_apart
-from dstill.api.job import Job, Workplace
-from dstill.api.options import Changes, Choice, Evaluation, Machine, Recording, Seeds
-from dstill.api.run import Task
 from dstill.artifacts.files import write_text
 from dstill.artifacts.result import Result
 from dstill.config import recipes
@@ -22,6 +19,8 @@ from dstill.config.registry import methods as known_methods
 from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import reason_of
 from dstill.evaluation.protocols import load_protocol
+from dstill.jobs.job import Job, Task, Workplace
+from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Recording, Seeds
 from dstill.reporting.page import REPORT_NAME, report
 from dstill.support.console import Progress
 from dstill.support.plugins import name_of

@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dstill.api.job import Workplace
-from dstill.api.options import Evaluation, Machine, Names, Networks, at_least_one
 from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import RESULT_NAME
@@ -24,6 +22,8 @@ from dstill.errors import DstillError
 from dstill.evaluation.baselines import random_baseline, whole_set
 from dstill.evaluation.networks import Measured, Trial, learning_rate, measure, prepared, trials_of
 from dstill.evaluation.protocols import load_protocol
+from dstill.jobs.job import Workplace
+from dstill.jobs.options import Evaluation, Machine, Names, Networks, at_least_one
 from dstill.nets.networks import evaluation_nets, network_class
 from dstill.support.console import Progress
 from dstill.version import __version__

@@ -9,13 +9,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from dstill.api.evaluate import measure_sets
-from dstill.api.job import Workplace
-from dstill.api.options import Evaluation, Machine, Network, Networks, at_least_one
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import check_writable, write_text
 from dstill.artifacts.result import Result
 from dstill.data import siamese
 from dstill.data.real import Source, load_real
+from dstill.jobs.job import Workplace
+from dstill.jobs.options import Evaluation, Machine, Network, Networks, at_least_one
 from dstill.nets.networks import network_name
 from dstill.support.console import Progress
 from dstill.support.tables import markdown

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstill.api.checks import check_early, check_experts
 from dstill.api.evaluate import measure_sets
-from dstill.api.job import Job, Workplace
-from dstill.api.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import RESULT_NAME
@@ -23,6 +19,9 @@ from dstill.distillation.folder import Watcher, distill_into
 from dstill.distillation.loop import Cadence, run_method
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
+from dstill.jobs.checks import check_early, check_experts
+from dstill.jobs.job import Job, Task, Workplace
+from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.reporting.page import REPORT_NAME, report
 from dstill.support.console import Progress
 
@@ -161,21 +160,6 @@ def _distilled(
     if out is None:
         return run_method(problem, cadence=cadence, observer=Watcher(problem, reporter))
     return distill_into(out, problem, job.identity(seed), cadence, reporter, recording.logs)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a run does with its job.
-
-    Attributes:
-        sets: number of synthetic sets; their seeds count up from the job's.
-        evaluation: how they are measured.
-        recording: what is recorded while distilling.
-    """
-
-    sets: int = 1
-    evaluation: Evaluation = Evaluation()
-    recording: Recording = Recording()
 
 
 def run(

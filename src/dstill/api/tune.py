@@ -11,10 +11,7 @@ from typing import Any
 
 import torch
 
-from dstill.api.checks import check_early, check_experts
 from dstill.api.evaluate import measure_sets
-from dstill.api.job import Job, Workplace
-from dstill.api.options import Changes, Choice, Evaluation, Machine, Network
 from dstill.artifacts.files import check_writable, write_text
 from dstill.artifacts.record import read_metrics
 from dstill.config import recipes
@@ -23,6 +20,9 @@ from dstill.data.real import Source
 from dstill.distillation.loop import run_method
 from dstill.errors import CollapseError, DstillError
 from dstill.experts.trajectory import Trajectories
+from dstill.jobs.checks import check_early, check_experts
+from dstill.jobs.job import Job, Workplace
+from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network
 from dstill.support import seeding
 from dstill.support.console import Progress, Silent
 

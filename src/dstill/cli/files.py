@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from dstill.api.options import Flag, Whole
 from dstill.cli.app import app
 from dstill.cli.options import Common, Data, Out
+from dstill.jobs.options import Flag, Whole
 from dstill.support.console import printable
 
 _DATA, _COMMON = Data(), Common()

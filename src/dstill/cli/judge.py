@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dstill.api.options import Evaluation, Flag, Machine, Recording, Whole, names
 from dstill.cli.app import app
 from dstill.cli.options import Choice, Common, Data, OptionalOut, Out, Set, assignments, numbers
+from dstill.jobs.options import Evaluation, Flag, Machine, Recording, Whole, names
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
 _EVALUATION, _RECORDING, _MACHINE = Evaluation(), Recording(), Machine()

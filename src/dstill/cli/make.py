@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dstill.api.options import Evaluation, Machine, Recording, Whole
 from dstill.cli.app import app
 from dstill.cli.options import Choice, Common, Data, OptionalOut, Out, numbers
+from dstill.jobs.options import Evaluation, Machine, Recording, Whole
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
 _EVALUATION, _RECORDING, _MACHINE = Evaluation(), Recording(), Machine()

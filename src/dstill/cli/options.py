@@ -1,4 +1,4 @@
-"""Options of the command line only; `dstill.api.options` has those that it shares with Python. Never imports torch."""
+"""Options of the command line only; `dstill.jobs.options` has those that it shares with Python. Never imports torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dstill.api.options import Machine, Seeds, Whole, names
 from dstill.errors import DstillError
+from dstill.jobs.options import Machine, Seeds, Whole, names
 from dstill.support.console import ConsoleReporter
 
 if TYPE_CHECKING:

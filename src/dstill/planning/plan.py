@@ -10,10 +10,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from dstill.api.checks import check_early
-from dstill.api.job import Job, Workplace
-from dstill.api.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
-from dstill.api.run import Task
 from dstill.config.settings import ExpertConfig, NetConfig, Passes, Protocol, Recipe, digest
 from dstill.data import formation
 from dstill.data.catalog import DATASETS, Shape
@@ -23,6 +19,9 @@ from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import expert_identity
 from dstill.experts.trajectory import missing_experts
+from dstill.jobs.checks import check_early
+from dstill.jobs.job import Job, Task, Workplace
+from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.methods.base import method_class
 from dstill.nets import networks as nets
 from dstill.nets.networks import evaluation_nets

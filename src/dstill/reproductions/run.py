@@ -13,9 +13,6 @@ import torch
 from PIL import Image
 
 from dstill.api.apart import request, run_apart
-from dstill.api.job import Job, Workplace
-from dstill.api.options import Choice, Evaluation, Machine, Recording, Seeds, at_least_one
-from dstill.api.run import Task
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import atomic, write_text
 from dstill.artifacts.record import RunRecord
@@ -26,6 +23,8 @@ from dstill.data.catalog import DATASETS, Shape
 from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import DstillError, reason_of, suggest
 from dstill.experts.trajectory import Trajectories
+from dstill.jobs.job import Job, Task, Workplace
+from dstill.jobs.options import Choice, Evaluation, Machine, Recording, Seeds, at_least_one
 from dstill.planning.clock import Clock
 from dstill.planning.plan import Plan, plan_job, together
 from dstill.reporting import figures

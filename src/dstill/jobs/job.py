@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from dstill.api.options import Choice, Machine, Seeds, at_least_one
 from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config import recipes
@@ -27,6 +26,7 @@ from dstill.errors import DstillError
 from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trained import NetworkTask, TrainedNetwork, trained_network
 from dstill.experts.trajectory import Trajectories, missing_experts
+from dstill.jobs.options import Choice, Evaluation, Machine, Recording, Seeds, at_least_one
 from dstill.methods.base import Problem
 from dstill.nets.networks import network_name
 from dstill.support.console import Progress, Reporter, reporter_of
@@ -233,6 +233,21 @@ class Job:
         describing = None if initial is not None else self.describing_expert(trajectories)
         trained, preprocess = self.trained_networks(), self.preprocess()
         return Problem(self.real, preprocess, self.recipe, trajectories, self.place.device, seed, describing, trained, initial)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run does with its job.
+
+    Attributes:
+        sets: number of synthetic sets; their seeds count up from the job's.
+        evaluation: how they are measured.
+        recording: what is recorded while distilling.
+    """
+
+    sets: int = 1
+    evaluation: Evaluation = Evaluation()
+    recording: Recording = Recording()
 
 
 def resolved(choice: Choice, name: str, shape: Shape, device: torch.device) -> tuple[Recipe, str]:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from dstill.api.job import Job
-from dstill.api.options import Evaluation
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import NetConfig, Recipe
 from dstill.data import formation, siamese
@@ -16,6 +14,8 @@ from dstill.distillation.sinks import check_sinks
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.trajectory import Trajectories
+from dstill.jobs.job import Job
+from dstill.jobs.options import Evaluation
 from dstill.methods.base import method_class
 from dstill.methods.initialisation import check_initial
 from dstill.nets import networks as nets
