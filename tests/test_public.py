@@ -17,7 +17,8 @@ import dstill
 from dstill import DistilledSet, DstillError
 from dstill.data.real import RealSet
 from dstill.nets.convnet import ConvNet
-from dstill.support.console import ConsoleReporter, NotebookReporter, Silent, reporter_of
+from dstill.support.console import ConsoleReporter, NotebookReporter, reporter_of
+from dstill.support.progress import Silent
 
 SMOKE: dict[str, Any] = {"recipe": "smoke", "progress": False}
 FUNCTIONS = [name for name in dstill.__all__ if inspect.isfunction(getattr(dstill, name))]

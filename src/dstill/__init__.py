@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dstill.planning.plan import Plan, plan
     from dstill.reporting.page import report
     from dstill.reproductions.run import reproduce
-    from dstill.support.console import Reporter
+    from dstill.support.progress import Reporter
     from dstill.unrolling.student import Student
     from dstill.unrolling.types import Step, Unrolled
     from dstill.unrolling.unroll import unroll
@@ -87,7 +87,7 @@ _HOME = {
     "RealSet": "data.real",
     "Recipe": "config.settings",
     "Recording": "jobs.options",
-    "Reporter": "support.console",
+    "Reporter": "support.progress",
     "Result": "artifacts.result",
     "Seeds": "jobs.options",
     "Source": "data.real",

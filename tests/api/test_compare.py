@@ -29,7 +29,7 @@ class Notes:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
+    def progress(self, stage: str, done: float, total: float, detail: str = "") -> None:
         self.stages.add(stage)
 
 
@@ -53,7 +53,7 @@ def test_rows_are_runs_and_a_second_call_reuses_them(compare: Callable[..., Comp
     first, notes = Notes(), Notes()
     table = compare("a", "dsa", "dm", progress=first)
     assert [(row.method, row.ipc, row.reason) for row in table.rows] == [("dsa", 1, ""), ("dm", 1, "")]
-    assert {"distilling", "evaluating convnet"} <= first.stages, "reports of a row's process are passed on"
+    assert {"distilling", "evaluation"} <= first.stages, "reports of a row's process are passed on"
     for row in table.rows:
         assert row.result is not None and row.result.cost is not None
         assert (row.result.ipc, row.result.method, row.result.protocol.name) == (row.ipc, row.method, "tiny")

@@ -20,7 +20,7 @@ from dstill.jobs.job import Job, Workplace
 from dstill.jobs.options import Choice, Machine
 from dstill.methods.base import Problem
 from dstill.nets.networks import build
-from dstill.support.console import Silent
+from dstill.support.progress import Silent
 
 NET = NetConfig(width=4, depth=1)
 

@@ -34,13 +34,14 @@ class Watch:
 
     def __init__(self, stop: tuple[str, int] | None = None) -> None:
         self.stop, self.notes = stop, list[str]()
-        self.seen: dict[str, list[int]] = {}
+        self.seen: dict[str, list[float]] = {}
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        self.seen.setdefault(stage, []).append(done)
+    def progress(self, stage: str, done: float, total: float, detail: str = "") -> None:
+        if done == round(done):  # a slow machine also tells how far it is within an epoch
+            self.seen.setdefault(stage, []).append(done)
         if self.stop == (stage, done):
             raise KeyboardInterrupt
 

@@ -15,7 +15,7 @@ from dstill.config.settings import NetConfig, Protocol
 from dstill.data import preprocess, siamese
 from dstill.data.real import RealSet
 from dstill.evaluation.baselines import RANDOM_RATES, random_baseline, random_set, whole_set
-from dstill.evaluation.networks import evaluate_set, measure, prepared, train_and_measure, trials_of
+from dstill.evaluation.networks import Trial, evaluate_set, measure, prepared, train_and_measure, trials_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.nets import networks as nets
 from dstill.support import seeding
@@ -99,6 +99,25 @@ def test_the_network_that_is_asked_for_is_trained_on_the_set(syn: DistilledSet, 
     expected = answers(trained(OTHER, syn.images, syn.labels, PROTOCOL, 0.03, generator), noise)
     (measured,) = measure(trials_of(syn, 1, net=OTHER, seed=7), (noise, expected), PROTOCOL)
     assert measured.accuracy >= 0.998
+
+
+def test_the_way_through_each_training_is_told_and_then_its_accuracy(
+    syn: DistilledSet, noise: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dstill.training.fit._TICK_SECONDS", 0.0)
+    told: list[tuple[int | str, float, float | None]] = []
+    labels = torch.arange(len(noise)) % 3
+
+    def tell(trial: Trial, share: float, accuracy: float | None) -> None:
+        told.append((trial.stream[-1], share, accuracy))
+
+    found = measure(trials_of(syn, 2), (noise, labels), PROTOCOL, progress=tell)
+    batches = [(k + part) / PROTOCOL.passes for k in range(PROTOCOL.passes) for part in (2 / 3, 1)]  # of two images and of one
+    for k, measured in enumerate(found):
+        mine = [one[1:] for one in told if one[0] == k]
+        assert mine[-1] == (1.0, measured.accuracy)
+        assert [share for share, _ in mine[:-1]] == pytest.approx(batches)
+        assert all(accuracy is None for _, accuracy in mine[:-1])
 
 
 def test_every_network_of_a_set_has_weights_of_its_own(syn: DistilledSet, noise: Tensor) -> None:

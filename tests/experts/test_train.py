@@ -22,7 +22,7 @@ from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.smooth import step_lengths
 from dstill.experts.train import ExpertTask, lr_schedule, optimiser, train_expert, train_missing
-from dstill.experts.trajectory import KIND, Trajectories, expert_path, save_expert
+from dstill.experts.trajectory import KIND, Trajectories, expert_path, recorded_epochs, save_expert
 from dstill.methods.matching_config import MatchingConfig
 from dstill.nets import networks as nets
 from dstill.support import seeding
@@ -186,7 +186,7 @@ def test_the_record_tells_loss_accuracy_and_step_length_of_every_epoch(make_task
 
 def test_an_expert_depends_on_seed_and_index_alone(make_task: MakeTask, tmp_path: Path) -> None:
     train_missing(make_task(count=3), tmp_path / "all", CPU)
-    train_missing(make_task(count=50), tmp_path / "some", CPU, only=[2, 0])
+    train_missing(make_task(count=50), tmp_path / "some", CPU, epochs={2: 2, 0: 2})
     everything, some = Trajectories(tmp_path / "all"), Trajectories(tmp_path / "some")
     assert [path.name for path in some.paths] == ["expert-000.safetensors", "expert-002.safetensors"]
     assert torch.equal(everything.rows(0, 0, 3), some.rows(0, 0, 3))
@@ -411,3 +411,26 @@ def test_the_number_of_workers_does_not_change_an_expert(make_task: MakeTask, tm
     one, two = Trajectories(tmp_path / "one"), Trajectories(tmp_path / "two")
     assert all(torch.equal(one.rows(i, 0, 3), two.rows(i, 0, 3)) for i in range(3))
     assert sorted(told) == [(i, epoch) for i in range(3) for epoch in (1, 2)]
+
+
+def test_experts_may_need_different_numbers_of_epochs_and_the_longest_comes_first(make_task: MakeTask, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+
+    def train(epochs: dict[int, int]) -> list[int]:
+        told.clear()
+        watch: Callable[..., None] = lambda index, report, _: told.append((index, report.epochs_done))  # noqa: E731
+        train_missing(make_task(count=5), tmp_path, CPU, epochs=epochs, observer=watch)
+        return [recorded_epochs(expert_path(tmp_path, index)) for index in range(5)]
+
+    assert train({1: 2, 0: 4, 3: 3}) == [4, 2, 0, 3, 0]
+    assert told == [(0, 1), (0, 2), (0, 3), (0, 4), (3, 1), (3, 2), (3, 3), (1, 1), (1, 2)]
+    assert train({0: 3, 1: 3}) == [4, 3, 0, 3, 0], "a longer one is used as it is, a shorter one is trained further"
+    assert told == [(1, 3)]
+
+
+def test_the_way_within_an_epoch_is_told(make_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dstill.training.fit._TICK_SECONDS", 0.0)
+    ticks: list[tuple[int, float]] = []
+    train_missing(make_task(), tmp_path, CPU, tick=lambda index, epochs: ticks.append((index, epochs)))
+    assert [index for index, _ in ticks] == [0] * 6  # three batches in each of two epochs
+    assert [epochs for _, epochs in ticks] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])

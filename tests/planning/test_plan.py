@@ -145,9 +145,10 @@ def test_large_batches_lie_on_the_line_through_two_small_ones() -> None:
         asked.append(images)
         return 0.5 + 0.25 * images
 
-    assert Clock._scaled(1000, seconds) == pytest.approx(250.5)
+    clock = Clock(Shape(1, (8, 8), 2, 10, 10), torch.device("cpu"))
+    assert clock._scaled(1000, seconds) == pytest.approx(250.5)
     assert asked == [4, 12], "nothing larger is timed"
-    assert Clock._scaled(4, seconds) == pytest.approx(1.5)
+    assert clock._scaled(4, seconds) == pytest.approx(1.5)
 
 
 def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

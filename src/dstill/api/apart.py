@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from dstill.artifacts.result import Result
 from dstill.config.settings import canonical
 from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Job, Task
-from dstill.support.console import Silent
+from dstill.support.progress import Expectation, Reporter, Silent, expect
 from dstill.support.workers import apart
 
 _REQUEST = "request.json"
@@ -51,9 +51,18 @@ def run_apart(job: Job, folder: Path, task: Task, asked: Mapping[str, Any]) -> R
     stamp.unlink(missing_ok=True)  # from now on, a result in the folder may belong to another run
     quiet = replace(job, place=replace(job.place, reporter=Silent()))  # reporters stay in the process that displays them
     work = functools.partial(_work, quiet, folder, task)
-    result: Result = apart(work, None, lambda _, told: getattr(reporter, told[0])(*told[1:]))
+    result: Result = apart(work, None, lambda _, told: _pass_on(told, reporter))
     write_text(stamp, text)
     return result
+
+
+def _pass_on(told: tuple[Any, ...], reporter: Reporter) -> None:
+    """Calls the function of the reporter that a relay was called by in the other process."""
+    name, *values = told
+    if name == "expect":
+        expect(reporter, *values)
+    else:
+        getattr(reporter, name)(*values)
 
 
 class _Relay:
@@ -65,8 +74,11 @@ class _Relay:
     def note(self, text: str) -> None:
         self.report(("note", text))
 
-    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
+    def progress(self, stage: str, done: float, total: float, detail: str = "") -> None:
         self.report(("progress", stage, done, total, detail))
+
+    def expect(self, stages: Sequence[Expectation]) -> None:
+        self.report(("expect", stages))
 
 
 def _work(job: Job, folder: Path, task: Task, _: None, report: Callable[[Any], None]) -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,13 +18,15 @@ from dstill.artifacts.result import ProtocolId, Result, Score
 from dstill.config.settings import NetConfig, Protocol, canonical, digest
 from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import DstillError
-from dstill.evaluation.baselines import random_baseline, whole_set
+from dstill.evaluation.baselines import random_baseline, random_trainings, whole_set
 from dstill.evaluation.networks import Measured, Trial, learning_rate, measure, prepared, trials_of
+from dstill.evaluation.networks import Progress as Told
 from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Workplace
 from dstill.jobs.options import Evaluation, Machine, Names, Networks, at_least_one
 from dstill.nets.networks import evaluation_nets, network_class
 from dstill.support.console import Progress
+from dstill.support.progress import Pieces
 from dstill.version import __version__
 
 
@@ -105,11 +106,13 @@ def measure_sets(
     count, configs = evaluation.networks or chosen.networks, _networks(first, evaluation)
     others = [other for other in map(load_protocol, evaluation.also) if _id(other) != _id(chosen)]
     test = prepared(real.test, first.preprocess, place.device)
-    measured = {config.name: _measured(sets, config, count, test, chosen, seed, place) for config in configs}
+    trainings = count * len(configs) + sum(evaluation.networks or other.networks for other in others)
+    pieces = Pieces(place.reporter, "evaluation", len(sets) * trainings)
+    measured = {config.name: _measured(sets, config, count, test, chosen, seed, place, pieces) for config in configs}
     rates = {learning_rate(one, chosen) for one in sets}
     rate = rates.pop() if len(rates) == 1 else None
     scores = {name: Score.of([[one.accuracy for one in some] for some in by_set], lr=rate) for name, by_set in measured.items()}
-    also = {str(_id(other)): _score_under(sets, configs[0], evaluation, test, other, seed, place) for other in others}
+    also = {str(_id(other)): _score_under(sets, configs[0], evaluation, test, other, seed, place, pieces) for other in others}
     confusions = [one.confusion for some in measured[configs[0].name] for one in some]
     evaluated = time.perf_counter()
     baselines = _Baselines(first, configs[0], real, test, seed, place)
@@ -153,9 +156,10 @@ def _score_under(
     protocol: Protocol,
     seed: int,
     place: Workplace,
+    pieces: Pieces,
 ) -> Score:
     """The score of the sets under another protocol."""
-    by_set = _measured(sets, net, evaluation.networks or protocol.networks, test, protocol, seed, place)
+    by_set = _measured(sets, net, evaluation.networks or protocol.networks, test, protocol, seed, place, pieces)
     return Score.of([[one.accuracy for one in some] for some in by_set])
 
 
@@ -195,6 +199,7 @@ def _measured(
     protocol: Protocol,
     seed: int,
     place: Workplace,
+    pieces: Pieces,
 ) -> list[list[Measured]]:
     """The score of `count` fresh networks of one kind, for each set."""
     trials = [
@@ -203,13 +208,18 @@ def _measured(
         for k in range(count)
         for trial in trials_of(one, 1, net=config, seed=seed, stream=(one.seed, i, k))
     ]
-    done = itertools.count(1)
-
-    def watch(trial: Trial, score: float) -> None:
-        place.reporter.progress(f"evaluating {trial.net.name}", next(done), len(trials), f"{trial.net.name} {score:.1%}")
-
-    measured = measure(trials, test, protocol, workers=place.workers, progress=watch)
+    measured = measure(trials, test, protocol, workers=place.workers, progress=_telling(pieces, protocol))
     return [measured[i * count : (i + 1) * count] for i in range(len(sets))]
+
+
+def _telling(pieces: Pieces, protocol: Protocol) -> Told:
+    """Tells the progress of networks that are trained under a protocol, with the accuracy of the last one."""
+
+    def tell(trial: Trial, share: float, accuracy: float | None) -> None:
+        detail = "" if accuracy is None else f"{trial.net.name} {accuracy:.1%}"
+        pieces((protocol.name, trial.net.name, trial.lr, trial.stream), share, detail)
+
+    return tell
 
 
 class _Baselines:
@@ -242,16 +252,24 @@ class _Baselines:
                 networks=networks,
                 seed=self.seed,
                 workers=self.place.workers,
-                tick=self.place.reporter.note,
+                note=self.place.reporter.note,
+                progress=_telling(self._pieces(protocol, networks), protocol),
             ),
         )
+
+    def _pieces(self, protocol: Protocol, networks: int) -> Pieces:
+        return Pieces(self.place.reporter, "random images", random_trainings(self.real, protocol, networks))
 
     def whole(self) -> Score:
         """The whole training set under the protocol `whole`."""
         return _cached(
             self.place.cache / f"whole/{self._shared()}-{_named(load_protocol('whole'))}.json",
-            lambda: whole_set(self.net, self.like, self.real, self.test, seed=self.seed),
+            lambda: whole_set(self.net, self.like, self.real, self.test, seed=self.seed, tick=self._whole_passes),
         )
+
+    def _whole_passes(self, done: float) -> None:
+        protocol = load_protocol("whole")
+        self.place.reporter.progress("whole set", done, protocol.networks * protocol.passes)
 
     def _shared(self) -> str:
         """A name for everything that the baselines depend on."""

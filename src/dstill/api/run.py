@@ -22,6 +22,7 @@ from dstill.experts.trajectory import Trajectories
 from dstill.jobs.checks import check_early, check_experts
 from dstill.jobs.job import Job, Task, Workplace
 from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
+from dstill.planning.announce import announce
 from dstill.reporting.page import REPORT_NAME, report
 from dstill.support.console import Progress
 
@@ -243,6 +244,7 @@ def run_job(job: Job, folder: Path, task: Task, started: float | None = None) ->
     files.check_writable(folder)
     files.check_writable(job.place.cache)
     reporter.note(f"run folder: {folder}")
+    announce(job, task)
     trajectories = _trajectories(job, None)
     trained = time.perf_counter()
     sets = [_distilled(job, seed, trajectories, recording, folder / f"set-{k}") for k, seed in enumerate(seeds)]

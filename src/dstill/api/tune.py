@@ -24,7 +24,8 @@ from dstill.jobs.checks import check_early, check_experts
 from dstill.jobs.job import Job, Workplace
 from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network
 from dstill.support import seeding
-from dstill.support.console import Progress, Silent
+from dstill.support.console import Progress
+from dstill.support.progress import Silent
 
 
 def tune(

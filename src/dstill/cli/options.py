@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Set = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, negative="")]
 Out = Annotated[Path, Parameter(name=["--out", "-o"])]
+_PATIENCE = 9.0  # seconds
 OptionalOut = Annotated[Path | None, Parameter(name=["--out", "-o"])]
 
 
@@ -83,7 +84,7 @@ class Common:
         """Arguments of the public functions: the seed, the machine with all its cores, and whether progress is shown."""
         seed = self.seed if expert_seed is None else Seeds(self.seed, expert_seed)
         machine = replace(machine, workers="auto") if machine.workers is None else machine
-        return {"seed": seed, "machine": machine, "progress": ConsoleReporter(sys.stderr, quiet=self.quiet)}
+        return {"seed": seed, "machine": machine, "progress": ConsoleReporter(sys.stderr, quiet=self.quiet, patience=_PATIENCE)}
 
 
 @Parameter(name="*")

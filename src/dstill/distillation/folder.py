@@ -23,8 +23,9 @@ from dstill.distillation.sinks import Sink, open_sinks
 from dstill.methods.base import Problem, method_class
 from dstill.methods.initialisation import initialisation_map
 from dstill.reporting import figures
-from dstill.support.console import Reporter, size
+from dstill.support.console import size
 from dstill.support.devices import resident_memory, watching_memory
+from dstill.support.progress import Reporter
 
 FRAMES = "frames"
 

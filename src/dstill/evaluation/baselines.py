@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -12,11 +13,12 @@ from dstill.artifacts.result import Score
 from dstill.config.settings import NetConfig, Protocol
 from dstill.data.preprocess import from_bytes
 from dstill.data.real import RealSet, Split
-from dstill.evaluation.networks import Trial, measure, prepared, train_and_measure, trials_of
+from dstill.evaluation.networks import Progress, Trial, measure, prepared, train_and_measure, trials_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.methods.initialisation import random_rows
 from dstill.support import seeding
 from dstill.support.workers import Workers
+from dstill.training.fit import Tick
 
 RANDOM_DRAWS = 3
 # The learning rates from which one is chosen for random images.
@@ -39,6 +41,21 @@ def random_set(like: DistilledSet, split: Split, generator: torch.Generator) -> 
     return DistilledSet(**fields)
 
 
+def random_rates(real: RealSet, protocol: Protocol) -> list[float]:
+    """The learning rates from which one is chosen for random images; a single one if there is no choice.
+
+    There is none under a protocol with Adam, or if a class has a single training image, so that none can be held out.
+    """
+    lonely = int(torch.bincount(real.train.labels, minlength=real.classes).min()) < 2
+    return [protocol.lr] if lonely or protocol.optimiser != "sgd" else list(RANDOM_RATES)
+
+
+def random_trainings(real: RealSet, protocol: Protocol, networks: int) -> int:
+    """How many networks `random_baseline` trains."""
+    rates = len(random_rates(real, protocol))
+    return (rates if rates > 1 else 0) + RANDOM_DRAWS * networks
+
+
 def random_baseline(
     like: DistilledSet,
     real: RealSet,
@@ -49,7 +66,8 @@ def random_baseline(
     networks: int | None,
     seed: int,
     workers: Workers = 1,
-    tick: Callable[[str], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
 ) -> Score:
     """The accuracy of random real images under a protocol: `RANDOM_DRAWS` draws, with several networks each.
 
@@ -66,32 +84,38 @@ def random_baseline(
         networks: number of networks for each draw; the protocol's number if None.
         seed: master seed.
         workers: number of processes, or `auto`.
-        tick: called with messages about the progress.
+        note: called with messages.
+        progress: called about once a second, and after each of `random_trainings` networks.
     """
-    rates = list(RANDOM_RATES) if protocol.optimiser == "sgd" else [protocol.lr]
-    if int(torch.bincount(real.train.labels, minlength=real.classes).min()) < 2:
-        tick("a class has a single training image, so none can be held out: random images take the protocol's learning rate")
-        rates = [protocol.lr]
+    rates = random_rates(real, protocol)
     best = rates[0]
+    if len(rates) == 1 and protocol.optimiser == "sgd":
+        note("a class has a single training image, so none can be held out: random images take the protocol's learning rate")
     if len(rates) > 1:
-        tick(f"random images: trying learning rates {', '.join(f'{rate:.3g}' for rate in rates)}")
+        note(f"random images: trying learning rates {', '.join(f'{rate:.3g}' for rate in rates)}")
         held = real.holdout(seed)
         validation = prepared(held.test, like.preprocess, test[0].device)
         draw = random_set(like, held.train, seeding.generator(seed, "random-rate"))
         tried = [trial for lr in rates for trial in trials_of(draw, 1, net=net, lr=lr, seed=seed, stream=("random-rate",))]
-        reached = [one.accuracy for one in measure(tried, validation, protocol, workers=workers)]
+        reached = [one.accuracy for one in measure(tried, validation, protocol, workers=workers, progress=progress)]
         best = max(zip(reached, rates, strict=True), key=lambda pair: pair[0])[1]
     count = networks or protocol.networks
     trials: list[Trial] = []
     for k in range(RANDOM_DRAWS):
         draw = random_set(like, real.train, seeding.generator(seed, "random-draw", k))
         trials += trials_of(draw, count, net=net, lr=best, seed=seed, stream=("random", k))
-    tick(f"random images: {RANDOM_DRAWS} draws, {count} network(s) each")
-    scores = [one.accuracy for one in measure(trials, test, protocol, workers=workers)]
+    note(f"random images: {RANDOM_DRAWS} draws, {count} network(s) each")
+    scores = [one.accuracy for one in measure(trials, test, protocol, workers=workers, progress=progress)]
     return Score.of([scores[k * count : (k + 1) * count] for k in range(RANDOM_DRAWS)], lr=best)
 
 
-def whole_set(net: NetConfig, like: DistilledSet, real: RealSet, test: tuple[Tensor, Tensor], *, seed: int) -> Score:
+def _after(tick: Tick, before: int, passes: float) -> None:
+    tick(before + passes)
+
+
+def whole_set(
+    net: NetConfig, like: DistilledSet, real: RealSet, test: tuple[Tensor, Tensor], *, seed: int, tick: Tick | None = None
+) -> Score:
     """The accuracy of the whole training set under the protocol `whole`.
 
     Args:
@@ -100,6 +124,7 @@ def whole_set(net: NetConfig, like: DistilledSet, real: RealSet, test: tuple[Ten
         real: the real data.
         test: preprocessed test images and class ids.
         seed: master seed.
+        tick: called about once a second with the number of passes done so far, those of all networks together.
     """
     protocol = load_protocol("whole")
     images, labels = prepared(real.train, like.preprocess, test[0].device)
@@ -114,6 +139,7 @@ def whole_set(net: NetConfig, like: DistilledSet, real: RealSet, test: tuple[Ten
             lr=protocol.lr,
             augmentation=like.augmentation,
             generator=seeding.generator(seed, "whole", k),
+            tick=tick and functools.partial(_after, tick, k * protocol.passes),
         ).accuracy
         for k in range(protocol.networks)
     ]

@@ -19,7 +19,7 @@ from dstill.errors import CollapseError
 from dstill.nets import networks as nets
 from dstill.support import seeding
 from dstill.support.workers import Workers, choose_workers, spread
-from dstill.training.fit import fit, predictions, squared_objective, step_at, warm_cosine
+from dstill.training.fit import Tick, fit, predictions, squared_objective, step_at, warm_cosine
 
 
 def prepared(split: Split, preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -50,6 +50,7 @@ def train_and_measure(
     lr: float,
     augmentation: str,
     generator: torch.Generator,
+    tick: Tick | None = None,
 ) -> Measured:
     """Trains a fresh network for as many passes as the protocol says, and measures it once at the end.
 
@@ -63,6 +64,7 @@ def train_and_measure(
         lr: learning rate.
         augmentation: DSA strategy.
         generator: decides the initial weights, the order of the images and the augmentation.
+        tick: called about once a second with the number of passes done so far.
     """
     channels, size = images.shape[1], (images.shape[2], images.shape[3])
     network = nets.build(net, channels, classes, size, generator).to(images.device)
@@ -85,6 +87,7 @@ def train_and_measure(
         schedule=step_at(protocol.passes // 2, protocol.lr_factor)
         if step
         else warm_cosine(lr, protocol.warmup, protocol.passes),
+        tick=tick,
     )
     predicted, true = predictions(network, test[0]), test[1]
     counts = torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
@@ -108,6 +111,10 @@ class Trial:
     lr: float | None
     seed: int
     stream: tuple[str | int, ...]
+
+
+# Called with a trial, the share of its training that is done, and its accuracy once it is known.
+Progress = Callable[[Trial, float, float | None], None]
 
 
 def learning_rate(distilled: DistilledSet, protocol: Protocol) -> float:
@@ -135,7 +142,7 @@ def measure(
     protocol: Protocol,
     *,
     workers: Workers = 1,
-    progress: Callable[[Trial, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Measured]:
     """Trains and measures the network of each trial.
 
@@ -144,7 +151,7 @@ def measure(
         test: preprocessed test images and class ids.
         protocol: how to train.
         workers: number of processes; `auto` for one for each core, if the time of the first network shows that it is worth it.
-        progress: called after each network with its trial and its accuracy.
+        progress: called about once a second, and after each network.
 
     Returns:
         The results, in the order of the trials.
@@ -153,16 +160,22 @@ def measure(
         CollapseError: a set has an α that is not positive.
         DstillError: a process died.
     """
-    tell = progress or (lambda trial, score: None)
     work = functools.partial(_measured, test, protocol)
+
+    def tell(trial: Trial, told: tuple[float, float | None]) -> None:
+        if progress is not None:
+            progress(trial, *told)
+
     started = time.perf_counter()
-    first = [work(trial, lambda score, trial=trial: tell(trial, score)) for trial in trials[:1]]  # type: ignore[misc]
+    first = spread(work, trials[:1], 1, tell)
     rest = trials[1:]
     seconds = (time.perf_counter() - started) * len(rest)
     return first + spread(work, rest, choose_workers(workers, len(rest), test[0].device, seconds), tell)
 
 
-def _measured(test: tuple[Tensor, Tensor], protocol: Protocol, trial: Trial, report: Callable[[float], None]) -> Measured:
+def _measured(
+    test: tuple[Tensor, Tensor], protocol: Protocol, trial: Trial, report: Callable[[tuple[float, float | None]], None]
+) -> Measured:
     distilled, device = trial.distilled.decoded, test[0].device
     measured = train_and_measure(
         trial.net,
@@ -174,8 +187,9 @@ def _measured(test: tuple[Tensor, Tensor], protocol: Protocol, trial: Trial, rep
         lr=trial.lr or learning_rate(distilled, protocol),
         augmentation=distilled.augmentation,
         generator=seeding.generator(trial.seed, "evaluate", trial.net.name, *trial.stream),
+        tick=lambda passes: report((passes / protocol.passes, None)),
     )
-    report(measured.accuracy)
+    report((1.0, measured.accuracy))
     return measured
 
 

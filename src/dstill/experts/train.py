@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dstill.nets import networks as nets
 from dstill.support import seeding
 from dstill.support.workers import Workers, choose_workers, spread
 from dstill.training.checkpoint import Beside, Bookmark, Training
-from dstill.training.fit import Batch, EpochReport, Objective, Schedule, accuracy, fit, step_at
+from dstill.training.fit import Batch, EpochReport, Objective, Schedule, Tick, accuracy, fit, step_at
 
 _WRITING_SECONDS = 3600.0  # longer than writing any expert file takes
 
@@ -112,6 +112,7 @@ def train_expert(
     device: torch.device,
     observer: Callable[[EpochReport, float], None] | None = None,
     bookmark: Bookmark | None = None,
+    tick: Tick | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Trains one expert and records a copy of its weights at initialisation and after each epoch.
 
@@ -122,6 +123,7 @@ def train_expert(
         observer: called after each epoch with the report and the accuracy on `task.real.test`.
         bookmark: the expert's file, stored during the training and at its end. If it holds a training that was interrupted, or
             one with fewer epochs, that training is resumed.
+        tick: called about once a second with the number of epochs done so far, such as 2.5.
 
     Returns:
         The trajectory `[epochs + 1, P]`, and a record with the loss, the accuracy on `real.test` (a diagnostic, which no
@@ -179,6 +181,7 @@ def train_expert(
         augmentation=task.augmentation,
         schedule=lr_schedule(config),
         observer=observe,
+        tick=tick,
         begin=begin,
     )
     return trajectory(), record
@@ -197,8 +200,8 @@ def _snapshot(net: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()]).clone().cpu()
 
 
-def expected_seconds(task: ExpertTask, device: torch.device) -> float:
-    """Roughly how long one expert takes, in seconds, from the time of one batch."""
+def seconds_per_epoch(task: ExpertTask, device: torch.device) -> float:
+    """Roughly how long one epoch of an expert takes, from the time of one batch."""
     real, config = task.real, task.config
     generator = torch.Generator().manual_seed(0)
     net = nets.build(task.net, real.channels, real.classes, real.size, generator).to(device)
@@ -207,7 +210,7 @@ def expected_seconds(task: ExpertTask, device: torch.device) -> float:
     batch = Batch(images, images, labels, torch.arange(len(images)), 0)
     started = time.perf_counter()
     expert_objective(net, config)(net, batch)
-    return (time.perf_counter() - started) * len(real.train.images) / len(images) * (config.epochs or 1)
+    return (time.perf_counter() - started) * len(real.train.images) / len(images)
 
 
 def train_missing(
@@ -215,9 +218,10 @@ def train_missing(
     folder: Path,
     device: torch.device,
     *,
-    only: Sequence[int] | None = None,
+    epochs: Mapping[int, int] | None = None,
     workers: Workers = 1,
     observer: Callable[[int, EpochReport, float], None] | None = None,
+    tick: Callable[[int, float], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Trains the experts that are missing in a folder. Each is written atomically as soon as it is finished.
@@ -230,9 +234,10 @@ def train_missing(
         task: what to train.
         folder: the folder of this task (named after its fingerprint).
         device: device to train on.
-        only: indices of the experts to train, if other machines train the rest; all if left out.
+        epochs: number of epochs of each expert to train, by index; all experts with the epochs of the settings if left out.
         workers: number of processes; `auto` for one for each core if there is enough work.
         observer: called after each epoch with the index of the expert, the report and the accuracy.
+        tick: called about once a second with the index of an expert and the number of its epochs done so far, such as 2.5.
         note: called with a message for each file that was set aside.
 
     Returns:
@@ -241,15 +246,24 @@ def train_missing(
     Raises:
         DstillError: a weight is no longer finite, or a process died.
     """
-    wanted = range(task.config.count) if only is None else only
+    wanted = dict.fromkeys(range(task.config.count), task.config.epochs or 1) if epochs is None else epochs
     files.remove_leftovers(folder, older_than=_WRITING_SECONDS)  # other processes may be writing here
     for index in wanted:
         files.set_aside_if_damaged(expert_path(folder, index), KIND, note)
-    missing = missing_experts(folder, wanted, task.config.epochs or 1)
+    missing = [(index, count) for index, count in wanted.items() if missing_experts(folder, [index], count)]
+    missing.sort(key=lambda item: -item[1])  # the longest first, so that no process waits for it at the end
     if not missing:
         return folder
-    seconds = expected_seconds(task, device) * len(missing) if workers == "auto" and len(missing) > 1 else 0.0
-    watch = None if observer is None else (lambda index, told: observer(index, *told))
+    several = workers == "auto" and len(missing) > 1
+    seconds = seconds_per_epoch(task, device) * sum(count for _, count in missing) if several else 0.0
+
+    def watch(item: tuple[int, int], told: tuple[EpochReport, float] | float) -> None:
+        if isinstance(told, float):
+            if tick is not None:
+                tick(item[0], told)
+        elif observer is not None:
+            observer(item[0], *told)
+
     spread(
         functools.partial(_train_and_save, task, folder, device),
         missing,
@@ -260,7 +274,13 @@ def train_missing(
 
 
 def _train_and_save(
-    task: ExpertTask, folder: Path, device: torch.device, index: int, report: Callable[[tuple[EpochReport, float]], None]
+    task: ExpertTask,
+    folder: Path,
+    device: torch.device,
+    item: tuple[int, int],
+    report: Callable[[tuple[EpochReport, float] | float], None],
 ) -> None:
+    index, epochs = item
+    task = replace(task, config=task.config.model_copy(update={"epochs": epochs}))
     bookmark = Bookmark(expert_path(folder, index), KIND)
-    train_expert(task, index, device, lambda epoch, score: report((epoch, score)), bookmark)
+    train_expert(task, index, device, lambda epoch, score: report((epoch, score)), bookmark, report)

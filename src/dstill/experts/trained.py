@@ -18,7 +18,7 @@ from dstill.derivatives.engine import derivatives_of
 from dstill.nets import networks as nets
 from dstill.support import seeding
 from dstill.training.checkpoint import Bookmark, Training
-from dstill.training.fit import Batch, EpochReport, cross_entropy_objective, fit
+from dstill.training.fit import Batch, EpochReport, Tick, cross_entropy_objective, fit
 from dstill.unrolling.student import Student
 
 _KIND = "trained network"
@@ -99,6 +99,7 @@ def train_network(
     device: torch.device,
     observer: Callable[[EpochReport], None] | None = None,
     bookmark: Bookmark | None = None,
+    tick: Tick | None = None,
 ) -> TrainedNetwork:
     """Trains on all real training images without augmentation, and counts forgetting events (Toneva et al. 2019).
 
@@ -109,6 +110,7 @@ def train_network(
         device: device to train on.
         observer: called after each epoch.
         bookmark: the file in which the state is stored during the training. If it holds a state, the training is resumed.
+        tick: called about once a second with the number of epochs done so far, such as 2.5.
 
     Raises:
         DstillError: the network has running statistics or dropout.
@@ -140,6 +142,7 @@ def train_network(
         generator=generator,
         objective=cross_entropy_objective(derivatives_of(net), events),
         observer=observe,
+        tick=tick,
         begin=begin,
     )
     forgotten = torch.where(events.ever_right, events.forgotten, config.epochs)
@@ -147,7 +150,11 @@ def train_network(
 
 
 def trained_network(
-    task: NetworkTask, folder: Path, device: torch.device, observer: Callable[[EpochReport], None] | None = None
+    task: NetworkTask,
+    folder: Path,
+    device: torch.device,
+    observer: Callable[[EpochReport], None] | None = None,
+    tick: Tick | None = None,
 ) -> TrainedNetwork:
     """The network of a task from a folder. If it is missing there, it is trained and stored first.
 
@@ -156,6 +163,7 @@ def trained_network(
         folder: the folder of trained networks.
         device: device to train on.
         observer: called after each epoch of a training.
+        tick: called about once a second with the number of epochs done so far, such as 2.5.
 
     Raises:
         DstillError: the network has running statistics or dropout.
@@ -164,7 +172,7 @@ def trained_network(
 
     def make() -> None:
         bookmark = Bookmark(folder / f"{task.fingerprint()}-training.safetensors")
-        trained = train_network(task, device, observer, bookmark)
+        trained = train_network(task, device, observer, bookmark, tick)
         files.save(path, _KIND, {"weights": trained.weights, "forgotten": trained.forgotten}, task.identity())
         bookmark.remove()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -25,13 +24,14 @@ from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import DstillError
 from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trained import NetworkTask, TrainedNetwork, trained_network
-from dstill.experts.trajectory import Trajectories, missing_experts
+from dstill.experts.trajectory import Trajectories, expert_path, recorded_epochs
 from dstill.jobs.options import Choice, Evaluation, Machine, Recording, Seeds, at_least_one
 from dstill.methods.base import Problem
 from dstill.nets.networks import network_name
-from dstill.support.console import Progress, Reporter, reporter_of
+from dstill.support.console import Progress, reporter_of
 from dstill.support.devices import ask_for_determinism, resolve_device, total_memory
 from dstill.support.plugins import name_of
+from dstill.support.progress import Pieces, Reporter
 from dstill.support.workers import Workers, check_workers
 from dstill.training.fit import EpochReport
 
@@ -157,7 +157,10 @@ class Job:
         path = self.place.cache / "preprocess" / f"{kind}-{real.fingerprint}.safetensors"
 
         def make() -> None:
-            files.save(path, _PREPROCESS, preprocessing.fit(kind, real.train.images).tensors(), {"data": real.fingerprint})
+            self.place.reporter.progress("fitting the whitening", 0, 1)
+            fitted = preprocessing.fit(kind, real.train.images)
+            self.place.reporter.progress("fitting the whitening", 1, 1)
+            files.save(path, _PREPROCESS, fitted.tensors(), {"data": real.fingerprint})
 
         # A fresh fit is read back as well: with another memory layout, small batches would be rounded differently.
         return preprocessing.from_tensors(kind, files.load_or_make(path, _PREPROCESS, make)[1])
@@ -176,26 +179,35 @@ class Job:
         config, reporter = self.recipe.expert_config, self.place.reporter
         assert config.epochs is not None
         longer = self.recipe.describing_expert(config.epochs) if describing and (only is None or 0 in only) else None
-        if longer is not None:
-            reporter.note(f"expert 0 is trained for {longer.epochs} epochs, since the initialisation uses its features")
-            self._with_experts(longer).experts()
+        more = {0: longer.epochs} if longer is not None and longer.epochs is not None else {}
         task = ExpertTask(self.real, self.preprocess(), self.recipe.net, config, self.recipe.augmentation, self.seeds.experts)
         folder = self.place.cache / "experts" / task.fingerprint()
+        if more and recorded_epochs(expert_path(folder, 0)) < more[0]:
+            reporter.note(f"expert 0 is trained for {more[0]} epochs, since the initialisation uses its features")
         wanted = _numbers(only, config.count)
-        self._train(task, folder, wanted, only)
+        self._train(task, folder, dict.fromkeys(wanted, config.epochs) | more)
         reporter.note(f"experts: {folder}")
         return Trajectories(folder, config.count, config.epochs) if only is None else Trajectories(folder)
 
-    def _train(self, task: ExpertTask, folder: Path, wanted: Sequence[int], only: Sequence[int] | None) -> None:
-        epochs, place = task.config.epochs or 1, self.place
-        total, missing = len(wanted) * epochs, len(missing_experts(folder, wanted, epochs))
-        done = itertools.count(1 + total - missing * epochs)
+    def _train(self, task: ExpertTask, folder: Path, epochs: Mapping[int, int]) -> None:
+        place = self.place
+        finished = sum(count for index, count in epochs.items() if recorded_epochs(expert_path(folder, index)) >= count)
+        pieces = Pieces(place.reporter, "expert epochs", sum(epochs.values()), before=finished)
 
         def observe(index: int, report: EpochReport, score: float) -> None:
             detail = f"expert {index}: {self.real.judged_on} accuracy {score:.1%}, {report.images_per_second:,.0f} images/s"
-            place.reporter.progress("expert epochs", next(done), total, detail)
+            pieces(index, report.epochs_done, detail)
 
-        train_missing(task, folder, place.device, only=only, workers=place.workers, observer=observe, note=place.reporter.note)
+        train_missing(
+            task,
+            folder,
+            place.device,
+            epochs=epochs,
+            workers=place.workers,
+            observer=observe,
+            tick=pieces,
+            note=place.reporter.note,
+        )
 
     def describing_expert(self, trajectories: Trajectories | None) -> Trajectories | None:
         """The longer expert whose features the initialisation uses, trained if the cache lacks it.
@@ -217,16 +229,16 @@ class Job:
         config, count = self.recipe.distill.network_training, self.recipe.distill.network_count
         task = NetworkTask(self.real, self.preprocess(), self.recipe.net, config, self.seeds.experts)
 
-        def observe(number: int, report: EpochReport) -> None:
-            done, detail = number * config.epochs + report.epochs_done, f"loss {report.loss:.3f}"
-            detail += f", {report.images_per_second:,.0f} images/s"
-            self.place.reporter.progress("training networks", done, count * config.epochs, detail)
+        pieces = Pieces(self.place.reporter, "network epochs", count * config.epochs)
 
-        folder, device = self.place.cache / "networks", self.place.device
-        return tuple(
-            trained_network(replace(task, number=number), folder, device, functools.partial(observe, number))
-            for number in range(count)
-        )
+        def observe(number: int, report: EpochReport) -> None:
+            pieces(number, report.epochs_done, f"loss {report.loss:.3f}, {report.images_per_second:,.0f} images/s")
+
+        def network(number: int) -> TrainedNetwork:
+            one, folder, tell = replace(task, number=number), self.place.cache / "networks", functools.partial
+            return trained_network(one, folder, self.place.device, tell(observe, number), tell(pieces, number))
+
+        return tuple(network(number) for number in range(count))
 
     def problem(self, seed: int, trajectories: Trajectories | None, initial: DistilledSet | None = None) -> Problem:
         """What the method works on to distil one set. Whatever it needs beside the experts is made first."""

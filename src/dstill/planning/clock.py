@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,23 @@ from dstill.training.fit import Batch, cross_entropy_objective, fit, predictions
 from dstill.unrolling.student import Student
 
 _PROBES = (4, 32, 256)  # images; for larger batches, time is assumed proportional to size
-_PROBE_SECONDS = 0.2
-_PROBE_EPOCHS = (4, 64)  # for slow and for quick steps, whose time the setup of `fit` would distort
+
+
+class Pains(NamedTuple):
+    """How long a clock measures.
+
+    Attributes:
+        seconds: least time of all repetitions of a batch.
+        most: most repetitions.
+        epochs: of `fit`, for slow and for quick steps, whose time its setup would distort.
+    """
+
+    seconds: float
+    most: int
+    epochs: tuple[int, int]
+
+
+CAREFUL, QUICK = Pains(0.2, 20, (4, 64)), Pains(0.03, 3, (2, 8))
 
 
 class Clock:
@@ -30,10 +45,11 @@ class Clock:
     Args:
         shape: shape of the data.
         device: device to measure.
+        pains: how long it measures.
     """
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        self.shape, self.device = shape, device
+    def __init__(self, shape: Shape, device: torch.device, pains: Pains = CAREFUL) -> None:
+        self.shape, self.device, self.pains = shape, device, pains
         self._measured: dict[tuple[Any, ...], float] = {}
 
     def passes(self, own: NetConfig, passes: Passes) -> float:
@@ -68,15 +84,14 @@ class Clock:
             lambda: student.tangents(theta, theta, images, labels, student.gradient(theta, images, labels, keep=keep)[2])
         )
 
-    @staticmethod
-    def _scaled(images: int, seconds: Callable[[int], float]) -> float:
+    def _scaled(self, images: int, seconds: Callable[[int], float]) -> float:
         """Seconds of a batch of `images`, extrapolated linearly from two small batches that take long enough to measure."""
         for probe in _PROBES:
             small = min(images, probe)
             found = seconds(small)
             if small == images:
                 return found
-            if found > _PROBE_SECONDS / 4:
+            if found > self.pains.seconds / 4:
                 break
         larger = min(images, 3 * small)
         # Both include costs that do not grow with the batch, such as the transforms of the filters.
@@ -96,8 +111,9 @@ class Clock:
 
         def seconds(probe: int) -> float:
             key = ("training", probe, net.model_dump_json(), augmentation, threads)
-            few, many = _PROBE_EPOCHS
-            epochs = many if self._time((*key, "glance"), lambda: make(probe, 1), threads, 1) < _PROBE_SECONDS / 8 else few
+            few, many = self.pains.epochs
+            quick = self._time((*key, "glance"), lambda: make(probe, 1), threads, 1) < self.pains.seconds / 8
+            epochs = many if quick else few
             return self._time(key, lambda: make(probe, epochs), threads) / epochs
 
         return self._scaled(images, seconds)
@@ -128,7 +144,7 @@ class Clock:
         return images.to(self.device), torch.randint(shape.classes, (count,), generator=generator).to(self.device)
 
     def _time(
-        self, key: tuple[Any, ...], make: Callable[[], Callable[[], Any]], threads: int | None = None, most: int = 20
+        self, key: tuple[Any, ...], make: Callable[[], Callable[[], Any]], threads: int | None = None, most: int | None = None
     ) -> float:
         """The median of a few repetitions, after one to warm up."""
         if key in self._measured:
@@ -139,7 +155,7 @@ class Clock:
             work, times = make(), list[float]()
             work()
             self._wait()
-            while sum(times) < _PROBE_SECONDS and len(times) < most:
+            while sum(times) < self.pains.seconds and len(times) < (most or self.pains.most):
                 started = time.perf_counter()
                 work()
                 self._wait()

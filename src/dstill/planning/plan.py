@@ -28,6 +28,7 @@ from dstill.nets.networks import evaluation_nets
 from dstill.planning.clock import Clock
 from dstill.support.console import Progress
 from dstill.support.devices import available_memory
+from dstill.support.progress import Expectation
 from dstill.support.workers import cores, threads_each
 
 _FLOATS = 4  # bytes
@@ -47,6 +48,10 @@ class Stage(BaseModel):
     disk_bytes: float
     """Size of the files that remain."""
     note: str = ""
+    told: str = ""
+    """Name of the stage where its progress is told, see `Reporter`; left out: `name`."""
+    times: int = 1
+    """How often it is gone through: once for each set."""
     makes: str = ""
     """Names the product of the stage if other runs can reuse it."""
 
@@ -63,6 +68,11 @@ class Plan(BaseModel):
     @property
     def seconds(self) -> float:
         return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def expectations(self) -> list[Expectation]:
+        """The stages as those who show progress need them."""
+        return [Expectation(stage.told or stage.name, stage.seconds, stage.times) for stage in self.stages]
 
     @property
     def disk_bytes(self) -> float:
@@ -171,49 +181,56 @@ def plan_job(job: Job, task: Task, clock: Clock) -> Plan:
 def _experts(job: Job, clock: Clock) -> list[Stage]:
     if not job.method.needs_experts:
         return []
-    config = job.recipe.expert_config
+    shape, recipe, config = job.shape, job.recipe, job.recipe.expert_config
     assert config.epochs is not None
-    longer = job.recipe.describing_expert(config.epochs)
-    if longer is None:
-        return [_expert_stage("experts", job, config, range(config.count), clock)]
-    stages = [_expert_stage("expert for the initialisation", job, longer, range(1), clock)]
-    if config.count > 1:
-        stages.append(_expert_stage("experts", job, config, range(1, config.count), clock))
-    return stages
+    longer = recipe.describing_expert(config.epochs)
+    epochs = dict.fromkeys(range(config.count), config.epochs)
+    if longer is not None and longer.epochs is not None:
+        epochs[0] = longer.epochs
+    missing = _missing(job, config, epochs)
+    processes = max(1, min(_processes(job), len(missing)))
+    rounds = max(sum(missing) / processes, max(missing, default=0))  # epochs one after another
+    # The records, and the network with its optimiser's buffers, from which training resumes.
+    state = {"adam": 3, "sgd": 2 if config.momentum else 1}[config.optimiser]
+    disk = sum((count + 1) * (4 if config.store == "float32" else 2) + 4 * state for count in missing)
+    stage = Stage(
+        name="experts",
+        told="expert epochs",
+        seconds=rounds * _seconds_per_epoch(job, config, clock, threads_each(processes)) if missing else 0.0,
+        peak_bytes=processes * (shape.train + shape.test) * _image_bytes(shape) if missing else 0,
+        disk_bytes=disk * _parameters(recipe.net, shape),
+        note=_expert_note(config, longer, epochs, missing),
+        makes=_named("experts", recipe, [epochs[0], config.model_dump(exclude={"count"})]),
+    )
+    return [stage]
 
 
-def _expert_stage(name: str, job: Job, config: ExpertConfig, wanted: range, clock: Clock) -> Stage:
-    shape, recipe, epochs = job.shape, job.recipe, config.epochs or config.planned_epochs
-    missing = _missing(job, config, wanted)
-    stored = len(wanted) - missing
-    processes = max(1, min(_processes(job), missing))
-    threads = threads_each(processes)
+def _seconds_per_epoch(job: Job, config: ExpertConfig, clock: Clock, threads: int) -> float:
+    shape, recipe = job.shape, job.recipe
     steps = math.ceil(shape.train / config.batch_size)
     augmented = clock.training(recipe.net, config.batch_size, recipe.augmentation, threads)
     plain = clock.training(recipe.net, config.batch_size, "none", threads)
     step = clock.expert(recipe.net, config, threads) * (2 if config.gsam else 1) + max(0.0, augmented - plain)
-    judging = clock.passes(recipe.net, Passes("forward", 1, shape.test))
-    # The records, and the network with its optimiser's buffers, from which training resumes.
-    state = {"adam": 3, "sgd": 2 if config.momentum else 1}[config.optimiser]
-    disk = ((epochs + 1) * (4 if config.store == "float32" else 2) + 4 * state) * _parameters(recipe.net, shape)
-    return Stage(
-        name=name,
-        seconds=missing * epochs * (steps * step + judging) / processes,
-        peak_bytes=processes * (shape.train + shape.test) * _image_bytes(shape) if missing else 0,
-        disk_bytes=missing * disk,
-        note=f"{missing} of {epochs} epochs" + (f", {stored} are cached" if stored else ""),
-        makes=_named("experts", recipe, config.model_dump(exclude={"count"})),
-    )
+    return steps * step + clock.passes(recipe.net, Passes("forward", 1, shape.test))
 
 
-def _missing(job: Job, config: ExpertConfig, wanted: range) -> int:
-    """Number of these experts that the cache lacks."""
+def _expert_note(config: ExpertConfig, longer: ExpertConfig | None, epochs: Mapping[int, int], missing: Sequence[int]) -> str:
+    described = longer is not None and longer.epochs in missing
+    parts = [f"1 of {epochs[0]} epochs for the initialisation"] if described else []
+    rest = len(missing) - described
+    parts += [f"{rest} of {config.epochs} epochs"] if rest or not parts else []
+    parts += [f"{len(epochs) - len(missing)} are cached"] if len(missing) < len(epochs) else []
+    return ", ".join(parts)
+
+
+def _missing(job: Job, config: ExpertConfig, epochs: Mapping[int, int]) -> list[int]:
+    """Numbers of epochs of the experts that the cache lacks."""
     if job.data is None:
-        return len(wanted)
+        return list(epochs.values())
     recipe, seed = job.recipe, job.seeds.experts
     identity = expert_identity(job.data.fingerprint, recipe.preprocess, recipe.net, config, recipe.augmentation, seed)
     folder = job.place.cache / "experts" / digest(identity)
-    return len(missing_experts(folder, wanted, config.epochs or 1))
+    return [count for index, count in epochs.items() if missing_experts(folder, [index], count)]
 
 
 def _trained(job: Job, clock: Clock) -> list[Stage]:
@@ -227,7 +244,17 @@ def _trained(job: Job, clock: Clock) -> list[Stage]:
     many = f"{count} of {config.epochs} epochs, none if they are cached"
     note = many if count > 1 else f"{config.epochs} epochs, none if it is cached"
     makes = _named("network", recipe, [count, config.model_dump()])
-    return [Stage(name="trained network", seconds=seconds, peak_bytes=memory, disk_bytes=disk, note=note, makes=makes)]
+    return [
+        Stage(
+            name="trained network",
+            told="network epochs",
+            seconds=seconds,
+            peak_bytes=memory,
+            disk_bytes=disk,
+            note=note,
+            makes=makes,
+        )
+    ]
 
 
 def _named(kind: str, recipe: Recipe, settings: Any = None) -> str:
@@ -245,7 +272,8 @@ def _distilling(job: Job, task: Task, clock: Clock) -> list[Stage]:
         seconds = sets * distill.iterations * sum(clock.passes(recipe.net, passes) for passes in work)
         memory = _BASE + method_class(recipe.method).peak_bytes(recipe, shape, job.place.device)
         note = f"{distill.iterations} iterations" + (f", {sets} sets" if sets > 1 else "")
-        stages.append(Stage(name="distilling", seconds=seconds, peak_bytes=memory, disk_bytes=sets * 3 * stored, note=note))
+        disk = sets * 3 * stored
+        stages.append(Stage(name="distilling", seconds=seconds, peak_bytes=memory, disk_bytes=disk, note=note, times=sets))
     if distill.iterations and task.recording.validate_every:
         looks = math.ceil(distill.iterations / task.recording.validate_every)
         step = clock.training(recipe.net, min(count, 256), recipe.augmentation, torch.get_num_threads())

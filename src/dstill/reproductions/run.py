@@ -31,8 +31,9 @@ from dstill.reporting import figures
 from dstill.reproductions.following import accumulated_error
 from dstill.reproductions.page import Entries, Entry, Sets, page
 from dstill.reproductions.spec import Case, Reproduction, Row, Scale, ScaleName, load_reproduction
-from dstill.support.console import Progress, Silent, duration
+from dstill.support.console import Progress, duration
 from dstill.support.devices import processor
+from dstill.support.progress import Silent
 from dstill.support.workers import cores, refuse_import
 from dstill.version import __version__
 

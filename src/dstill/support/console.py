@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import threading
 import time
-from typing import Any, Protocol, TextIO
+import weakref
+from collections.abc import Sequence
+from typing import Any, TextIO
 
 from rich.console import Console
 
-_PLAIN_SECONDS = 15.0
+from dstill.support.progress import Expectation, Expected, Reporter, Silent
 
-
-class Reporter(Protocol):
-    """Is told what happens during a run. It has no effect on any number."""
-
-    def note(self, text: str) -> None:
-        """Shows a message that should stay visible."""
-        ...
-
-    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        """Shows that `done` of `total` parts of a stage are finished.
-
-        Args:
-            stage: name of the stage.
-            done: parts that are finished.
-            total: all parts.
-            detail: more about the stage, such as the current loss.
-        """
-        ...
-
-
-class Silent:
-    """Shows nothing: the default of the Python functions."""
-
-    def note(self, text: str) -> None:
-        pass
-
-    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        pass
+_PLAIN_SECONDS = 9.0
 
 
 Progress = bool | Reporter | None
@@ -76,17 +53,23 @@ class NotebookReporter:
     def __init__(self) -> None:
         self._bar: Any = None
         self._stage = ""
+        self._expected: Expected | None = None
+
+    def expect(self, stages: Sequence[Expectation]) -> None:
+        self._expected = Expected(stages)
 
     def note(self, text: str) -> None:
         self._close()
         print(printable(text))
 
-    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
+    def progress(self, stage: str, done: float, total: float, detail: str = "") -> None:
         from tqdm.auto import tqdm
 
         if self._bar is None or stage != self._stage or done < self._bar.n:
             self._close()
             self._bar, self._stage = tqdm(total=total, desc=stage), stage
+        if self._expected is not None:
+            detail = f"{detail}, {self._expected.share(stage, done, total):.0%} of the whole run"
         self._bar.set_postfix_str(printable(detail), refresh=False)
         self._bar.update(done - self._bar.n)
         if done >= total:
@@ -99,53 +82,103 @@ class NotebookReporter:
 
 
 class ConsoleReporter:
-    """Shows progress: on a terminal one line that is rewritten, elsewhere a line every 15 seconds and at the end of a stage.
+    """Shows progress: on a terminal one line that is rewritten, elsewhere a line every ten seconds and at the end of a stage.
+
+    The line has a bar and the time left: of the whole run if `expect` was told what it takes, else of the stage.
 
     Args:
         stream: where to write.
         quiet: write nothing.
+        patience: if nothing is told for so many seconds within a stage, the time since then is shown, so that a long step does
+            not look like a process that hangs. None for never, where the process may go on to do other things.
     """
 
-    def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
+    def __init__(self, stream: TextIO, *, quiet: bool = False, patience: float | None = None) -> None:
         self.console = Console(file=stream, quiet=quiet, highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal and not quiet
-        self._stage = ""
-        self._begun = self._last = 0.0
-        self._first = self._done = 0
-        self._line_open = False
+        self._expected: Expected | None = None
+        self._begun = time.monotonic()  # of the stage, or of the run if its stages are known
+        self._first = 0.0  # share of it that was finished then
+        self._stage, self._done, self._total = "", 0.0, 0.0
+        self._line, self._line_open = "", False
+        self._told = self._shown = time.monotonic()
+        self._lock = threading.RLock()
+        if patience is not None and not quiet:
+            threading.Thread(target=_keep_waiting, args=(weakref.ref(self), patience), daemon=True).start()
+
+    def expect(self, stages: Sequence[Expectation]) -> None:
+        with self._lock:
+            self._expected, self._begun, self._first = Expected(stages), time.monotonic(), 0.0
 
     def note(self, text: str) -> None:
-        self._close_line()
-        self.console.print(printable(text), markup=False)
-
-    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        now = time.monotonic()
-        if stage != self._stage or done < self._done:  # another stage, or the same stage again
+        with self._lock:
             self._close_line()
-            self._stage, self._begun, self._last, self._first = stage, now, -1e9, done
-        self._done = done
-        left = self._left(done, total, now)
-        line = printable(f"{stage} {done}/{total}{'  ' + detail if detail else ''}{left}")
-        if self._live:
-            self.console.file.write("\r\x1b[2K" + line[: max(20, self.console.width - 1)])
-            self.console.file.flush()
-            self._line_open = True
-            if done >= total:
-                self._close_line()
-        elif now - self._last >= _PLAIN_SECONDS or done >= total:
-            self.console.print(line, markup=False)
-            self._last = now
+            self.console.print(printable(text), markup=False)
 
-    def _left(self, done: int, total: int, now: float) -> str:
-        worked = done - self._first
-        if worked < 1 or done >= total:
+    def progress(self, stage: str, done: float, total: float, detail: str = "") -> None:
+        with self._lock:
+            now, share = time.monotonic(), done / max(total, 1e-9)
+            if stage != self._stage or done < self._done:  # another stage, or the same stage again
+                self._close_line()
+                self._shown = -math.inf
+                if self._expected is None:
+                    self._begun, self._first = now, share
+            if self._expected is not None:
+                share = self._expected.share(stage, done, total)
+            self._stage, self._done, self._total, self._told = stage, done, total, now
+            text = f"{stage} {math.floor(done)}/{math.ceil(total)}{'  ' + detail if detail else ''}{self._left(share, now)}"
+            self._line = printable(f"{_bar(share)} {text}" if self._live else text)
+            if self._live or done >= total or now - self._shown >= _PLAIN_SECONDS:
+                self._show(self._line, now)
+
+    def wait(self, patience: float) -> None:
+        """Shows how long nothing has been told, if that is long and a stage is under way."""
+        with self._lock:
+            now = time.monotonic()
+            if self._done < self._total and now - max(self._told, 0 if self._live else self._shown) >= patience:
+                self._show(f"{self._line}  (for {duration(now - self._told)})", now)
+
+    def _show(self, line: str, now: float) -> None:
+        self._shown = now
+        if not self._live:
+            self.console.print(line, markup=False)
+            return
+        self.console.file.write("\r\x1b[2K" + line[: max(20, self.console.width - 1)])
+        self.console.file.flush()
+        self._line_open = True
+        if self._done >= self._total:
+            self._close_line()
+
+    def _left(self, share: float, now: float) -> str:
+        worked, taken = share - self._first, now - self._begun
+        if worked <= 0 or share >= 1:
             return ""
-        return f"  {duration((now - self._begun) / worked * (total - done))} left"
+        left = taken / worked * (1 - share) if self._expected is None else self._expected.left(taken)
+        return f"  {duration(left)} left"
 
     def _close_line(self) -> None:
         if self._line_open:
             self.console.file.write("\n")
             self._line_open = False
+
+
+def _keep_waiting(reporter: weakref.ref[ConsoleReporter], patience: float) -> None:
+    while (alive := reporter()) is not None:
+        alive.wait(patience)
+        del alive
+        time.sleep(min(1.0, patience / 3))
+
+
+def _bar(share: float) -> str:
+    """A bar of ten parts, and the share in percent.
+
+    Example:
+        >>> _bar(0.25)
+        '██▌        25 %'
+    """
+    eighths = " ▏▎▍▌▋▊▉"
+    whole, part = divmod(round(80 * share), 8)
+    return f"{('█' * whole + eighths[part] * (whole < 10)).ljust(10)} {int(100 * share)} %"
 
 
 def printable(text: str) -> str:

@@ -17,9 +17,12 @@ from dstill.nets import networks as nets
 from dstill.support.devices import sent
 
 _BLOCK = 512  # images at a time where no gradient is needed
+_TICK_SECONDS = 1.0
 
 # Computes the loss of a batch, stores its gradients in `parameter.grad`, and returns the detached loss.
 Objective = Callable[[nn.Module, "Batch"], Tensor]
+# Called about once a second with the number of epochs done so far, such as 2.5.
+Tick = Callable[[float], None]
 # Called with the optimiser and the epoch before each epoch. It may change learning rates or clear the optimiser's state.
 Schedule = Callable[[torch.optim.Optimizer, int], None]
 
@@ -195,6 +198,7 @@ def fit(
     augmentation: str = "none",
     schedule: Schedule | None = None,
     observer: Callable[[EpochReport], None] | None = None,
+    tick: Tick | None = None,
     begin: int = 0,
 ) -> None:
     """Trains a network in place.
@@ -211,6 +215,7 @@ def fit(
         augmentation: a strategy of `dstill.data.siamese`, drawn anew for each batch.
         schedule: called before each epoch.
         observer: called after each epoch.
+        tick: called about once a second with the number of epochs done so far, such as 2.5.
         begin: number of epochs that are already done (see `dstill.training.checkpoint`).
 
     Example:
@@ -223,6 +228,7 @@ def fit(
     """
     net.train()
     objective = objective or cross_entropy_objective(derivatives_of(net))
+    told = time.perf_counter()
     for epoch in range(begin, epochs):
         if schedule is not None:
             schedule(optimiser, epoch)
@@ -236,6 +242,9 @@ def fit(
             optimiser.step()
             losses.append(loss)  # read after the epoch, so that no step waits for the device
             counts.append(len(rows))
+            if tick is not None and time.perf_counter() - told >= _TICK_SECONDS:
+                told = time.perf_counter()
+                tick(epoch + sum(counts) / len(images))
         if observer is not None:
             total = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True))
             seconds = time.perf_counter() - started

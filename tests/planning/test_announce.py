@@ -1,0 +1,54 @@
+"""A run says before it begins how long it takes, and what it says it takes is what its stages tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dstill
+from dstill.data.real import RealSet
+from dstill.jobs.job import Job, Task, Workplace
+from dstill.jobs.options import Choice
+from dstill.planning.announce import announce
+from dstill.support.progress import Expectation, Silent
+
+
+class Listener(Silent):
+    """Records the notes, the stages that are expected, and those that come."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.expected: list[Expectation] = []
+        self.came: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def expect(self, stages: Sequence[Expectation]) -> None:
+        self.expected = list(stages)
+
+    def progress(self, stage: str, done: float, total: float, detail: str = "") -> None:
+        if stage not in self.came[-1:]:
+            self.came.append(stage)
+
+
+@pytest.mark.parametrize("method", ["ast", "mtt", "dm", "herding"])
+def test_the_stages_that_come_are_those_that_were_expected(tiny_real: RealSet, tmp_path: Path, method: str) -> None:
+    listener = Listener()
+    once = dstill.Evaluation(networks=1, whole=True)
+    options: dict[str, Any] = {"recipe": "smoke", "evaluation": once, "machine": dstill.Machine(cache=tmp_path / "cache")}
+    dstill.run(tiny_real, method=method, sets=2, out=tmp_path / "run", progress=listener, **options)
+    expected = [one.stage for one in listener.expected]
+    assert set(listener.came) - {"fitting the whitening"} == set(expected)
+    assert [stage for stage in dict.fromkeys(listener.came) if stage in expected] == expected, "in this order"
+    assert [one.times for one in listener.expected if one.stage == "distilling"] in ([2], [])
+    assert sum(note.startswith("this takes about ") for note in listener.notes) == 1
+
+
+def test_nothing_is_measured_if_nobody_is_told(tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dstill.planning.announce.plan_job", lambda *_: pytest.fail("a plan was made"))
+    place = Workplace.of(dstill.Machine(cache=tmp_path), False)
+    announce(Job.resolve(tiny_real, Choice("dm", recipe="smoke"), 0, place), Task())
