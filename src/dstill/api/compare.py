@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from dstill.api import findings
 from dstill.api.apart import request, run_apart
 from dstill.artifacts.files import write_text
 from dstill.artifacts.result import Result
@@ -98,9 +99,14 @@ class Comparison(BaseModel):
         rows = [row.cells() for row in self.rows]
         return [[COLUMNS[key] for key in keys], *([_text(key, cells) for key in keys] for cells in rows)]
 
+    @property
+    def findings(self) -> list[str]:
+        """Which row is ahead at equal bytes, and which at equal time, in sentences."""
+        return findings.of_comparison(self.rows)
+
     def markdown(self) -> str:
-        """The table in Markdown."""
-        return markdown(self.texts(), LEFT)
+        """The table in Markdown, and the findings beneath it."""
+        return markdown(self.texts(), LEFT) + "".join(f"\n- {line}" for line in self.findings) + ("\n" if self.findings else "")
 
     def latex(self) -> str:
         """The table as a LaTeX `tabular`."""

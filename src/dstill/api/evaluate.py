@@ -208,11 +208,11 @@ def _measured(
         for k in range(count)
         for trial in trials_of(one, 1, net=config, seed=seed, stream=(one.seed, i, k))
     ]
-    measured = measure(trials, test, protocol, workers=place.workers, progress=_telling(pieces, protocol))
+    measured = measure(trials, test, protocol, workers=place.workers, progress=telling(pieces, protocol))
     return [measured[i * count : (i + 1) * count] for i in range(len(sets))]
 
 
-def _telling(pieces: Pieces, protocol: Protocol) -> Told:
+def telling(pieces: Pieces, protocol: Protocol) -> Told:
     """Tells the progress of networks that are trained under a protocol, with the accuracy of the last one."""
 
     def tell(trial: Trial, share: float, accuracy: float | None) -> None:
@@ -253,7 +253,7 @@ class _Baselines:
                 seed=self.seed,
                 workers=self.place.workers,
                 note=self.place.reporter.note,
-                progress=_telling(self._pieces(protocol, networks), protocol),
+                progress=telling(self._pieces(protocol, networks), protocol),
             ),
         )
 

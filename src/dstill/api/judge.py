@@ -6,20 +6,27 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
-from dstill.api.evaluate import measure_sets
+from dstill.api import findings
+from dstill.api.evaluate import measure_sets, telling
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import check_writable, write_text
-from dstill.artifacts.result import Result
+from dstill.artifacts.result import Result, Score
+from dstill.config.settings import NetConfig
 from dstill.data import siamese
-from dstill.data.real import Source, load_real
+from dstill.data.real import RealSet, Source, load_real
+from dstill.evaluation.networks import measure, prepared, trials_of
+from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Workplace
 from dstill.jobs.options import Evaluation, Machine, Network, Networks, at_least_one
-from dstill.nets.networks import network_name
+from dstill.nets.networks import evaluation_nets, network_name
 from dstill.support.console import Progress
+from dstill.support.progress import Pieces
 from dstill.support.tables import markdown
 
+_LOOKS = 3  # networks that compare two ways of training on the validation part
 HEADING = ["network", "labels", "augmentation", "accuracy %", "n", "over random", "% of whole"]
 
 
@@ -31,6 +38,8 @@ class Judged(BaseModel):
         labels: `soft` or `hard`.
         augmentation: strategy for training on the set, on random images and on the whole training set.
         result: the accuracy, and those of random images and the whole training set, trained in the same way with hard labels.
+        validation: the accuracy on a part of the training images, by which ways of training are told apart; None if a class
+            has too few images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +48,7 @@ class Judged(BaseModel):
     labels: str
     augmentation: str
     result: Result
+    validation: Score | None = None
 
     def texts(self) -> list[str]:
         """The row under `HEADING`."""
@@ -62,10 +72,16 @@ class Judgement(BaseModel):
         """Heading and rows."""
         return [HEADING, *(row.texts() for row in self.rows)]
 
+    @property
+    def findings(self) -> list[str]:
+        """Which labels and which augmentation are better on the validation part, in sentences."""
+        return findings.of_judgement(self.rows)
+
     def save(self, folder: Path) -> None:
         """Writes `judgement.json` and `judgement.md`."""
         write_text(folder / "judgement.json", self.model_dump_json(indent=2) + "\n")
-        write_text(folder / "judgement.md", markdown(self.texts(), left=("network", "labels", "augmentation")))
+        table = markdown(self.texts(), left=("network", "labels", "augmentation"))
+        write_text(folder / "judgement.md", table + "".join(f"\n- {line}" for line in self.findings) + "\n")
 
 
 def judge(
@@ -125,15 +141,31 @@ def judge(
     if out is not None:
         check_writable(Path(out))
     at_least_one(networks=networks)
+    fewest = int(torch.bincount(real.train.labels, minlength=real.classes).min())
+    held = real.holdout(seed) if fewest > 1 else None
     rows = []
     chosen: list[list[Network]] = [[net] for net in nets] or [[]]  # if none, the set's own, whose import is checked
     for named, (labels, variant), strategy in itertools.product(chosen, variants.items(), strategies):
         net = network_name(named[0]) if named else one.net.name
         place.reporter.note(f"{net}, {labels} labels, augmentation {strategy}")
-        evaluation = Evaluation(named, networks, True, whole)
-        result = measure_sets([variant.with_augmentation(strategy)], real, place, evaluation, seed, protocol)
-        rows.append(Judged(net=net, labels=labels, augmentation=strategy, result=result))
+        way, evaluation = variant.with_augmentation(strategy), Evaluation(named, networks, True, whole)
+        result = measure_sets([way], real, place, evaluation, seed, protocol)
+        validation = None
+        if held is not None:
+            validation = _on_validation(way, held, evaluation_nets(one.net, named)[0], seed, place, protocol)
+        rows.append(Judged(net=net, labels=labels, augmentation=strategy, result=result, validation=validation))
     judgement = Judgement(rows=tuple(rows), stored_bytes=rows[0].result.stored_bytes)
     if out is not None:
         judgement.save(Path(out))
     return judgement
+
+
+def _on_validation(
+    way: DistilledSet, held: RealSet, net: NetConfig, seed: int, place: Workplace, protocol: str | None
+) -> Score:
+    """The accuracy of a few networks on the validation part."""
+    chosen = load_protocol(protocol or (way.recipe.protocol if way.recipe else "ast"))
+    trials = trials_of(way, _LOOKS, net=net, seed=seed, stream=("judge",))
+    tell = telling(Pieces(place.reporter, "validation", _LOOKS), chosen)
+    test = prepared(held.test, way.preprocess, place.device)
+    return Score.of([[one.accuracy for one in measure(trials, test, chosen, workers=place.workers, progress=tell)]])

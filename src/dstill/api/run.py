@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dstill.api import findings
 from dstill.api.evaluate import measure_sets
 from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
-from dstill.artifacts.record import RESULT_NAME
+from dstill.artifacts.record import METRICS_NAME, RESULT_NAME, Curve, read_metrics
 from dstill.artifacts.result import Claim, Cost, Result
 from dstill.artifacts.run_folder import refuse_other_run
 from dstill.config.settings import Recipe
@@ -257,4 +258,6 @@ def run_job(job: Job, folder: Path, task: Task, started: float | None = None) ->
     for k, one in enumerate(sets):
         one.with_accuracy(Claim.of(result)).save(folder / f"set-{k}")
     reporter.note(f"report: {report([folder], folder / REPORT_NAME)}")
+    for line in findings.of_run(result, Curve.of(read_metrics(folder / "set-0" / METRICS_NAME), "validation_accuracy")):
+        reporter.note(line)
     return result

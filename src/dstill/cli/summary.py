@@ -21,11 +21,18 @@ _PIPED = 140  # piped output has no width, and a truncated number would be wrong
 def print_comparison(comparison: Comparison) -> None:
     """The rows of a comparison."""
     _print(comparison.texts(), LEFT, f"{comparison.data}, protocol {comparison.protocol}")
+    _print_lines(comparison.findings)
 
 
 def print_judgement(judgement: Judgement) -> None:
     """The rows of a judgement."""
     _print(judgement.texts(), ("network", "labels", "augmentation"), f"{size(judgement.stored_bytes)} stored")
+    _print_lines(judgement.findings)
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        Console(soft_wrap=True, highlight=False).print(printable(line), markup=False)
 
 
 def _print(lines: Sequence[Sequence[str]], left: Sequence[str], title: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import INITIAL_NAME
 from dstill.artifacts.run_folder import RunFolder
+from dstill.errors import CollapseError
 from dstill.evaluation.networks import evaluate_set, prepared
 from dstill.evaluation.protocols import load_protocol
 from dstill.methods.base import Method, Metrics, Problem, method_class
@@ -18,6 +19,8 @@ from dstill.support.stopping import between_steps
 _LONGEST_SECONDS = 60.0
 _CHEAP_SECONDS = 0.5
 _LARGEST_SHARE = 20.0  # least seconds of work per second of storing
+_CHECK_EVERY = 100  # iterations
+_RUNAWAY = 1e4  # standard deviations of real pixels; images of every method end below a hundred
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ def run_method(
         cadence: how often to checkpoint and to validate.
         observer: called after each iteration with its number, the total, and the metrics.
         painter: called with the number of iterations done and the set so far.
+
+    Raises:
+        CollapseError: the method gives up, or its images run away.
     """
     method = make_method(problem)
     restored = folder.restore() if folder else None
@@ -95,6 +101,8 @@ def run_method(
             metrics = method.step(state, iteration, seeding.generator(problem.seed, "step", iteration))
             row: Metrics = {"iteration": iteration, **metrics, "seconds": time.perf_counter() - started}
             done = iteration + 1
+            if done % _CHECK_EVERY == 0 or done == total:
+                _refuse_runaway(method.result(state), done)
             if cadence.validate and (done % cadence.validate == 0 or done == total):
                 row["validation_accuracy"] = validate(method.result(state))
             if folder:
@@ -115,6 +123,16 @@ def run_method(
     if stopped:
         raise KeyboardInterrupt  # if the signal itself did not end the process
     return method.result(state)
+
+
+def _refuse_runaway(distilled: DistilledSet, done: int) -> None:
+    """Raises `CollapseError` if pixels lie where no image is."""
+    largest = float(distilled.images.detach().abs().max())
+    if not largest <= _RUNAWAY:
+        raise CollapseError(
+            f"the run collapsed: after {done} iterations a pixel lies {largest:.1g} standard deviations from the mean, where "
+            "no image is: lower distill.lr_images"
+        )
 
 
 def _validator(problem: Problem, cadence: Cadence) -> Callable[[DistilledSet], float]:
