@@ -31,7 +31,7 @@ def can_draw(console: Console) -> bool:
 
     Example:
         >>> import io
-        >>> can_draw(Console(file=io.StringIO(), force_terminal=True, color_system="256"))
+        >>> can_draw(Console(file=io.StringIO(), force_terminal=True, color_system="256", no_color=False))
         True
         >>> can_draw(Console(file=io.StringIO()))
         False
