@@ -122,6 +122,19 @@ def test_a_run_looks_stores_and_paints_as_often_as_it_is_asked(
     assert sorted(path.name for path in (tmp_path / "o" / "frames").iterdir()) == ["0000004.png", "0000005.png"]
 
 
+def test_a_run_keeps_how_its_data_were_read_as_far_as_it_is_told(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    told = dstill.Recording(source={"source": "cifar10", "image_size": 8})
+    kept: dict[str, dict[str, Any]] = {"name": {"source": "digits"}, "told": dict(told.source or {})}
+    dstill.distill("digits", method="random", out=tmp_path / "name", **options)
+    dstill.distill(tiny_real, method="random", out=tmp_path / "told", recording=told, **options)
+    dstill.distill(tiny_real, method="random", out=tmp_path / "arrays", **options)
+    for name in ("name", "told"):
+        assert json.loads((tmp_path / name / "source.json").read_text()) == kept[name]
+    assert not (tmp_path / "arrays" / "source.json").exists()
+
+
 def test_settings_are_resolved_once_and_every_stage_has_the_same(
     tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from dstill import DistilledSet
-from dstill.artifacts.pictures import grid, save_grid
+from dstill.artifacts.pictures import grid, load_real, real_sheet, save_grid, save_real, uri_of
 from dstill.config.settings import NetConfig
 from dstill.data import preprocess
+from dstill.data.real import Split
 
 GAP = 2
 
@@ -142,3 +143,45 @@ def test_a_saved_grid_is_the_grid(tmp_path: Path) -> None:
     with Image.open(save_grid(one, tmp_path / "x.png")) as picture:
         assert picture.format == "PNG"
         assert np.array_equal(np.asarray(picture), np.asarray(grid(one)))
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+def test_each_class_keeps_its_first_four_real_images(classes: int, tmp_path: Path) -> None:
+    original, labels = pixels(5 * classes), torch.arange(classes).repeat(5)
+    save_real(Split(original, labels), classes, tmp_path / "real.webp")
+    squares = load_real(tmp_path / "real.webp", classes)
+    assert [square.size for square in squares] == [(17, 17)] * classes
+    for c, square in enumerate(squares):
+        array = np.asarray(square)
+        for k in range(4):
+            top, left = k // 2 * 9, k % 2 * 9
+            expected = original[c + k * classes].permute(1, 2, 0).numpy()
+            assert (array[top : top + 8, left : left + 8] == expected).all()
+        assert (array[8] == 255).all() and (array[:, 8] == 255).all(), "a line between them"
+
+
+def test_a_class_with_few_images_or_many_classes_keep_one_of_each(tmp_path: Path) -> None:
+    few = Split(pixels(7), torch.tensor([0, 0, 0, 0, 1, 1, 1]))
+    save_real(few, 2, tmp_path / "few.webp")
+    assert [np.asarray(one).tolist() for one in load_real(tmp_path / "few.webp", 2)] == [
+        few.images[row].permute(1, 2, 0).tolist() for row in (0, 4)
+    ]
+    many = Split(pixels(51 * 4, side=48), torch.arange(51).repeat(4))
+    assert real_sheet(many, 51).size == (10 * 32, 6 * 32)
+    assert real_sheet(Split(many.images[:200], torch.arange(50).repeat(4)), 50).size == (10 * (2 * 48 + 3), 5 * (2 * 48 + 3))
+
+
+def test_large_real_images_are_reduced_and_keep_their_shape() -> None:
+    wide = torch.zeros(8, 3, 64, 128, dtype=torch.uint8)
+    assert real_sheet(Split(wide, torch.arange(2).repeat(4)), 2).size == (2 * (2 * 64 + 4), 2 * 32 + 4)
+
+
+def test_a_run_without_real_images_has_none(tmp_path: Path) -> None:
+    assert load_real(tmp_path / "real.webp", 3) == []
+
+
+def test_an_address_is_exact_unless_a_quality_is_asked_for() -> None:
+    picture = grid(make(pixels(2), torch.arange(2), 1))
+    assert uri_of(picture).startswith("data:image/png;base64,")
+    assert uri_of(picture, quality=50).startswith("data:image/webp;base64,")
+    assert len(uri_of(picture, quality=5)) < len(uri_of(picture, quality=95))

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dstill.artifacts.record import Curve, ExpertCurves, SetRecord, read_metrics
+from dstill.artifacts.record import Curve, DataSource, ExpertCurves, SetRecord, read_metrics
+from dstill.errors import DamagedFileError, DstillError
 
 ROWS: list[dict[str, Any]] = [
     {"iteration": 0, "loss": 4.0, "alpha": 0.1, "start_epoch": 3, "inner_loss_first": 1.0, "skipped": 0, "seconds": 0.5},
@@ -64,3 +65,30 @@ def test_metrics_are_the_whole_lines_of_the_file(tmp_path: Path) -> None:
     assert read_metrics(path) == []
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + '{"iteration": 3')
     assert read_metrics(path) == ROWS
+
+
+def test_where_data_lie_is_kept_as_it_was_given_but_does_not_name_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    kept = {
+        "/home/ann/a b/*.parquet": "~/a b/*.parquet",
+        "/home/ann": "~",
+        "/home/anna/x": "/home/anna/x",
+        "photos": "photos",
+        "digits": "digits",
+    }
+    for given, stored in kept.items():
+        assert DataSource.of({"source": given}).arguments() == {"source": stored}
+
+
+def test_a_source_comes_back_with_the_arguments_that_were_given(tmp_path: Path) -> None:
+    assert DataSource.load(tmp_path) is None
+    given = {"source": "mnist", "fit": "pad", "image_size": 28, "classes": ["3", "1"], "train_fraction": 0.5}
+    DataSource.of(given).save(tmp_path)
+    found = DataSource.load(tmp_path)
+    assert found is not None and found.arguments() == {**given, "classes": ("3", "1")}
+    (tmp_path / "source.json").write_text('{"source": "x", "code": "import os"}')
+    with pytest.raises(DamagedFileError, match=r"source\.json is damaged"):
+        DataSource.load(tmp_path)
+    for wrong in ({"source": "mnist", "size": 28}, {"source": "mnist", "image_size": "large"}):
+        with pytest.raises(DstillError, match="has the arguments of load_real"):
+            DataSource.of(wrong)

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstill.artifacts.result import ProtocolId, Result, Score
+from dstill.api.compare import Comparison, Row
+from dstill.api.judge import Judged
+from dstill.artifacts.result import Claim, ProtocolId, Result, Score
+from dstill.cli.summary import print_result
 from dstill.errors import DstillError
 
 share = st.floats(0, 1, allow_nan=False)
@@ -55,6 +58,26 @@ def test_a_single_set_has_no_spread_between_sets() -> None:
 
 def test_a_score_reads_as_people_write_it() -> None:
     assert str(Score.of([[0.5, 0.7]])) == "60.0 ± 14.1 % (n = 2)"
+
+
+def test_a_single_accuracy_has_no_spread_anywhere() -> None:
+    score = Score.of([[0.5]])
+    one = result().model_copy(update={"accuracy": score, "nets": {"convnet": score}, "random": None, "whole": None})
+    assert str(score) == "50.0 % (n = 1)"
+    assert str(Claim.of(one)) == "50.0 % (n = 1, protocol ast v1), fresh convnet networks on real test images"
+    assert "<td>ast</td><td>50.0</td><td>1</td>" in one._repr_html_()
+    row = Row(method="ast", ipc=1, result=one)
+    assert row.cells()["std"] is None
+    cells = Comparison(data="d", protocol="ast", rows=(row,)).texts()[1]
+    assert cells[3:5] == ["50.0", "1"]
+    assert Judged(net="convnet", labels="hard", augmentation="none", result=one).texts()[3:5] == ["50.0", "1"]
+
+
+def test_the_summary_on_a_terminal_shows_no_spread_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    two, one = Score.of([[0.5, 0.7]], lr=0.01), Score.of([[0.9]])
+    print_result(result().model_copy(update={"nets": {"convnet": two}, "random": two, "whole": one}))
+    shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert ["ast", "60.0", "14.1", "2"] in shown and ["whole training set", "90.0", "–", "1"] in shown
 
 
 def test_result_json_has_the_fixed_names(tmp_path: Path) -> None:

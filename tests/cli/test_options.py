@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,20 +25,19 @@ JUDGED = "--nets vgg11,alexnet --networks 4 --no-random --whole --also ast,mtt"
 EVALUATION = Evaluation(("vgg11", "alexnet"), 4, False, True, ("ast", "mtt"))
 RECORDED = "--validate-every 6 --checkpoint-every 7 --picture-every 8 --log wandb,tensorboard"
 RECORDING = Recording(6, 7, 8, ("wandb", "tensorboard"))
+READ = replace(RECORDING, source={"source": "digits"})
 
 COMMANDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "run": (
         "api.run",
         f"digits {CHOICE} {PLACE} {JUDGED} {RECORDED} -o o --sets 9 --expert-seed 4",
-        CHOSEN | MACHINE | {"out": Path("o"), "sets": 9, "evaluation": EVALUATION, "recording": RECORDING, "seed": Seeds(5, 4)},
+        CHOSEN | MACHINE | {"out": Path("o"), "sets": 9, "evaluation": EVALUATION, "recording": READ, "seed": Seeds(5, 4)},
     ),
     "train-experts": ("api.run", f"digits {CHOICE} {PLACE} --only 1,2", CHOSEN | MACHINE | {"only": [1, 2]}),
     "distill": (
         "api.run",
         f"digits {CHOICE} {PLACE} {RECORDED} -o o --experts e --init i --expert-seed 0",
-        CHOSEN
-        | MACHINE
-        | {"out": Path("o"), "experts": Path("e"), "init": Path("i"), "recording": RECORDING, "seed": Seeds(5, 0)},
+        CHOSEN | MACHINE | {"out": Path("o"), "experts": Path("e"), "init": Path("i"), "recording": READ, "seed": Seeds(5, 0)},
     ),
     "plan": (
         "planning.plan",
@@ -119,7 +119,14 @@ def test_a_command_takes_all_cores_and_a_seed_for_everything_unless_told_otherwi
     call = called(monkeypatch, "api.run", "run", "digits")
     assert call.named["machine"] == Machine(workers="auto")
     assert (call.named["seed"], call.named["out"], call.named["sets"]) == (0, None, 1)
-    assert (call.named["evaluation"], call.named["recording"]) == (Evaluation(), Recording())
+    assert (call.named["evaluation"], call.named["recording"]) == (Evaluation(), Recording(source={"source": "digits"}))
+
+
+@pytest.mark.parametrize("command", ["run", "distill"])
+def test_a_command_says_how_it_has_read_the_data(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "digits --image-size 8 --fit resize --train-fraction 0.5 --classes 3,1"
+    source = called(monkeypatch, "api.run", command, text).named["recording"].source
+    assert source == {"source": "digits", "image_size": 8, "fit": "resize", "train_fraction": 0.5, "classes": ["3", "1"]}
 
 
 def test_how_the_data_are_read_is_asked_of_load_real(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dstill.artifacts import pictures
 from dstill.config.settings import NetConfig, Recipe
 from dstill.data import preprocess
 from dstill.data.real import RealSet
@@ -67,6 +68,14 @@ def test_what_decides_a_set_decides_whose_a_folder_is(tiny_real: RealSet, expert
             distil(other, tmp_path / "run")
     with pytest.raises(DstillError, match=r"holds a run with other settings .*seed"):
         distil(one, tmp_path / "run", seed=1)
+
+
+def test_a_folder_keeps_real_images_of_each_class(tiny_real: RealSet, experts: Path, tmp_path: Path) -> None:
+    distil(problem(tiny_real, Trajectories(experts, 1)), tmp_path / "run")
+    squares = pictures.load_real(tmp_path / "run" / "real.webp", 3)
+    for square, rows in zip(squares, tiny_real.train.by_class(3), strict=True):
+        first = pictures.image_of(tiny_real.train.images[int(rows[0])])
+        assert square.crop((0, 0, 8, 8)).tobytes() == first.tobytes()
 
 
 def test_a_run_from_other_images_is_another_run(tiny_real: RealSet, experts: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_every_method_goes_from_images_to_a_result(method: str, launch: Callable
     assert (result.protocol.name, result.protocol.version, result.accuracy.n) == ("tiny", 1, 2)
     assert result.random is not None
     files = {path.name for path in (tmp_path / "set-0").iterdir()}
-    expected = {"distilled.safetensors", "distilled.png", "recipe.yaml", "settings.json", "cost.json"}
+    expected = {"distilled.safetensors", "distilled.png", "real.webp", "recipe.yaml", "settings.json", "cost.json"}
     expected |= set() if METHODS[method].family == "selection" else {"metrics.jsonl", "curves.png", "initial.safetensors"}
     expected |= {"experts.json"} if METHODS[method].needs_experts else set()
     expected |= {"initialisation.json"} if method == "ast" else set()

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from dstill.artifacts.record import SetRecord
-from dstill.reporting.figures import run_curves
+from dstill.reporting.figures import bars, run_curves
+
+
+def test_a_bar_of_a_single_value_has_no_spread() -> None:
+    (axes,) = bars({"two": (50.0, 4.0), "one": (60.0, None)}, "accuracy %").axes
+    assert [bar.get_width() for bar in axes.patches] == [50.0, 60.0]
+    two, one = axes.collections[0].get_segments()
+    assert two[:, 0].tolist() == [46.0, 54.0]
+    assert len(one) == 0
+    assert axes.get_xlim()[0] == 46.0 - 0.15 * 60.0
 
 
 def test_curves_have_a_panel_for_each_thing_that_was_measured() -> None:

@@ -21,7 +21,8 @@ from dstill import DistilledSet, DstillError
 from dstill.artifacts.record import RunRecord
 from dstill.cli.show import describe
 from dstill.data.real import RealSet
-from dstill.reporting.page import MOST_IMAGES, report
+from dstill.reporting.images import MOST_IMAGES
+from dstill.reporting.page import report
 
 HOSTILE = ("<script>alert(1)</script>", 'a"onload="x', "$x_1$")
 
@@ -84,7 +85,7 @@ def test_nothing_is_asked_of_the_network_and_nothing_runs(runs: Path) -> None:
         for _, attributes in page.tags:
             assert not [key for key in attributes if key.startswith("on")], "no handlers"
             for key in ("src", "href", "xlink:href", "action", "data"):
-                assert attributes.get(key, "#").startswith(("#", "data:image/png;base64,")), attributes
+                assert attributes.get(key, "#").startswith(("#", "data:image/png;base64,", "data:image/webp;base64,"))
         assert "@import" not in page.source and not re.search(r"url\((?!#)", page.source)
 
 
@@ -111,9 +112,10 @@ def test_the_numbers_are_those_of_the_result(runs: Path, page: Page) -> None:
 def test_images_are_those_of_the_set_and_have_words_instead(runs: Path, page: Page) -> None:
     one = DistilledSet.load(runs / "ast" / "set-0")
     images = page.all("img")
-    assert len(images) == 2 * len(one.images), "each beside the one that it started from"
-    assert all(image["alt"] for image in images)
-    after = [image for image in images if image["alt"].endswith(", distilled")]
+    ends = [image["alt"].rpartition(", ")[2] for image in images]
+    assert ends == ["real", "at the start", "distilled"] * 3, "for each class, real images, the start and the end"
+    assert [image["alt"] for image in images[2::3]] == [f"{name}, distilled" for name in HOSTILE]
+    after = images[2::3]
     expected = (one.pixels() * 255).round().byte().permute(0, 2, 3, 1)
     for image, pixels in zip(after, expected, strict=True):
         with Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))) as picture:
@@ -132,7 +134,7 @@ def test_stored_images_are_shown_beside_what_they_hold(runs: Path, tiny_real: Re
     page, one = Page(tmp_path / "held" / "report.html"), DistilledSet.load(tmp_path / "held" / "set-0")
     seen = [image for image in page.all("img") if image["alt"].endswith(", distilled")]
     stored = [image for image in page.all("img") if image["alt"].endswith(", stored")]
-    assert (len(seen), len(stored), len(page.all("img"))) == (12, 3, 12 + 12 + 3)
+    assert (len(seen), len(stored), len(page.all("img"))) == (12, 3, 3 + 12 + 12 + 3)
     for images, of in ((seen, one.decoded), (stored, one)):
         expected = (of.pixels() * 255).round().byte().permute(0, 2, 3, 1)
         for image, pixels in zip(images, expected, strict=True):
@@ -142,6 +144,77 @@ def test_stored_images_are_shown_beside_what_they_hold(runs: Path, tiny_real: Re
         assert words in page.text
     assert (tmp_path / "held" / "set-0" / "stored.png").exists()
     assert not (runs / "ast" / "set-0" / "stored.png").exists() and "stored images" not in Page(runs / "ast/report.html").text
+
+
+def test_a_class_says_how_many_of_its_images_are_recognised(runs: Path, page: Page) -> None:
+    confusion = dstill.Result.load(runs / "ast" / "result.json").confusion
+    for i, row in enumerate(confusion):
+        assert f"{HOSTILE[i]} {100 * row[i] / sum(row):.1f} % recognised" in page.text
+
+
+def test_a_selection_has_chosen_and_not_distilled(runs: Path) -> None:
+    page = Page(runs / "random" / "report.html")
+    assert [image["alt"].rpartition(", ")[2] for image in page.all("img")] == ["real", "chosen"] * 3
+    assert "1 real image for each of 3 classes, chosen by random." in page.text
+    assert "For each class: real images and what was chosen." in page.text
+
+
+def test_a_folder_from_before_there_were_real_images_and_sources_makes_a_page(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "ast", tmp_path / "old")
+    for name in ("real.webp", "source.json"):
+        (tmp_path / "old" / "set-0" / name).unlink(missing_ok=True)
+    page = Page(report([tmp_path / "old"], tmp_path / "old.html"))
+    assert [image["alt"].rpartition(", ")[2] for image in page.all("img")] == ["at the start", "distilled"] * 3
+    (tmp_path / "old" / "set-0" / "real.webp").write_bytes(b"RIFF")
+    with pytest.raises(DstillError, match=r"real\.webp is damaged"):
+        report([tmp_path / "old"], tmp_path / "old.html")
+
+
+def test_kept_pictures_become_a_slider_that_stands_at_the_last(tiny_real: RealSet, runs: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"evaluation": dstill.Evaluation(networks=1), "machine": dstill.Machine(cache=runs / "cache")}
+    recording = dstill.Recording(picture_every=2)
+    dstill.run(tiny_real, method="dm", recipe="smoke", changes=["net.width=4"], out=tmp_path, recording=recording, **options)
+    page = Page(tmp_path / "report.html")
+    knobs = [knob for knob in page.all("input") if knob["type"] == "radio"]
+    told = [f"after {iteration} iterations" for iteration in (0, 2, 4, 5)]
+    assert [knob["aria-label"] for knob in knobs] == told
+    assert ["checked" in knob for knob in knobs] == [False, False, False, True]
+    assert {knob["name"] for knob in knobs} == {"film-1"}
+    assert [image["alt"] for image in page.all("img")][-4:] == [f"the images {words}" for words in told]
+    assert "after 2 iterations" in page.text
+    score = dstill.Result.load(tmp_path / "result.json").accuracy
+    assert f"{score.percent} % with this set (n = 1)" in page.text and f"reach {score.percent} % on the test set" in page.text
+
+
+def test_every_tag_is_closed_in_its_order(runs: Path) -> None:
+    report([runs / name for name in ("ast", "frepo", "random")], runs / "nested.html")
+    for name in ("ast/report.html", "frepo/report.html", "random/report.html", "nested.html"):
+        assert nesting((runs / name).read_text()) == []
+
+
+def nesting(source: str) -> list[str]:
+    """Tags that are not closed, or not in the order in which they were opened."""
+    wrong, open_tags = list[str](), list[str]()
+
+    class Checker(html.parser.HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            if tag not in {"meta", "img", "input", "br", "hr", "link"}:
+                open_tags.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            return None  # in drawings
+
+        def handle_endtag(self, tag: str) -> None:
+            if not open_tags or open_tags.pop() != tag:
+                wrong.append(tag)
+
+    Checker().feed(source)
+    return wrong + open_tags
+
+
+def test_a_wrong_order_would_be_found() -> None:
+    assert nesting("<p><b></b></p>") == []
+    assert nesting("<p><b></p></b>") and nesting("<div>")
 
 
 def test_soft_labels_are_spelled_out(runs: Path) -> None:
@@ -188,7 +261,7 @@ def test_large_sets_are_cut_and_say_so(runs: Path, tmp_path: Path) -> None:
     many.save(tmp_path / "many")
     page = Page(report([tmp_path / "many"], tmp_path / "many.html"))
     each = MOST_IMAGES // 3
-    assert len(page.all("img")) == 3 * each
+    assert len(page.all("img")) == 3 * each, "and no real ones, which this folder does not have"
     assert f"{len(many.images) - 3 * each} more are not shown" in page.text
 
 
@@ -207,7 +280,7 @@ def _luminance(colour: str) -> float:
 
 def test_text_has_the_contrast_that_accessibility_asks_for(page: Page) -> None:
     themes = re.findall(r":root \{([^}]*)\}", page.source)
-    assert len(themes) == 2, "light and dark"
+    assert len(themes) == 3, "light, dark and paper"
     for theme in themes:
         colours = dict(re.findall(r"--(\w+): (#\w{6})", theme))
         for ground in ("ground", "card"):
@@ -217,7 +290,7 @@ def test_text_has_the_contrast_that_accessibility_asks_for(page: Page) -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_without_complaint_or_sideways_scrolling(runs: Path, tmp_path: Path, width: int) -> None:
     report([runs / name for name in ("ast", "frepo", "random")], runs / "all.html")
     for name in ("all.html", "ast/report.html"):

@@ -160,6 +160,8 @@ def result(values: Sequence[float]) -> Result:
 def test_cells_are_what_the_run_recorded() -> None:
     one = sets("a", [[0.3, 0.5]], following=(0.1, 0.4))
     assert cell("accuracy", one, one) == "40.0 ± 14.1 (n = 2)"
+    single = sets("a", [[0.3]])
+    assert cell("accuracy", single, single) == "30.0 (n = 1)"
     assert cell("expert_accuracy", one, one) == "50.0 (3 experts)"
     assert cell("avg_var", one, one) == "2"
     assert cell("accumulated_error", one, one) == "0.4"

@@ -45,7 +45,7 @@ class Row(BaseModel):
     reason: str = ""
 
     def cells(self) -> dict[str, Any]:
-        """The cells of the row: accuracies in percent, sizes in bytes, times in seconds; None if unknown."""
+        """The cells of the row: accuracies in percent, sizes in bytes, times in seconds; None where there is none."""
         cells: dict[str, Any] = dict.fromkeys(_KEYS) | {"method": self.method, "ipc": self.ipc, "reason": self.reason}
         result = self.result
         if result is None:
@@ -56,7 +56,7 @@ class Row(BaseModel):
             "parts": result.parts,
             "family": result.family,
             "accuracy": 100 * accuracy.mean,
-            "std": 100 * accuracy.std,
+            "std": 100 * accuracy.std if accuracy.n > 1 else None,
             "n": accuracy.n,
             "over_random": 100 * (accuracy.mean - random.mean) if random else None,
             "of_whole": 100 * accuracy.mean / whole.mean if whole else None,
@@ -137,7 +137,7 @@ def _text(key: str, cells: dict[str, Any]) -> str:
         return "–"
     match key:
         case "accuracy":
-            return f"{value:.1f} ± {cells['std']:.1f}"
+            return f"{value:.1f}" + ("" if cells["std"] is None else f" ± {cells['std']:.1f}")
         case "over_random":
             return f"{value:+.1f}"
         case "of_whole" | "seconds" | "peak_bytes" | "stored_bytes":

@@ -54,7 +54,7 @@ class Judged(BaseModel):
         """The row under `HEADING`."""
         score, random, whole = self.result.accuracy, self.result.random, self.result.whole
         return [
-            *(self.net, self.labels, self.augmentation, f"{100 * score.mean:.1f} ± {100 * score.std:.1f}", str(score.n)),
+            *(self.net, self.labels, self.augmentation, score.percent, str(score.n)),
             f"{100 * (score.mean - random.mean):+.1f}" if random else "–",
             f"{100 * score.mean / whole.mean:.1f}" if whole else "–",
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from dstill.api import findings
 from dstill.api.evaluate import measure_sets
 from dstill.artifacts import files
 from dstill.artifacts.distilled import DistilledSet
-from dstill.artifacts.record import METRICS_NAME, RESULT_NAME, Curve, read_metrics
+from dstill.artifacts.record import METRICS_NAME, RESULT_NAME, Curve, DataSource, read_metrics
 from dstill.artifacts.result import Claim, Cost, Result
 from dstill.artifacts.run_folder import refuse_other_run
 from dstill.config.settings import Recipe
@@ -125,7 +126,7 @@ def distill(
         DistilledSet('random' of 'digits', 10 images of 1x8x8, 10 classes)
     """
     settings, trained = (experts, None) if isinstance(experts, Mapping) else (None, experts)
-    choice = Choice(method, ipc, recipe, net, changes, distill, settings)
+    choice, recording = Choice(method, ipc, recipe, net, changes, distill, settings), _with_source(recording, source)
     job = Job.resolve(source, choice, seed, Workplace.of(machine, progress))
     initial = DistilledSet.load(init) if isinstance(init, str | Path) else init
     validates = recording.validate_every > 0
@@ -161,7 +162,19 @@ def _distilled(
     cadence = Cadence(checkpoint=recording.checkpoint_every, validate=recording.validate_every, picture=pictures)
     if out is None:
         return run_method(problem, cadence=cadence, observer=Watcher(problem, reporter))
-    return distill_into(out, problem, job.identity(seed), cadence, reporter, recording.logs)
+    distilled = distill_into(out, problem, job.identity(seed), cadence, reporter, recording.logs)
+    if recording.source is not None:
+        DataSource.of(recording.source).save(out)
+    return distilled
+
+
+def _with_source(recording: Recording, source: Source) -> Recording:
+    """The recording with how the real data are read, as far as that can be told from what was passed."""
+    if recording.source is None and isinstance(source, str | Path):
+        return replace(recording, source={"source": str(source)})
+    if recording.source is not None:
+        DataSource.of(recording.source)  # refuses what it cannot store before the work starts
+    return recording
 
 
 def run(
@@ -221,7 +234,7 @@ def run(
         ('random', 1, 1)
     """
     started = time.perf_counter()
-    choice = Choice(method, ipc, recipe, net, changes, distill, experts)
+    choice, recording = Choice(method, ipc, recipe, net, changes, distill, experts), _with_source(recording, source)
     job = Job.resolve(source, choice, seed, Workplace.of(machine, progress))
     return run_job(job, job.folder if out is None else Path(out), Task(sets, evaluation, recording), started)
 

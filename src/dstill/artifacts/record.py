@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from dstill.artifacts.files import write_text
 from dstill.artifacts.result import Cost, Result
 from dstill.config import yamls
 from dstill.config.registry import curve_titles
 from dstill.errors import CollapseError, DamagedFileError, DstillError, reason_of
+from dstill.support.console import from_home
 
 RESULT_NAME = "result.json"
 RECIPE_NAME = "recipe.yaml"
@@ -22,6 +24,8 @@ METRICS_NAME = "metrics.jsonl"
 EXPERTS_NAME = "experts.json"
 MAP_NAME = "initialisation.json"
 INITIAL_NAME = "initial.safetensors"
+FRAMES_NAME = "frames"
+SOURCE_NAME = "source.json"
 _MOST_POINTS = 200
 
 
@@ -97,6 +101,58 @@ class Curve(_Record):
         groups = [points[i : i + size] for i in range(0, len(points), size)]
         means = [tuple(sum(column) / len(group) for column in zip(*group, strict=True)) for group in groups]
         return cls(iterations=tuple(mean[0] for mean in means), values=tuple(mean[1] for mean in means))
+
+
+class DataSource(_Record):
+    """How the real data of a run were read: the arguments of `load_real`, and nothing else, since a page writes them into code.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     DataSource.of({"source": "cifar10", "image_size": 16}).save(Path(folder))
+        ...     DataSource.load(Path(folder)).arguments()
+        {'source': 'cifar10', 'image_size': 16}
+    """
+
+    source: str
+    image_size: int | None = None
+    fit: str | None = None
+    train_fraction: float = 1.0
+    classes: tuple[str, ...] | None = None
+    test_fraction: float | None = None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> DataSource:
+        """From arguments of `load_real`. A path stays as it was given, but for the home folder, which names the user.
+
+        Raises:
+            DstillError: `load_real` has no such argument, or it does not take this value.
+        """
+        try:
+            return cls.model_validate({**arguments, "source": from_home(str(arguments.get("source", "")))})
+        except ValueError as error:
+            raise DstillError(f"the source of a recording has the arguments of load_real, got {dict(arguments)}") from error
+
+    @classmethod
+    def load(cls, folder: Path) -> DataSource | None:
+        """From the folder of a set; None if it does not say.
+
+        Raises:
+            DamagedFileError: the file says something else.
+        """
+        path = folder / SOURCE_NAME
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError as error:
+            raise DamagedFileError(f"{path} is damaged: remove it ({error})") from error
+
+    def save(self, folder: Path) -> None:
+        """Stores it in the folder of a set."""
+        write_text(folder / SOURCE_NAME, json.dumps(self.arguments()) + "\n")
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that were given."""
+        return self.model_dump(exclude_unset=True)
 
 
 class SetRecord(_Record):

@@ -35,7 +35,22 @@ def family_of(*, soft: bool, parts: int) -> Family:
     return "labels" if soft else "raw"
 
 
-class Score(BaseModel):
+class _Mean(BaseModel):
+    """The mean of `n` accuracies, and their spread."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: float
+    std: float
+    n: int
+
+    @property
+    def percent(self) -> str:
+        """Mean ± standard deviation in percent, without the sign %. A single accuracy has no spread, and none is shown."""
+        return f"{100 * self.mean:.1f}" + (f" ± {100 * self.std:.1f}" if self.n > 1 else "")
+
+
+class Score(_Mean):
     """Accuracies of several networks, as fractions in [0, 1].
 
     Attributes:
@@ -50,13 +65,10 @@ class Score(BaseModel):
         65.0 ± 12.9 % (n = 4)
         >>> round(score.between_sets, 3)
         0.071
+        >>> print(Score.of([[0.5]]))
+        50.0 % (n = 1)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    mean: float
-    std: float
-    n: int
     values: tuple[float, ...]
     lr: float | None = None
     """The learning rate that the networks were trained with, if it is the same for all."""
@@ -89,7 +101,7 @@ class Score(BaseModel):
         return cls.of([score.values for score in scores], rates.pop() if len(rates) == 1 else None)
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} % (n = {self.n})"
+        return f"{self.percent} % (n = {self.n})"
 
 
 class ProtocolId(BaseModel):
@@ -208,8 +220,7 @@ class Result(BaseModel):
 
     def _repr_html_(self) -> str:
         cells = [
-            f"<tr><td>{html.escape(name)}</td><td>{100 * score.mean:.1f} ± {100 * score.std:.1f}</td><td>{score.n}</td></tr>"
-            for name, score in self.rows()
+            f"<tr><td>{html.escape(name)}</td><td>{score.percent}</td><td>{score.n}</td></tr>" for name, score in self.rows()
         ]
         heading = f"<tr><th></th><th>{self.measured_on} accuracy %</th><th>n</th></tr>"
         return f"<table><caption>{html.escape(self.title)}</caption>{heading}{''.join(cells)}</table>"
@@ -251,14 +262,9 @@ class Result(BaseModel):
             raise DstillError(f"{path} is not a result of dstill: {error}") from error
 
 
-class Claim(BaseModel):
+class Claim(_Mean):
     """The accuracy that a distilled set claims: that of its run, pooled over the sets of the run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    mean: float
-    std: float
-    n: int
     net: str
     """The network that was trained on the set. It may differ from the one that the set was distilled with."""
     protocol: ProtocolId
@@ -274,4 +280,4 @@ class Claim(BaseModel):
     def __str__(self) -> str:
         images = "real test images" if self.measured_on == "test" else "real images held out of the training set"
         how = f"n = {self.n}, protocol {self.protocol}"
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} % ({how}), fresh {self.net} networks on {images}"
+        return f"{self.percent} % ({how}), fresh {self.net} networks on {images}"

@@ -89,16 +89,17 @@ def import_experts(*buffers: Path, out: Out) -> None:
 
 @app.command
 def show(path: Path, *, png: Path | None = None, stored: Flag = False) -> None:
-    """Describe a file or folder of dstill.
+    """Describe a file or folder of dstill. A terminal with colours also shows the distilled images.
 
     Args:
         path: a distilled set, a run folder, a folder of experts, or a result.json.
         png: write the distilled images as a picture.
-        stored: of stored images that hold several, show these in the picture, instead of what they hold.
+        stored: of stored images that hold several, show these, instead of what they hold.
     """
-    from dstill.cli.show import describe, write_picture
+    from dstill.cli.show import describe, print_drawing, write_picture
 
     print(printable(describe(path)))
+    print_drawing(path, stored=stored)
     if png is not None:
         write_picture(path, png, stored=stored)
         print(f"pictures: {png}")

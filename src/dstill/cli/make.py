@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dstill.cli.app import app
@@ -43,6 +44,7 @@ def run(
     from dstill.api.run import run
     from dstill.cli import summary
 
+    recording = replace(recording, source={"source": source, **data.arguments()})
     options = {"sets": sets, "evaluation": evaluation, "recording": recording, **common.arguments(machine, expert_seed)}
     real = data.load(source, out or Path("runs"))
     summary.print_result(run(real, out=out, **choice.arguments(), **options))
@@ -104,6 +106,7 @@ def distill(
     """
     from dstill.api.run import distill
 
+    recording = replace(recording, source={"source": source, **data.arguments()})
     options = {"experts": experts, "init": init, "recording": recording, **common.arguments(machine, expert_seed)}
     distill(data.load(source, out), out=out, **choice.arguments(), **options)
     print(out)

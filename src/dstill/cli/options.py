@@ -55,14 +55,12 @@ class Data:
         inside = out is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve())
         if inside and next(folder.rglob("*.parquet"), None) is None:
             raise DstillError(f"{out} lies inside the folder of images {folder}: pass -o a folder outside it")
-        return load_real(
-            source,
-            image_size=self.image_size,
-            fit=self.fit,
-            train_fraction=self.train_fraction,
-            classes=names(self.classes) or None,
-            test_fraction=self.test_fraction,
-        )
+        return load_real(source, **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `load_real` that differ from its defaults."""
+        given = {**vars(self), "classes": names(self.classes) or None}
+        return {key: value for key, value in given.items() if value != getattr(Data, key)}
 
 
 @Parameter(name="*")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.console import Console
+
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.pictures import save_grid
 from dstill.artifacts.record import RESULT_NAME
 from dstill.artifacts.result import Result
+from dstill.cli.drawing import Drawing, can_draw
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
 
@@ -39,6 +42,14 @@ def write_picture(path: Path, png: Path, *, stored: bool = False) -> None:
     """The images of a set, or of the first set of a run folder, as a PNG; the stored ones, or what they hold."""
     first = path / "set-0"
     save_grid(DistilledSet.load(first if first.is_dir() else path), png, stored=stored)
+
+
+def print_drawing(path: Path, *, stored: bool = False) -> None:
+    """Draws the images of a set, or of the first set of a run folder, if there are some and the terminal has colours."""
+    console = Console(highlight=False)
+    folder = path / "set-0" if (path / "set-0" / FILE_NAME).exists() else path
+    if can_draw(console) and (path.suffix == ".safetensors" or (folder / FILE_NAME).exists()):
+        console.print(Drawing(DistilledSet.load(folder), stored=stored))
 
 
 def _distilled(path: Path) -> str:

@@ -75,7 +75,8 @@ def print_result(result: Result) -> None:
     for column in ("", f"{result.measured_on} accuracy %", "± std", "n"):
         table.add_column(column, justify="left" if not column else "right")
     for name, score in result.rows():
-        table.add_row(_plain(name), f"{100 * score.mean:.1f}", f"{100 * score.std:.1f}", str(score.n))
+        spread = f"{100 * score.std:.1f}" if score.n > 1 else "–"
+        table.add_row(_plain(name), f"{100 * score.mean:.1f}", spread, str(score.n))
     console = Console()
     console.print(table)
     if result.random:

@@ -12,7 +12,7 @@ import torch
 
 from dstill.artifacts import files, pictures
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
-from dstill.artifacts.record import EXPERTS_NAME, MAP_NAME, RECIPE_NAME, SetRecord
+from dstill.artifacts.record import EXPERTS_NAME, FRAMES_NAME, MAP_NAME, RECIPE_NAME, SetRecord
 from dstill.artifacts.result import Cost
 from dstill.artifacts.run_folder import RunFolder
 from dstill.config import recipes
@@ -26,8 +26,6 @@ from dstill.reporting import figures
 from dstill.support.console import size
 from dstill.support.devices import resident_memory, watching_memory
 from dstill.support.progress import Reporter
-
-FRAMES = "frames"
 
 
 class Watcher:
@@ -67,7 +65,7 @@ class Watcher:
         """Stores a picture of the images after an iteration."""
         if self.out is None:
             return
-        pictures.save_grid(distilled, self.out / FRAMES / f"{iteration:07d}.png")
+        pictures.save_grid(distilled, self.out / FRAMES_NAME / f"{iteration:07d}.png")
         for sink in self.sinks:
             sink.picture(iteration, pictures.grid(distilled))
 
@@ -124,10 +122,11 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
     settings = out / RECIPE_NAME
     if settings.exists():
         return distilled
+    pictures.save_real(problem.real.train, problem.real.classes, out / pictures.REAL_NAME)
     pictures.save_grid(distilled, out / "distilled.png")
     if distilled.parts > 1:
         pictures.save_grid(distilled, out / "stored.png", stored=True)
-    pictures.save_animation(sorted((out / FRAMES).glob("*.png")), out / "distilled.webp")
+    pictures.save_animation(sorted((out / FRAMES_NAME).glob("*.png")), out / "distilled.webp")
     title = f"{problem.recipe.method}, {problem.real.name}, IPC {problem.recipe.ipc}"
     if (drawn := figures.run_curves(SetRecord.of(folder.metrics(), curve_titles(problem.recipe.method)), title)) is not None:
         figures.save(drawn, out / "curves.png")

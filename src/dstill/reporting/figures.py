@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -118,18 +119,19 @@ def initialisation(record: RunRecord) -> Figure:
     return figure
 
 
-def bars(values: Mapping[str, tuple[float, float]], label: str) -> Figure:
+def bars(values: Mapping[str, tuple[float, float | None]], label: str) -> Figure:
     """A bar chart of means with their standard deviations (Fig. 11).
 
     Args:
-        values: mean and standard deviation by name.
+        values: mean and standard deviation by name; None for a single value, which has no spread.
         label: what the x-axis shows.
     """
     figure, (axes,) = _figure(1, height=0.9 + 0.32 * max(len(values), 1))
-    means, spreads = [mean for mean, _ in values.values()], [spread for _, spread in values.values()]
+    means = [mean for mean, _ in values.values()]
+    spreads = [math.nan if spread is None else spread for _, spread in values.values()]
     axes.barh([_plain(name) for name in values], means, xerr=spreads, color=COLOURS[0], height=0.6, capsize=3)
     axes.invert_yaxis()
-    low = min((mean - spread for mean, spread in values.values()), default=0.0)
+    low = min((mean - (spread or 0.0) for mean, spread in values.values()), default=0.0)
     axes.set_xlim(left=max(0.0, low - 0.15 * max(means, default=1.0)))
     axes.set_xlabel(label)
     return figure

@@ -9,43 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.files import write_text
-from dstill.artifacts.pictures import image_of, uri_of
-from dstill.artifacts.record import INITIAL_NAME, RunRecord
+from dstill.artifacts.pictures import REAL_NAME
+from dstill.artifacts.record import INITIAL_NAME, DataSource, RunRecord
 from dstill.config import yamls
-from dstill.config.registry import curve_titles
+from dstill.config.registry import curve_titles, known, method_info
 from dstill.errors import DstillError
-from dstill.reporting import figures
+from dstill.reporting import figures, snippet
+from dstill.reporting.confusion import Confusion
+from dstill.reporting.images import ClassImages, Frame, by_class, frames
 from dstill.support.console import duration, size
 from dstill.version import __version__
 
 REPORT_NAME = "report.html"
-MOST_IMAGES = 200
-MOST_CLASSES = 20  # for more classes, no confusion matrix is shown
 _TEMPLATE = Path(__file__).parent / "page.html.j2"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One distilled image on the page.
-
-    Attributes:
-        source: the image as a data URI.
-        before: the image that it started from, as a data URI; empty if that is not known.
-        name: name of the class.
-        label: the most likely classes of a soft label with their probabilities; empty for class ids.
-    """
-
-    source: str
-    before: str
-    name: str
-    label: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -56,9 +37,13 @@ class Shown:
         name: a short, unique name.
         record: the record of the run.
         distilled: its first set.
-        pictures: images of this set, as networks see them.
+        made: what its method does with images: `distilled`, or `chosen` for a selection.
+        classes: the images of this set, class by class.
         left_out: number of images that are not shown.
-        stored: the stored images, if they hold several each.
+        frames: its images after some iterations; empty if no pictures were kept.
+        python: code that trains on the set.
+        command: the command that evaluates it; empty if it is not known where the real data are.
+        confusion: which classes are taken for which; None without a result.
         settings: the recipe as YAML.
         map: the initialisation map as SVG; empty if there is none.
     """
@@ -66,9 +51,13 @@ class Shown:
     name: str
     record: RunRecord
     distilled: DistilledSet
-    pictures: tuple[Picture, ...]
+    made: str
+    classes: list[ClassImages]
     left_out: int
-    stored: tuple[Picture, ...]
+    frames: list[Frame]
+    python: str
+    command: str
+    confusion: Confusion | None
     settings: str
     map: Markup
 
@@ -104,7 +93,6 @@ def report(runs: Sequence[str | Path], out: str | Path) -> Path:
         shown=shown,
         families=len({one.distilled.family for one in shown}),
         figures=_figures(records),
-        most_classes=MOST_CLASSES,
         version=__version__,
     )
     target = Path(out)
@@ -136,15 +124,20 @@ def _shown(name: str, folder: Path) -> Shown:
         raise DstillError(f"{folder} holds no finished run: there is no {first / FILE_NAME}")
     distilled, record = DistilledSet.load(first), RunRecord.read(folder)
     initial = DistilledSet.load(first / INITIAL_NAME) if (first / INITIAL_NAME).exists() else None
-    seen, before = distilled.decoded, initial.decoded if initial is not None else None
-    rows = _rows(seen)
+    classes = by_class(distilled, initial, first / REAL_NAME)
+    source = DataSource.load(first) or snippet.source_by_name(distilled)
+    chosen = known(distilled.method) and method_info(distilled.method).family == "selection"
     return Shown(
         name=name,
         record=record,
         distilled=distilled,
-        pictures=_pictures(seen, before, rows),
-        left_out=len(seen.images) - len(rows),
-        stored=_stored(distilled) if distilled.parts > 1 else (),
+        made="chosen" if chosen else "distilled",
+        classes=classes,
+        left_out=len(distilled.images) * distilled.parts**2 - sum(len(one.pictures) for one in classes),
+        frames=frames(first, initial),
+        python=snippet.python(distilled, first, source),
+        command=snippet.command(first, source) if source else "",
+        confusion=Confusion.of(record.result.confusion, distilled.class_names) if record.result else None,
         settings=yamls.dump(record.recipe),
         map=_map(name, record),
     )
@@ -153,43 +146,6 @@ def _shown(name: str, folder: Path) -> Shown:
 def _map(name: str, record: RunRecord) -> Markup:
     title = f"Real images and those chosen for the initialisation, {name}"
     return svg(figures.initialisation(record), title) if record.map else Markup("")
-
-
-def _rows(distilled: DistilledSet) -> Tensor:
-    """The rows of the images to show, class by class, with the same number of images for each class."""
-    ids = distilled.class_ids
-    order = ids.argsort(stable=True)
-    if len(order) <= MOST_IMAGES:
-        return order
-    each = max(1, MOST_IMAGES // distilled.classes)
-    return torch.cat([order[ids[order] == c][:each] for c in range(distilled.classes)])[:MOST_IMAGES]
-
-
-def _pictures(distilled: DistilledSet, initial: DistilledSet | None, rows: Tensor) -> tuple[Picture, ...]:
-    after = _uris(distilled, rows)
-    before = _uris(initial, rows) if initial is not None else [""] * len(rows)
-    names = [distilled.class_names[c] for c in distilled.class_ids[rows].tolist()]
-    labels = [_likeliest(distilled, int(row)) for row in rows]
-    return tuple(Picture(*parts) for parts in zip(after, before, names, labels, strict=True))
-
-
-def _stored(distilled: DistilledSet) -> tuple[Picture, ...]:
-    """Stored images by class, without labels, which their parts may have each for itself."""
-    rows = _rows(distilled)
-    names = [distilled.class_names[c] for c in distilled.class_ids[rows].tolist()]
-    return tuple(Picture(uri, "", name, ()) for uri, name in zip(_uris(distilled, rows), names, strict=True))
-
-
-def _likeliest(distilled: DistilledSet, row: int, most: int = 3) -> tuple[tuple[str, float], ...]:
-    if not distilled.labels.is_floating_point():
-        return ()
-    top = distilled.labels[row].softmax(0).topk(min(most, distilled.classes))
-    return tuple((distilled.class_names[c], p) for c, p in zip(top.indices.tolist(), top.values.tolist(), strict=True))
-
-
-def _uris(distilled: DistilledSet, rows: Tensor) -> list[str]:
-    pixels = (distilled.pixels()[rows] * 255).round().byte()
-    return [uri_of(image_of(one)) for one in pixels]
 
 
 def _figures(records: Mapping[str, RunRecord]) -> list[tuple[str, Markup]]:

@@ -124,7 +124,7 @@ def cell(measure: Measure, sets: Sets, first: Sets | None) -> str:
 def _accuracy(score: Score) -> str:
     """The mean over all networks of all sets; with several sets, also the spread between their means."""
     between = "" if score.between_sets is None else f"; ± {100 * score.between_sets:.1f} between sets"
-    return f"{100 * score.mean:.1f} ± {100 * score.std:.1f} (n = {score.n}{between})"
+    return f"{score.percent} (n = {score.n}{between})"
 
 
 def collapsed(sets: Sets) -> str:

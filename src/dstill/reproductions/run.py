@@ -363,7 +363,7 @@ def _draw(reproduction: Reproduction, case: Case, rows: Sequence[Row], entries: 
             figures.sheet(pictures, folder / f"{stem}.png")
         case "bars":
             scores = {name: record.result.accuracy for name, record in records.items() if record.result}
-            values = {name: (100 * score.mean, 100 * score.std) for name, score in scores.items()}
+            values = {name: (100 * score.mean, 100 * score.std if score.n > 1 else None) for name, score in scores.items()}
             figures.save(figures.bars(values, "accuracy %"), folder / f"{stem}.png")
         case "experts":
             figures.save(figures.expert_curves(records), folder / f"{stem}.png")

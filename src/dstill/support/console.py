@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -189,6 +190,17 @@ def printable(text: str) -> str:
         grey\\x1b[2J
     """
     return "".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text)
+
+
+def from_home(path: str) -> str:
+    """A path with `~` for the user's home folder, so that what is stored does not name the user.
+
+    Example:
+        >>> from_home(f"{Path.home()}/photos"), from_home("photos/*.parquet")
+        ('~/photos', 'photos/*.parquet')
+    """
+    home = str(Path.home())
+    return f"~{path[len(home) :]}" if path == home or path.startswith(f"{home}/") else path
 
 
 def duration(seconds: float) -> str:
