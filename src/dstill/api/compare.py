@@ -30,7 +30,7 @@ from dstill.support.workers import refuse_import
 
 _KEYS = (
     *("method", "ipc", "labels", "parts", "family", "accuracy", "std", "n", "over_random", "of_whole"),
-    *("seconds", "peak_bytes", "stored_bytes", "reason"),
+    *("seconds", "peak_bytes", "stored_bytes", "file_bytes", "reason"),
 )
 
 
@@ -63,6 +63,7 @@ class Row(BaseModel):
             "seconds": cost.seconds if cost else None,
             "peak_bytes": cost.peak_bytes if cost else None,
             "stored_bytes": result.stored_bytes,
+            "file_bytes": result.file_bytes,
         }
 
 
@@ -79,6 +80,7 @@ COLUMNS = {
     "seconds": "seconds",
     "peak_bytes": "peak MiB",
     "stored_bytes": "stored KiB",
+    "file_bytes": "file KiB",
     "reason": "failed because",
 }
 LEFT = ("method", "family", "failed because")
@@ -123,7 +125,7 @@ class Comparison(BaseModel):
         write_text(folder / "compare.tex", self.latex())
 
 
-_SCALES = {"peak_bytes": 2**20, "stored_bytes": 2**10}
+_SCALES = {"peak_bytes": 2**20, "stored_bytes": 2**10, "file_bytes": 2**10}
 
 
 def _text(key: str, cells: dict[str, Any]) -> str:
@@ -135,7 +137,7 @@ def _text(key: str, cells: dict[str, Any]) -> str:
             return f"{value:.1f} ± {cells['std']:.1f}"
         case "over_random":
             return f"{value:+.1f}"
-        case "of_whole" | "seconds" | "peak_bytes" | "stored_bytes":
+        case "of_whole" | "seconds" | "peak_bytes" | "stored_bytes" | "file_bytes":
             return f"{value / _SCALES.get(key, 1):.1f}"
     return str(value)
 

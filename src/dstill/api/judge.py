@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from dstill.api.evaluate import measure_sets
 from dstill.api.job import Workplace
 from dstill.api.options import Evaluation, Machine, Network, Networks, at_least_one
+from dstill.artifacts import set_file
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import check_writable, write_text
 from dstill.artifacts.result import Result
@@ -89,7 +90,7 @@ def judge(
     measured with the same augmentation and network, with hard labels.
 
     Args:
-        distilled: a set, its file or folder; read sets of other programs with `import_set`.
+        distilled: a set, its file or folder, or the folder of a run with one set; `import_set` reads sets of other programs.
         source: the real data, see `load_real`.
         nets: evaluation networks; the set's own if left out.
         augmentations: DSA strategies; the set's own and `none` if left out.
@@ -116,7 +117,7 @@ def judge(
         ['none']
     """
     place = Workplace.of(machine, progress)
-    one = DistilledSet.load(distilled) if isinstance(distilled, str | Path) else distilled
+    one = set_file.read(distilled) if isinstance(distilled, str | Path) else distilled
     real = load_real(source)
     variants = {"soft": one, "hard": one.with_hard_labels()} if one.labels.is_floating_point() else {"hard": one}
     strategies = list(augmentations) or list(dict.fromkeys([one.augmentation, "none"]))

@@ -32,9 +32,10 @@ def export(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: bo
 
     Args:
         distilled: the set.
-        kind: `hf`: a Hugging Face data set folder (Parquet, card, Croissant metadata). `png`: one file for each image, in one
-            folder for each class. `npz`: all arrays in one file. `pt`: `images_best.pt`, `labels_best.pt` and `lr_best.pt`, as
-            code for trajectory matching reads them.
+        kind: `dstill`: one `distilled.safetensors` that holds everything, for another machine. `hf`: a Hugging Face data set
+            folder (Parquet, card, Croissant metadata). `png`: one file for each image, in one folder for each class. `npz`: all
+            arrays in one file. `pt`: `images_best.pt`, `labels_best.pt` and `lr_best.pt`, as code for trajectory matching reads
+            them.
         folder: the folder to write; made if missing.
         stored: write the stored images, instead of what they hold.
 
@@ -80,7 +81,7 @@ def _export_png(distilled: DistilledSet, exact: DistilledSet, folder: Path) -> N
         raise DstillError(f"{folder} holds other images ({others[0]}): pass another folder, or remove this one")
     for path, content in files.items():
         write_bytes(path, content)
-    exact.save(folder)
+    exact.save(folder, whole=True)
 
 
 def safe_name(name: str) -> str:
@@ -91,6 +92,10 @@ def safe_name(name: str) -> str:
         ('sports_car_2', 'class')
     """
     return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:40] or "class"
+
+
+def _export_dstill(_: DistilledSet, exact: DistilledSet, folder: Path) -> None:
+    exact.save(folder, whole=True)
 
 
 def _export_npz(distilled: DistilledSet, _: DistilledSet, folder: Path) -> None:
@@ -126,7 +131,7 @@ def _export_hf(distilled: DistilledSet, exact: DistilledSet, folder: Path) -> No
     (folder / "data").mkdir(exist_ok=True)
     with atomic(folder / _SHARD) as temporary, without_progress_bars():
         Dataset.from_dict(columns, features=Features(features)).to_parquet(temporary)
-    exact.save(folder)
+    exact.save(folder, whole=True)
     write_text(folder / "README.md", _card(distilled, exact))
     write_text(folder / "croissant.json", json.dumps(_croissant(distilled, folder), indent=2) + "\n")
 
@@ -230,6 +235,7 @@ def _croissant(distilled: DistilledSet, folder: Path) -> dict[str, Any]:
 
 # Each takes what it writes, the exact set as it is stored, and the folder.
 KINDS: dict[str, Callable[[DistilledSet, DistilledSet, Path], None]] = {
+    "dstill": _export_dstill,
     "hf": _export_hf,
     "png": _export_png,
     "npz": _export_npz,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dstill.artifacts import set_file
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.config.settings import NetConfig
 from dstill.data import preprocess as preprocessing
@@ -201,7 +202,7 @@ def _from_npz(path: Path) -> DistilledSet:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise many unrelated types for damaged files
         raise DstillError(f"{path} is damaged or not an export of dstill ({error})") from error
-    return DistilledSet.from_contents(header, tensors, path)
+    return set_file.from_contents(header, tensors, path)
 
 
 def _check_size(path: Path, count: int) -> None:
@@ -238,7 +239,7 @@ def _own(source: Path) -> DistilledSet | None:
         source = kept[0] if kept else source
     match source.suffix:
         case ".safetensors":
-            return DistilledSet.load(source)
+            return set_file.read(source)
         case ".npz":
             return _from_npz(source)
     return None

@@ -17,20 +17,32 @@ _DATA, _COMMON = Data(), Common()
 
 
 @app.command
-def export(distilled: Path, kind: Literal["hf", "png", "npz", "pt"], *, out: Out, stored: Flag = False) -> None:
-    """Write a set for programs that do not know dstill.
+def export(
+    distilled: Path,
+    kind: Literal["dstill", "hf", "png", "npz", "pt"],
+    *,
+    out: Out,
+    stored: Flag = False,
+    source: str | None = None,
+    data: Data = _DATA,
+) -> None:
+    """Write a set for another machine, or for programs that do not know dstill.
 
     Args:
-        distilled: distilled.safetensors or its folder.
-        kind: hf: a Hugging Face data set folder; png: one file per image; npz: NumPy arrays; pt: images_best.pt,
-            labels_best.pt and lr_best.pt, as trajectory matching scripts read them.
+        distilled: distilled.safetensors, its folder, or the folder of a run with one set.
+        kind: dstill: one distilled.safetensors that holds everything, for another machine; hf: a Hugging Face data set
+            folder; png: one file per image; npz: NumPy arrays; pt: images_best.pt, labels_best.pt and lr_best.pt, as
+            trajectory matching scripts read them.
         out: folder.
         stored: of stored images that hold several, write these, instead of what they hold.
+        source: the real data that the set was distilled from; needed only if its whitening is not found.
+        data: how the real data are read.
     """
     from dstill.artifacts.distilled import DistilledSet
     from dstill.artifacts.exporting import export
 
-    print(export(DistilledSet.load(distilled), kind, out, stored=stored))
+    one = DistilledSet.load(distilled, real=data.load(source) if source else None)
+    print(export(one, kind, out, stored=stored))
 
 
 @app.command(name="import")
@@ -88,19 +100,21 @@ def import_experts(*buffers: Path, out: Out) -> None:
 
 
 @app.command
-def show(path: Path, *, png: Path | None = None, stored: Flag = False) -> None:
+def show(path: Path, *, png: Path | None = None, stored: Flag = False, source: str | None = None, data: Data = _DATA) -> None:
     """Describe a file or folder of dstill.
 
     Args:
         path: a distilled set, a run folder, a folder of experts, or a result.json.
         png: write the distilled images as a picture.
         stored: of stored images that hold several, show these in the picture, instead of what they hold.
+        source: the real data that the set was distilled from; needed for a picture if its whitening is not found.
+        data: how the real data are read.
     """
     from dstill.cli.show import describe, write_picture
 
     print(printable(describe(path)))
     if png is not None:
-        write_picture(path, png, stored=stored)
+        write_picture(path, png, real=data.load(source) if source else None, stored=stored)
         print(f"pictures: {png}")
 
 

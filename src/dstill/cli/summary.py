@@ -25,7 +25,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 def print_judgement(judgement: Judgement) -> None:
     """The rows of a judgement."""
-    _print(judgement.texts(), ("network", "labels", "augmentation"), f"{size(judgement.stored_bytes)} stored")
+    _print(judgement.texts(), ("network", "labels", "augmentation"), _sizes(judgement.rows[0].result))
 
 
 def _print(lines: Sequence[Sequence[str]], left: Sequence[str], title: str) -> None:
@@ -75,4 +75,10 @@ def print_result(result: Result) -> None:
         gain = 100 * (result.accuracy.mean - result.random.mean)
         rate = f"(which chose learning rate {result.random.lr:g})"
         console.print(f"{_plain(result.method)} is {gain:+.1f} points from random images {rate}.")
-    console.print(f"{result.stored_bytes / 1024:.1f} KiB stored, {duration(result.seconds)}.")
+    console.print(f"{_sizes(result)}, {duration(result.seconds)}.")
+
+
+def _sizes(result: Result) -> str:
+    """The size of a set: what it stores, and its file."""
+    file = "" if result.file_bytes is None else f", {result.file_bytes / 1024:.1f} KiB as a file"
+    return f"{result.stored_bytes / 1024:.1f} KiB of 8-bit pixels and labels{file}"

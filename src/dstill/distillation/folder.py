@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from dstill.artifacts import files, pictures
+from dstill.artifacts import files, pictures, set_file
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.record import EXPERTS_NAME, MAP_NAME, RECIPE_NAME, SetRecord
 from dstill.artifacts.result import Cost
@@ -109,7 +110,7 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
     finished = out / FILE_NAME
     if finished.exists():
         reporter.note(f"{finished} is finished: nothing to do")
-        distilled = DistilledSet.load(finished)
+        distilled = replace(set_file.read(finished), preprocess=problem.preprocess)
     else:
         reporter.note(_how(problem))
         _write_beginnings(out, problem)

@@ -14,10 +14,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dstill.artifacts import set_file
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.files import write_text
 from dstill.artifacts.pictures import image_of, uri_of
 from dstill.artifacts.record import INITIAL_NAME, RunRecord
+from dstill.artifacts.whitening import MissingWhitening
 from dstill.config import yamls
 from dstill.config.registry import curve_titles
 from dstill.errors import DstillError
@@ -58,6 +60,7 @@ class Shown:
         distilled: its first set.
         pictures: images of this set, as networks see them.
         left_out: number of images that are not shown.
+        missing: why no image can be shown; empty if they can.
         stored: the stored images, if they hold several each.
         settings: the recipe as YAML.
         map: the initialisation map as SVG; empty if there is none.
@@ -68,6 +71,7 @@ class Shown:
     distilled: DistilledSet
     pictures: tuple[Picture, ...]
     left_out: int
+    missing: str
     stored: tuple[Picture, ...]
     settings: str
     map: Markup
@@ -134,17 +138,19 @@ def _shown(name: str, folder: Path) -> Shown:
     first = folder / "set-0" if (folder / "set-0").is_dir() else folder
     if not (first / FILE_NAME).exists():
         raise DstillError(f"{folder} holds no finished run: there is no {first / FILE_NAME}")
-    distilled, record = DistilledSet.load(first), RunRecord.read(folder)
-    initial = DistilledSet.load(first / INITIAL_NAME) if (first / INITIAL_NAME).exists() else None
+    distilled, record = set_file.read(first), RunRecord.read(folder)
+    initial = set_file.read(first / INITIAL_NAME) if (first / INITIAL_NAME).exists() else None
     seen, before = distilled.decoded, initial.decoded if initial is not None else None
-    rows = _rows(seen)
+    missing = distilled.preprocess if isinstance(distilled.preprocess, MissingWhitening) else None
+    rows = _rows(seen) if missing is None else torch.empty(0, dtype=torch.int64)
     return Shown(
         name=name,
         record=record,
         distilled=distilled,
-        pictures=_pictures(seen, before, rows),
+        pictures=_pictures(seen, before, rows) if missing is None else (),
         left_out=len(seen.images) - len(rows),
-        stored=_stored(distilled) if distilled.parts > 1 else (),
+        missing=str(missing or ""),
+        stored=_stored(distilled) if distilled.parts > 1 and missing is None else (),
         settings=yamls.dump(record.recipe),
         map=_map(name, record),
     )
