@@ -237,15 +237,19 @@ class DistilledSet:
         """Size of the set: the stored images as 8-bit pixels, and labels at one byte per class id or four per logit."""
         return self.images.numel() + self.labels.numel() * (4 if self.labels.is_floating_point() else 1)
 
-    def pixels(self) -> Tensor:
+    def pixels(self, *, clip: bool = True) -> Tensor:
         """The stored images in natural colours, `[S, C, H, W]`; values outside the displayable range [0, 1] are clipped.
 
         `decoded.pixels()` are those of what they hold. Whitening mixes the pixels of a whole image, so it cannot be undone in a
         stored image of several parts; such an image is put together from what it holds.
+
+        Args:
+            clip: clip values outside [0, 1], which distilled images have.
         """
         if self.parts > 1 and self.preprocess.kind == "zca":
-            return formation.encode(self.decoded.pixels(), self.parts)
-        return self.preprocess.invert(self.images).clamp(0, 1)
+            return formation.encode(self.decoded.pixels(clip=clip), self.parts)
+        natural = self.preprocess.invert(self.images)
+        return natural.clamp(0, 1) if clip else natural
 
     def as_dataset(self, *, augment: bool = True, seed: int = 0) -> SyntheticDataset:
         """A torch `Dataset` of (preprocessed image, label) for a `DataLoader`; of stored images, what they hold.

@@ -19,7 +19,7 @@ _DATA, _COMMON = Data(), Common()
 @app.command
 def export(
     distilled: Path,
-    kind: Literal["dstill", "hf", "png", "npz", "pt"],
+    kind: Literal["dstill", "hf", "png", "pictures", "npz", "pt"],
     *,
     out: Out,
     stored: Flag = False,
@@ -31,18 +31,19 @@ def export(
     Args:
         distilled: distilled.safetensors, its folder, or the folder of a run with one set.
         kind: dstill: one distilled.safetensors that holds everything, for another machine; hf: a Hugging Face data set
-            folder; png: one file per image; npz: NumPy arrays; pt: images_best.pt, labels_best.pt and lr_best.pt, as
-            trajectory matching scripts read them.
+            folder; png: one 8-bit file per image, to train on; pictures: the same in natural colours, to look at; npz: NumPy
+            arrays; pt: images_best.pt, labels_best.pt and lr_best.pt, as trajectory matching scripts read them.
         out: folder.
         stored: of stored images that hold several, write these, instead of what they hold.
         source: the real data that the set was distilled from; needed only if its whitening is not found.
         data: how the real data are read.
     """
     from dstill.artifacts.distilled import DistilledSet
-    from dstill.artifacts.exporting import export
+    from dstill.artifacts.exporting import write
 
     one = DistilledSet.load(distilled, real=data.load(source) if source else None)
-    print(export(one, kind, out, stored=stored))
+    kept = write(one, kind, out, stored=stored)
+    print(f"{out}\n{kept}")
 
 
 @app.command(name="import")
