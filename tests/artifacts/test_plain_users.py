@@ -22,7 +22,7 @@ from dstill.artifacts.exporting import EightBits, class_folders, write
 from dstill.artifacts.result import Claim
 from dstill.cli import main as cli
 from dstill.config.settings import NetConfig
-from dstill.data import formation, preprocess
+from dstill.data import formation, preprocess, siamese
 from dstill.data.real import RealSet
 from dstill.nets.convnet import ConvNet
 
@@ -60,7 +60,7 @@ def make(real: RealSet, *, kind: str = "standardise", soft: bool = False, ipc: i
         method="random",
         ipc=ipc,
         class_names=real.class_names,
-        augmentation="none",
+        augmentation="crop_scale_rotate",
         net=NetConfig(width=12, depth=2),
         data=real.name,
         data_fingerprint=real.fingerprint,
@@ -148,6 +148,46 @@ def test_a_plain_user_reaches_the_claimed_accuracy(
     monkeypatch.chdir(one.export(kind, tmp_path / kind))
     assert one.accuracy is not None and one.accuracy.mean > 0.8
     assert abs(trained(tmp_path / kind, real, one) - one.accuracy.mean) < points / 100
+
+
+@pytest.mark.parametrize("op", list(siamese.OPS))
+def test_the_program_augments_as_the_evaluation_does(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    names = read(replace(make(tiny_real), augmentation=op).export("npz", tmp_path / "npz"), monkeypatch)
+    images = torch.randn(1, 3, 8, 7, generator=torch.Generator().manual_seed(0)).expand(60, -1, -1, -1)
+    if op in ("crop", "cutout"):  # draws of positions: the same images come out, and all of them
+        grid = torch.cartesian_prod(torch.linspace(0, 0.999, 30), torch.linspace(0, 0.999, 30))
+        possible = {_key(image) for image in siamese.OPS[op].apply(images[:1].expand(900, -1, -1, -1), grid)}
+        torch.manual_seed(0)
+        assert {_key(image) for _ in range(40) for image in names["augment"](images)} == possible and len(possible) > 5
+        return
+    shares = [torch.rand(60, generator=torch.Generator().manual_seed(k)) for k in range(len(siamese.OPS[op].ranges))]
+    draws = [low + (high - low) * share for share, (low, high) in zip(shares, siamese.OPS[op].ranges, strict=True)]
+    given = iter(draws)
+
+    def draw(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        assert (low, high) in siamese.OPS[op].ranges and len(x) == 60
+        return next(given)
+
+    names["draw"] = draw
+    expected = siamese.OPS[op].apply(images, torch.stack(draws, 1))
+    torch.testing.assert_close(names["augment"](images), expected, atol=1e-5, rtol=0)
+
+
+def _key(image: torch.Tensor) -> str:
+    return str((image.flatten() * 1000).round().int().tolist())
+
+
+def test_one_operation_is_drawn_for_a_batch(tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = read(replace(make(tiny_real), augmentation="flip_cutout").export("npz", tmp_path / "npz"), monkeypatch)
+    seen = []
+    names |= {"flip": lambda x: seen.append("flip"), "cutout": lambda x: seen.append("cutout")}
+    for _ in range(50):
+        names["augment"](names["images"])
+    assert set(seen) == {"flip", "cutout"} and len(seen) == 50
+    plain = replace(make(tiny_real), augmentation="none").export("npz", tmp_path / "plain")
+    assert "augment" not in program(plain) and "net(x)" in program(plain)
 
 
 def test_rounding_over_the_range_keeps_what_clipping_would_lose(tmp_path: Path, tiny_real: RealSet) -> None:

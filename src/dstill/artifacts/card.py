@@ -8,11 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from dstill.artifacts.distilled import FILE_NAME, DistilledSet
+from dstill.artifacts.distilled import DistilledSet
+from dstill.artifacts.plain import READING, program
 from dstill.data.preprocess import ZCA_EPSILON
 
 SHARD = "data/train-00000-of-00001.parquet"
 OVERVIEW = "overview.webp"
+_INTRODUCTION = (
+    "Run this in the folder, with a network of your own. It trains as protocol `ast` does. Real images go through `preprocess` "
+    "before they are classified."
+)
 
 
 def described(distilled: DistilledSet) -> str:
@@ -54,8 +59,8 @@ def readme(distilled: DistilledSet, exact: DistilledSet, kind: str, kept: str) -
         )
     if distilled.accuracy:
         lines.append(f"- Accuracy: {distilled.accuracy}")
-    if kind in _READING:
-        lines += ["", "## Train on it", "", *_introduction(distilled), "", "```python", *program(distilled, kind), "```"]
+    if kind in READING:
+        lines += ["", "## Train on it", "", _INTRODUCTION, "", "```python", *program(distilled, kind), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -99,126 +104,6 @@ _LABELS = {
     "npz": "soft, as logits in `labels`; their softmax are the probabilities",
     "pt": "soft, as logits in `labels_best.pt`; their softmax are the probabilities",
 }
-
-# How each kind is read: `images` are the inputs of networks `[S, C, H, W]`, `kept` has the numbers of the preprocessing.
-_SAFETENSORS = f'kept = load_file("{FILE_NAME}")'
-_READING = {
-    "npz": (
-        "import numpy as np",
-        'kept = {k: torch.from_numpy(v) for k, v in np.load("distilled.npz").items() if k != "header"}',
-        'images, labels = kept["images"], kept["labels"]',
-    ),
-    "pt": ('images, labels, kept = (torch.load(f"{name}.pt") for name in ("images_best", "labels_best", "preprocess"))',),
-    "hf": (
-        "from datasets import load_dataset",
-        "from safetensors.torch import load_file",
-        _SAFETENSORS,
-        'rows = load_dataset("parquet", data_files="data/*.parquet", split="train")',
-        'rows = rows.remove_columns("image").with_format("torch")[:]',
-    ),
-    "png": (
-        "import csv, json",
-        "import numpy as np",
-        "from PIL import Image",
-        "from safetensors.torch import load_file",
-        f'{_SAFETENSORS}; encoding = json.load(open("encoding.json"))',
-        'rows = list(csv.DictReader(open("labels.csv", encoding="utf-8")))',
-        'low, high = (torch.tensor(encoding[end]).view(1, -1, 1, 1) for end in ("low", "high"))',
-    ),
-}
-
-
-def program(distilled: DistilledSet, kind: str) -> list[str]:
-    """Lines of plain PyTorch that read an export in the current folder and train a network on it."""
-    options = ", ".join(f"{name}={value:.6g}" for name, value in distilled.train_kwargs().items())
-    return [
-        "import torch",
-        *_READING[kind],
-        *_labels(distilled, kind),
-        "",
-        *_preprocess(distilled),
-        "",
-        *_inputs(distilled, kind),
-        *(_parts(distilled) if distilled.parts > 1 else ()),
-        f"net = ...  # a network for {'x'.join(map(str, distilled.images.shape[1:]))} images and {distilled.classes} classes",
-        f"optimiser = torch.optim.SGD(net.parameters(), {options})",
-        "schedule = torch.optim.lr_scheduler.StepLR(optimiser, 500, 0.5)",
-        "loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=256, shuffle=True)",
-        "for _ in range(1000):",
-        "    for x, y in loader:",
-        "        optimiser.zero_grad()",
-        "        torch.nn.functional.cross_entropy(net(x), y).backward()",
-        "        optimiser.step()",
-        "    schedule.step()",
-        "# net(preprocess(pixels)).argmax(1) are the classes of real images, pixels [N, C, H, W] in [0, 1].",
-    ]
-
-
-def _introduction(distilled: DistilledSet) -> list[str]:
-    lines = [
-        "Run this in the folder, with a network of your own. Real images go through `preprocess` before they are classified.",
-    ]
-    if distilled.augmentation != "none":
-        lines.append(
-            f"The images are not augmented here. The set was made to be trained on with augmentation {distilled.augmentation}."
-        )
-    return lines
-
-
-def _labels(distilled: DistilledSet, kind: str) -> list[str]:
-    """Lines that make `labels` class ids or probabilities, and `rows` of a table to tensors."""
-    soft, of_parts = distilled.labels.is_floating_point(), len(distilled.labels) > len(distilled.images)
-    match kind:
-        case "hf":
-            column = "soft_label" if soft else "label"
-            return [f'images, labels = rows["input"], rows["{column}"]' + (".flatten(0, 1)" if soft and of_parts else "")]
-        case "png" if soft:
-            columns = f"for c in range({distilled.labels.shape[1] * distilled.parts**2 if of_parts else distilled.classes})"
-            whole = f'torch.tensor([[float(row[f"p{{c}}"]) {columns}] for row in rows])'
-            return [f"labels = {whole}" + (f".reshape(-1, {distilled.classes})" if of_parts else "")]
-        case "png":
-            return ['labels = torch.tensor([int(row["label"]) for row in rows])']
-    return ["labels = labels.softmax(1)"] if soft else []
-
-
-def _inputs(distilled: DistilledSet, kind: str) -> list[str]:
-    """Lines that make `images` of PNG files."""
-    if kind != "png":
-        return []
-    channels, height, width = distilled.images.shape[1:]
-    return [
-        'content = torch.from_numpy(np.stack([np.array(Image.open(row["file"])) for row in rows]))',
-        f"content = content.view(-1, {height}, {width}, {channels}).permute(0, 3, 1, 2)",
-        "images = preprocess(low + content / 255 * (high - low))",
-    ]
-
-
-def _preprocess(distilled: DistilledSet) -> list[str]:
-    """The preprocessing as a function of pixels `[N, C, H, W]` in [0, 1]."""
-    if distilled.preprocess.kind == "zca":
-        return [
-            'mean, basis = kept["preprocess.mean"], kept["preprocess.basis"]',
-            f'scale = (kept["preprocess.variance"] + {ZCA_EPSILON}).sqrt()',
-            "def preprocess(pixels):",
-            "    return ((pixels.flatten(1) - mean) @ basis / scale @ basis.T).view_as(pixels)",
-        ]
-    return [
-        'mean, std = (kept[f"preprocess.{name}"].view(1, -1, 1, 1) for name in ("mean", "std"))',
-        "def preprocess(pixels):",
-        "    return (pixels - mean) / std",
-    ]
-
-
-def _parts(distilled: DistilledSet) -> list[str]:
-    """Lines that cut out and enlarge what stored images hold."""
-    parts = distilled.parts
-    lines = [
-        f"cells = [cell for band in images.tensor_split({parts}, 2) for cell in band.tensor_split({parts}, 3)]",
-        'cells = [torch.nn.functional.interpolate(cell, size=images.shape[2:], mode="bilinear") for cell in cells]',
-        "images = torch.stack(cells, 1).flatten(0, 1)",
-    ]
-    shared = len(distilled.labels) == len(distilled.images)
-    return lines + ([f"labels = labels.repeat_interleave({parts**2}, 0)"] if shared else [])
 
 
 def croissant(distilled: DistilledSet, folder: Path) -> dict[str, Any]:
