@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dstill.artifacts import set_file
-from dstill.artifacts.distilled import FILE_NAME, DistilledSet
+from dstill.artifacts import foreign, set_file, whitening
+from dstill.artifacts.distilled import DistilledSet
+from dstill.artifacts.foreign import LARGEST_BYTES, Found
+from dstill.artifacts.looks import look_of
+from dstill.config import recipes, yamls
 from dstill.config.settings import NetConfig
 from dstill.data import preprocess as preprocessing
+from dstill.data import siamese
 from dstill.data.preprocess import Preprocess, Standardise
 from dstill.data.real import RealSet
-from dstill.errors import DstillError
+from dstill.errors import DstillError, DstillWarning
+from dstill.support.cache import cache_folder
 
-LARGEST_BYTES = 4 * 2**30
+Changes = Sequence[str] | Mapping[str, Any]
 
 # The channel means and deviations with which the public code of the DC family and of trajectory matching normalises. Some are
 # not those of the data: CIFAR-10's deviations are means over the deviations of single images.
@@ -35,92 +42,135 @@ PUBLISHED_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The parts of a set that a file holds."""
-
-    images: Tensor
-    labels: Tensor
-    alpha: float | None
-
-
 def import_set(
     path: str | Path,
     real: RealSet,
     *,
     preprocess: Preprocess | str = "published",
     method: str = "imported",
-    net: str = "convnet",
+    net: str | NetConfig = "convnet",
     augmentation: str = "colour_crop_cutout_flip_scale_rotate",
     alpha: float | None = None,
     parts: int = 1,
 ) -> DistilledSet:
-    """A distilled set from the files of another program, ready for `evaluate`.
-
-    Args:
-        path: one of: a folder or file that `export` wrote (`hf`, `png` or `npz`); a `.pt` file of images such as
-            `images_best.pt`, with `labels_best.pt` and perhaps `lr_best.pt` beside it; a `.pt` file of DC, DSA or DM
-            (`res_*.pt`), from which the last repetition is taken.
-        real: the data that the set was distilled from. It gives the class names.
-        preprocess: the preprocessing of the images: a kind for `published_preprocess`, or a fitted preprocessing. A set that
-            dstill exported brings its own.
-        method: name of the method, for tables.
-        net: the network that the set was distilled with.
-        augmentation: DSA strategy to train with.
-        alpha: the learning rate to train with; if left out, that in the file, if any.
-        parts: images in each stored image along a side, see `dstill.data.formation`. Labels are those of stored images or of
-            their parts.
-
-    Returns:
-        The set. Floating-point labels are label logits, unless they lie in [0, 1] and each row adds up to one: then they are
-        probabilities.
-
-    Raises:
-        DstillError: the file does not exist, is damaged, is too large, holds more than tensors, or does not fit `real`.
-
-    Example:
-        >>> import tempfile
-        >>> from dstill.data.real import Split
-        >>> split = Split(torch.arange(128, dtype=torch.uint8).view(2, 1, 8, 8), torch.tensor([0, 1]))
-        >>> real = RealSet("pets", split, split, ("cat", "dog"))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     torch.save(torch.zeros(2, 1, 8, 8), f"{folder}/images_best.pt")
-        ...     torch.save(torch.tensor([0, 1]), f"{folder}/labels_best.pt")
-        ...     import_set(f"{folder}/images_best.pt", real, preprocess="standardise")
-        DistilledSet('imported' of 'pets', 2 images of 1x8x8, 2 classes)
-    """
+    """A distilled set from the files of another program; see `dstill.import_set`, which also checks the network."""
+    siamese.parse(augmentation)
+    config = network_of(net, real) if isinstance(net, str) else net
     source = Path(path)
     ours = _own(source)
     if ours is not None:
         ours.check_fits(real)
-        return ours
-    if source.is_dir():
-        source = source / "images_best.pt"
-    found = _read(source)
-    images = _tensor(found.images, "images", source).float()
+        return whitening.completed(ours, real, cache_folder())
+    found = foreign.read(source, real)
+    images = foreign.tensor(found.images, "images", source)
     expected = (real.channels, *real.size)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise DstillError(f"{source} holds images {tuple(images.shape)}, {real.name} has images {expected}: is it another set?")
     labels = _labels(found.labels, (len(images), len(images) * parts**2), real.classes, source)
-    soft = labels.is_floating_point()  # images with soft labels cannot be counted by class
-    each = max(1, len(labels) // max(1, len(images)))  # labels of a stored image
-    ipc = len(images) // real.classes if soft else int(torch.bincount(labels, minlength=real.classes).max()) // each
-    return DistilledSet(
+    fitted, images = _preprocessed(images, found, preprocess, real, plain=parts == 1)
+    one = DistilledSet(
         images=images,
         labels=labels,
         alpha=alpha if alpha is not None else found.alpha,
-        preprocess=published_preprocess(preprocess, real) if isinstance(preprocess, str) else preprocess,
+        preprocess=fitted,
         method=method,
-        ipc=max(1, ipc),
+        ipc=1,
         class_names=real.class_names,
         augmentation=augmentation,
-        net=NetConfig(name=net),
+        net=config,
         data=real.name,
         data_fingerprint=real.fingerprint,
         recipe=None,
         seed=0,
         parts=parts,
     )
+    return replace(one, ipc=_ipc(one, source))
+
+
+def network_of(net: str, real: RealSet, changes: Changes = ()) -> NetConfig:
+    """The network of a foreign set by name. The depth of a ConvNet follows from the size of the images, as in our recipes.
+
+    Args:
+        net: its name.
+        real: the data.
+        changes: assignments `net.<option>=value`.
+
+    Raises:
+        DstillError: a change is not one of the network, or an option is unknown.
+
+    Example:
+        >>> from dstill.data.real import Split
+        >>> split = Split(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.tensor([0, 1]))
+        >>> network_of("convnet", RealSet("pets", split, split, ("cat", "dog")), ["net.width=64"])
+        NetConfig(name='convnet', width=64, depth=4, norm=None)
+    """
+    values: dict[str, Any] = {"net": {"name": net}}
+    if net == "convnet":
+        values["net"]["depth"] = recipes.usual_depth(min(real.size))
+    recipes.assign(values, recipes.assignments(changes))
+    other = next((key for key in values if key != "net"), None)
+    if other is not None:
+        raise DstillError(f"an imported set has no setting {other!r}: only those of its network can be set, as net.depth=4")
+    return yamls.validate(NetConfig, values["net"], "--set net")
+
+
+def _preprocessed(
+    images: Tensor, found: Found, told: Preprocess | str, real: RealSet, *, plain: bool
+) -> tuple[Preprocess, Tensor]:
+    """The preprocessing, and the images after it. Warns if the pixels look as if another one had been applied."""
+    if isinstance(told, str) and found.preprocessing is not None and told == "published":
+        kind = "zca" if "basis" in found.preprocessing else "standardise"
+        return preprocessing.from_tensors(kind, found.preprocessing), images.float()
+    kind = told if isinstance(told, str) else told.kind
+    pixels = found.pictures or kind == "pixels" or images.dtype == torch.uint8
+    if isinstance(told, Preprocess):
+        fitted = told
+    elif pixels and (kind == "pixels" or (kind == "published" and real.name not in PUBLISHED_STATISTICS)):
+        fitted = preprocessing.fit("standardise", real.train.images)
+    else:
+        fitted = published_preprocess(kind, real)
+    if pixels:
+        return fitted, fitted.forward(images.float() / 255 if images.dtype == torch.uint8 else images.float())
+    if plain:
+        _check_look(images.float(), kind, real)
+    return fitted, images.float()
+
+
+def _check_look(images: Tensor, kind: str, real: RealSet) -> None:
+    look, applied = look_of(images, real), "zca" if kind == "zca" else "standardise"
+    if look.kind in ("", applied):
+        return
+    names = {"pixels": "pixels without any preprocessing", "zca": "whitened", "standardise": "standardised, not whitened"}
+    remedy = {"pixels": "pixels", "zca": "zca", "standardise": "published or standardise"}[look.kind]
+    warnings.warn(
+        f"the images do not look as preprocess {kind} says, but {names[look.kind]}: {look.why}. If they are, pass --preprocess "
+        f"{remedy}; with a wrong one, accuracies are too low",
+        DstillWarning,
+        stacklevel=2,
+    )
+
+
+def _ipc(one: DistilledSet, source: Path) -> int:
+    """Images per class. A set without images of a class is refused or, if its labels are soft, named."""
+    counts = torch.bincount(one.class_ids, minlength=one.classes)
+    without = [name for name, count in zip(one.class_names, counts.tolist(), strict=True) if not count]
+    named = ", ".join(without[:10]) + (" …" if len(without) > 10 else "")
+    if one.labels.is_floating_point():
+        if without:
+            said = f"no soft label of {source} favours {len(without)} of {one.classes} classes ({named})"
+            warnings.warn(f"{said}: is it a part of a set?", DstillWarning, stacklevel=2)
+        return max(1, len(one.images) // one.classes)
+    if without:
+        has = [str(name) for name in one.class_names if name not in without]
+        raise DstillError(
+            f"{source} has images of {len(has)} of {one.classes} classes and none of {named}: if it is one of several parts of "
+            f"a set, join them; if the set is for these classes only, pass --classes {','.join(has)}"
+        )
+    most, least = int(counts.max()), int(counts.min())
+    if least < most:
+        few = one.class_names[int(counts.argmin())]
+        warnings.warn(f"{source} has from {least} ({few}) to {most} images of a class", DstillWarning, stacklevel=2)
+    return most
 
 
 def published_preprocess(kind: str, real: RealSet) -> Preprocess:
@@ -128,50 +178,18 @@ def published_preprocess(kind: str, real: RealSet) -> Preprocess:
 
     Args:
         kind: `published`: with the constants that the field's scripts have for a data set of this name. `standardise` or
-            `zca`: fitted on `real`, as kornia's ZCA is in trajectory matching.
+            `zca`: fitted on `real`, as kornia's ZCA is in trajectory matching; a whitening is kept in the cache.
         real: the real data.
 
     Raises:
         DstillError: the scripts have no constants for these data, or the kind is unknown.
     """
     if kind != "published":
-        return preprocessing.fit(kind, real.train.images)
+        return whitening.fitted(kind, real, cache_folder())
     if real.name not in PUBLISHED_STATISTICS:
         known = ", ".join(PUBLISHED_STATISTICS)
         raise DstillError(f"no published statistics are known for {real.name!r}, only for {known}: pass standardise or zca")
     return Standardise(*(torch.tensor(values) for values in PUBLISHED_STATISTICS[real.name]))
-
-
-def _read(path: Path) -> _Found:
-    content = trusted(path)
-    if isinstance(content, dict):
-        return _from_dc(content, path)
-    if not isinstance(content, Tensor):
-        raise DstillError(f"{path} holds {type(content).__name__}, neither images nor a result of DC, DSA or DM")
-    beside = {kind: path.with_name(path.name.replace("images", kind)) for kind in ("labels", "lr")}
-    if beside["labels"] == path or not beside["labels"].exists():
-        raise DstillError(f"there are no labels beside {path}: put {path.name.replace('images', 'labels')} there")
-    alpha = float(_tensor(trusted(beside["lr"]), "learning rate", beside["lr"])) if beside["lr"].exists() else None
-    return _Found(content.detach(), _tensor(trusted(beside["labels"]), "labels", beside["labels"]), alpha)
-
-
-def _tensor(value: Any, what: str, path: Path) -> Tensor:
-    """A tensor, from a tensor or from numbers."""
-    try:
-        found = torch.as_tensor(value).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DstillError(f"{path} holds no {what} but {type(value).__name__}") from error
-    if found.is_complex() or (what == "learning rate" and found.numel() != 1):
-        raise DstillError(f"{path} holds no {what} but {found.dtype} {tuple(found.shape)}")
-    return found
-
-
-def _from_dc(content: dict[str, Any], path: Path) -> _Found:
-    try:
-        images, labels = content["data"][-1][:2]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise DstillError(f"{path} holds no `data` of images and labels, as results of DC, DSA and DM do") from error
-    return _Found(_tensor(images, "images", path), _tensor(labels, "labels", path), None)
 
 
 def _labels(labels: Tensor, counts: tuple[int, int], classes: int, path: Path) -> Tensor:
@@ -194,7 +212,7 @@ def _from_npz(path: Path) -> DistilledSet:
         raise DstillError(f"{path} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_size(path, sum(member.file_size for member in archive.infolist()))
+            foreign.check_size(path, sum(member.file_size for member in archive.infolist()), LARGEST_BYTES)
         with np.load(path, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "header"}
             header = dict(json.loads(str(arrays["header"])))
@@ -205,37 +223,10 @@ def _from_npz(path: Path) -> DistilledSet:
     return set_file.from_contents(header, tensors, path)
 
 
-def _check_size(path: Path, count: int) -> None:
-    if count > LARGEST_BYTES:
-        raise DstillError(f"{path} holds {count / 2**30:.1f} GiB, more than a distilled set or a buffer has")
-
-
-def trusted(path: Path) -> Any:
-    """The content of a `.pt` file: tensors and plain containers. No code in it is run.
-
-    Raises:
-        DstillError: the file does not exist, is too large, is damaged, or holds anything else.
-    """
-    if not path.is_file():
-        raise DstillError(f"{path} does not exist")
-    _check_size(path, path.stat().st_size)
-    # Some files also hold accuracies as NumPy numbers. These types are harmless.
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    harmless = [scalar, np.dtype, np.float64, type(np.dtype(np.float64))]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many types, depending on what is wrong with the file
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise DstillError(
-            f"{path} cannot be read as tensors ({reason}): it is damaged, or it holds code, which is refused"
-        ) from error
-
-
 def _own(source: Path) -> DistilledSet | None:
     """The set in a file or folder that dstill wrote; None if dstill did not write it."""
     if source.is_dir():
-        kept = [source / name for name in (FILE_NAME, "distilled.npz") if (source / name).exists()]
+        kept = [file for file in (set_file.located(source), source / "distilled.npz") if file.exists()]
         source = kept[0] if kept else source
     match source.suffix:
         case ".safetensors":

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from dstill.api.options import Flag, Whole
 from dstill.cli.app import app
-from dstill.cli.options import Common, Data, Out
+from dstill.cli.options import Common, Data, Out, Set
 from dstill.support.console import printable
 
 _DATA, _COMMON = Data(), Common()
@@ -51,9 +51,10 @@ def import_(
     path: Path,
     source: str,
     *,
-    preprocess: Literal["published", "standardise", "zca"] = "published",
+    preprocess: Literal["published", "standardise", "zca", "pixels"] = "published",
     method: str = "imported",
     net: str = "convnet",
+    changes: Set = (),
     augmentation: str = "colour_crop_cutout_flip_scale_rotate",
     alpha: float | None = None,
     parts: Whole = 1,
@@ -64,12 +65,15 @@ def import_(
     """Read a distilled set that another program published, for `evaluate`, `judge`, `show` or `distill --init`.
 
     Args:
-        path: images_best.pt beside labels_best.pt (MTT, FTD, TESLA, DATM), res_*.pt (DC, DSA, DM), or an export of dstill.
+        path: images_best.pt beside labels_best.pt (MTT, FTD, TESLA, DATM), res_*.pt (DC, DSA, DM), a folder of images
+            <class>/*.png by names or numbers of classes (SRe2L, RDED, D4M), or an export of dstill.
         source: the real data that it was distilled from; see `dstill run`.
-        preprocess: preprocessing of its images: published: the constants of the field's scripts; standardise or zca: fitted
-            on the real data. This and the next five are only for files of other programs; exports of dstill contain them.
+        preprocess: what its images have been through: published: normalised with the constants of the field's scripts;
+            standardise or zca: fitted on the real data; pixels: nothing. This and the next six are only for files of other
+            programs; exports of dstill contain them.
         method: method name for tables.
-        net: network that it was distilled with.
+        net: network that it was distilled with; the depth of a convnet follows from the image size.
+        changes: options of the network, for example `--set net.depth=4 net.width=64 net.norm=batch`.
         augmentation: DSA operations joined by _ to train with, or none.
         alpha: learning rate, if there is no lr_best.pt.
         parts: images that each stored image holds along a side (IDC).
@@ -77,12 +81,11 @@ def import_(
         data: how the real data are read.
         common: how the command behaves.
     """
-    from dstill.artifacts import importing
+    from dstill.api.importing import import_set
     from dstill.cli.show import describe
 
-    real = data.load(source)
-    options = {"method": method, "net": net, "augmentation": augmentation, "alpha": alpha, "parts": parts}
-    importing.import_set(path, real, preprocess=preprocess, **options).save(out)  # type: ignore[arg-type]
+    told = {"method": method, "net": net, "changes": changes, "augmentation": augmentation, "alpha": alpha, "parts": parts}
+    import_set(path, data.load(source), preprocess=preprocess, **told).save(out)  # type: ignore[arg-type]
     print(printable(describe(out)))
 
 
