@@ -106,6 +106,7 @@ def test_a_set_without_its_whitening_says_what_to_do_and_does_all_that_does_not_
     again = lone.save(tmp_path / "again")
     assert again.read_bytes() == (tmp_path / "set" / "distilled.safetensors").read_bytes()
     assert "whitening of tiny" in describe(tmp_path / "set")
+    assert "whitening of tiny" in lone._repr_html_() and "6 images" in lone._repr_html_()
     needing: list[Any] = [
         lone.pixels,
         lone.tensors,
@@ -138,6 +139,38 @@ def test_the_data_give_a_missing_whitening_back_and_the_cache_keeps_it(
     shutil.rmtree(cache)
     start = {"recipe": "smoke", "method": "dm", "ipc": 2, "changes": ["net.width=4", "distill.iterations=1"]}
     dstill.distill(tiny_real, init=tmp_path / "set", **start)  # type: ignore[arg-type]
+
+
+def test_the_folder_of_a_run_stands_for_its_set_in_every_function(
+    distilled: DistilledSet, tiny_real: RealSet, tmp_path: Path
+) -> None:
+    distilled.save(tmp_path / "run" / "set-0")
+    expected = dstill.evaluate(distilled, tiny_real, **QUICK).accuracy
+    assert dstill.evaluate(tmp_path / "run", tiny_real, **QUICK).accuracy == expected
+    judged = dstill.judge(tmp_path / "run", tiny_real, protocol="quick", networks=1, whole=False, augmentations=["none"])
+    assert judged.rows[0].result.accuracy == expected
+    assert "2 image(s) of each of 3 classes" in describe(tmp_path / "run")
+    write_picture(tmp_path / "run", tmp_path / "x.png")
+    start: dict[str, Any] = {"recipe": "smoke", "method": "dm", "ipc": 2, "changes": ["net.width=4", "distill.iterations=1"]}
+    dstill.distill(tiny_real, init=tmp_path / "run", **start)
+    distilled.save(tmp_path / "run" / "set-1")
+    for call in (
+        lambda: dstill.evaluate(tmp_path / "run", tiny_real, **QUICK),
+        lambda: dstill.judge(tmp_path / "run", tiny_real),
+        lambda: dstill.distill(tiny_real, init=tmp_path / "run", **start),
+        lambda: write_picture(tmp_path / "run", tmp_path / "x.png"),
+    ):
+        with pytest.raises(DstillError, match="with 2 sets: pass one of"):
+            call()
+
+
+def test_a_set_says_its_size_and_that_of_its_file(distilled: DistilledSet, tmp_path: Path) -> None:
+    path = distilled.save(tmp_path / "set")
+    said = f"{(6 * 192 + 6) / 1024:.1f} KiB of 8-bit pixels and labels, {path.stat().st_size / 1024:.1f} KiB as a file"
+    assert said in describe(path) and path.stat().st_size < 8 * 1024
+    packed = distilled.save(tmp_path / "packed", whole=True)
+    assert f"{packed.stat().st_size / 1024:.1f} KiB as a file" in describe(packed)
+    assert packed.stat().st_size > 4 * 192 * 192
 
 
 def test_other_data_do_not_give_a_missing_whitening(

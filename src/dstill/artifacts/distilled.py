@@ -185,8 +185,11 @@ class DistilledSet:
 
     def _repr_html_(self) -> str:
         from dstill.artifacts.pictures import grid, uri_of
+        from dstill.artifacts.whitening import MissingWhitening
 
         said = html.escape(repr(self) + (f", {self.accuracy}" if self.accuracy else ""))
+        if isinstance(self.preprocess, MissingWhitening):
+            return f"<p>{said}; {html.escape(str(self.preprocess))}</p>"
         return f'<figure><img src="{uri_of(grid(self))}" alt=""><figcaption>{said}</figcaption></figure>'
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
 from dstill.support.cache import cache_folder
+from dstill.support.console import set_sizes
 
 
 def describe(path: Path) -> str:
@@ -57,7 +58,7 @@ def _distilled(path: Path) -> str:
     lines = [
         f"{path}: {one.data} distilled by {one.method}, {one.ipc} image(s) of each of {one.classes} classes, {shape}, {labels}",
         f"  learning rate {rate}, augmentation {one.augmentation}, {one.preprocess.kind} inputs, network {_network(one)}",
-        f"  {_kib(one.stored_bytes)} of 8-bit pixels and labels, {_kib(file.stat().st_size)} as a file",
+        f"  {set_sizes(one.stored_bytes, file.stat().st_size)}",
     ]
     if one.accuracy:
         lines.append(f"  accuracy {one.accuracy}")
@@ -69,10 +70,6 @@ def _distilled(path: Path) -> str:
 def _network(one: DistilledSet) -> str:
     options = one.net.model_dump(exclude={"name"}, exclude_none=True)
     return one.net.name + (f" ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else "")
-
-
-def _kib(count: int) -> str:
-    return f"{count / 1024:.1f} KiB"
 
 
 def _result(path: Path) -> str:

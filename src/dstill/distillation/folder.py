@@ -24,7 +24,7 @@ from dstill.distillation.sinks import Sink, open_sinks
 from dstill.methods.base import Problem, method_class
 from dstill.methods.initialisation import initialisation_map
 from dstill.reporting import figures
-from dstill.support.console import Reporter, size
+from dstill.support.console import Reporter, set_sizes, size
 from dstill.support.devices import resident_memory, watching_memory
 
 FRAMES = "frames"
@@ -121,6 +121,7 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
             seconds = sum(row["seconds"] for row in folder.metrics()) or time.perf_counter() - started
             Cost(seconds=seconds, peak_bytes=peak_bytes()).save(out)
             distilled.save(out)  # before the sinks are closed, so that their errors cannot lose the set
+            reporter.note(f"{finished}: {set_sizes(distilled.stored_bytes, finished.stat().st_size)}")
     settings = out / RECIPE_NAME
     if settings.exists():
         return distilled
