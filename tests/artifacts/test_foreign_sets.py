@@ -114,8 +114,10 @@ def test_the_command_imports_what_the_function_does(tmp_path: Path, monkeypatch:
 
 def test_a_part_of_a_set_is_refused_and_says_which_classes_are_missing(real: RealSet, tmp_path: Path) -> None:
     path = stored(tmp_path, torch.randn(4, 3, 8, 8), torch.tensor([0, 0, 2, 2]))
-    with pytest.raises(DstillError, match=r"has images of 2 of 4 classes and none of bee, dog: .* pass --classes ant,cat"):
-        dstill.import_set(path, real, preprocess="standardise")
+    for said in ("standardise", "zca"):
+        with pytest.raises(DstillError, match=r"images of 2 of 4 classes and none of bee, dog: .* pass --classes ant,cat"):
+            dstill.import_set(path, real, preprocess=said)
+    assert not (tmp_path / "cache").exists(), "no whitening was fitted first"
     some = dstill.load_real(real, classes=["ant", "cat"])
     path = stored(tmp_path, torch.randn(4, 3, 8, 8), torch.tensor([0, 0, 1, 1]))
     assert dstill.import_set(path, some, preprocess="standardise").ipc == 2
@@ -170,6 +172,36 @@ def test_plain_pixels_are_noticed_and_standardised_if_that_is_said(real: RealSet
         torch.testing.assert_close(one.images, expected)
     with pytest.warns(DstillWarning, match=r"pixels without any preprocessing: they lie between .* pass --preprocess pixels"):
         dstill.import_set(stored(tmp_path, pixels.float() / 255, torch.arange(4)), real, preprocess="standardise")
+
+
+def test_bytes_that_are_stored_as_floats_are_pixels_and_standardised_images_are_not(
+    real: RealSet, tmp_path: Path, silent: None
+) -> None:
+    pixels = smooth(4, seed=5)
+    fitted = preprocess.fit("standardise", real.train.images)
+    one = dstill.import_set(stored(tmp_path, pixels.float(), torch.arange(4)), real, preprocess="pixels")
+    torch.testing.assert_close(one.images, fitted.forward(pixels.float() / 255))
+    outside = (pixels.float() / 255 - 0.5) * 1.5 + 0.5  # a little, as distilled pixels are
+    one = dstill.import_set(stored(tmp_path, outside, torch.arange(4)), real, preprocess="pixels")
+    torch.testing.assert_close(one.images, fitted.forward(outside))
+    path = stored(tmp_path, fitted.forward(smooth(40, seed=5).float() / 255), torch.arange(4).repeat(10))
+    with pytest.raises(DstillWarning, match="do not look as preprocess pixels says, but standardised"):
+        dstill.import_set(path, real, preprocess="pixels")
+
+
+def test_a_preprocessing_beside_the_images_must_fit_them(real: RealSet, tmp_path: Path) -> None:
+    path = stored(tmp_path, torch.randn(4, 3, 8, 8), torch.arange(4))
+    zca = preprocess.fit("zca", real.train.images).tensors()
+    for wrong in (
+        {"mean": torch.zeros(2), "std": torch.ones(2)},
+        {"mean": torch.full((3,), float("nan")), "std": torch.ones(3)},
+        {**zca, "basis": torch.zeros(5, 5)},
+        {"mean": torch.zeros(3)},
+        {"mean": torch.zeros(3), "std": torch.ones(3), "fingerprint": torch.ones(1)},
+    ):
+        torch.save({f"preprocess.{name}": tensor for name, tensor in wrong.items()}, tmp_path / "preprocess.pt")
+        with pytest.raises(DstillError, match="preprocess"):
+            dstill.import_set(path, real)
 
 
 def test_correlations_are_those_of_neighbours_and_of_channels() -> None:

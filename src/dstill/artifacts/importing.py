@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,15 @@ def import_set(
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise DstillError(f"{source} holds images {tuple(images.shape)}, {real.name} has images {expected}: is it another set?")
     labels = _labels(found.labels, (len(images), len(images) * parts**2), real.classes, source)
-    fitted, images = _preprocessed(images, found, preprocess, real, plain=parts == 1)
-    one = DistilledSet(
+    ipc = _ipc(labels, len(images), real, source)
+    fitted, images = _preprocessed(images, found, preprocess, real, source, plain=parts == 1)
+    return DistilledSet(
         images=images,
         labels=labels,
         alpha=alpha if alpha is not None else found.alpha,
         preprocess=fitted,
         method=method,
-        ipc=1,
+        ipc=ipc,
         class_names=real.class_names,
         augmentation=augmentation,
         net=config,
@@ -84,7 +85,6 @@ def import_set(
         seed=0,
         parts=parts,
     )
-    return replace(one, ipc=_ipc(one, source))
 
 
 def network_of(net: str, real: RealSet, changes: Changes = ()) -> NetConfig:
@@ -115,30 +115,46 @@ def network_of(net: str, real: RealSet, changes: Changes = ()) -> NetConfig:
 
 
 def _preprocessed(
-    images: Tensor, found: Found, told: Preprocess | str, real: RealSet, *, plain: bool
+    images: Tensor, found: Found, told: Preprocess | str, real: RealSet, source: Path, *, plain: bool
 ) -> tuple[Preprocess, Tensor]:
-    """The preprocessing, and the images after it. Warns if the pixels look as if another one had been applied."""
-    if isinstance(told, str) and found.preprocessing is not None and told == "published":
-        kind = "zca" if "basis" in found.preprocessing else "standardise"
-        return preprocessing.from_tensors(kind, found.preprocessing), images.float()
+    """The preprocessing, and the images after it. Warns if the images look as if another one had been applied."""
+    if told == "published" and found.preprocessing is not None:
+        return _beside(found.preprocessing, images, source), images.float()
     kind = told if isinstance(told, str) else told.kind
     pixels = found.pictures or kind == "pixels" or images.dtype == torch.uint8
+    if plain:
+        _check_look(images.float(), "pixels" if pixels else kind, real)
     if isinstance(told, Preprocess):
         fitted = told
     elif pixels and (kind == "pixels" or (kind == "published" and real.name not in PUBLISHED_STATISTICS)):
         fitted = preprocessing.fit("standardise", real.train.images)
     else:
         fitted = published_preprocess(kind, real)
-    if pixels:
-        return fitted, fitted.forward(images.float() / 255 if images.dtype == torch.uint8 else images.float())
-    if plain:
-        _check_look(images.float(), kind, real)
-    return fitted, images.float()
+    return fitted, fitted.forward(_unit(images)) if pixels else images.float()
+
+
+def _unit(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1], from those or from bytes, which some programs store as floats."""
+    floats = pixels.float()
+    as_bytes = pixels.dtype == torch.uint8 or (float(floats.min()) >= 0 and float(floats.max()) > 2)
+    return floats / 255 if as_bytes else floats
+
+
+def _beside(tensors: dict[str, Tensor], images: Tensor, source: Path) -> Preprocess:
+    """The preprocessing that dstill wrote beside the images."""
+    fitted = preprocessing.from_tensors("zca" if "basis" in tensors else "standardise", tensors)
+    with contextlib.suppress(RuntimeError, TypeError):
+        back = fitted.invert(images[:1].float())
+        if back.shape == images[:1].shape and bool(torch.isfinite(back).all()):
+            return fitted
+    raise DstillError(f"the preprocess.pt beside {source} does not fit the images: remove it, and pass --preprocess")
 
 
 def _check_look(images: Tensor, kind: str, real: RealSet) -> None:
-    look, applied = look_of(images, real), "zca" if kind == "zca" else "standardise"
-    if look.kind in ("", applied):
+    look = look_of(images, real)
+    applied = kind if kind in ("zca", "pixels") else "standardise"
+    slightly_outside = kind == "pixels" and float(images.min()) > -1  # distilled pixels may leave [0, 1] a little
+    if look.kind in ("", applied) or slightly_outside:
         return
     names = {"pixels": "pixels without any preprocessing", "zca": "whitened", "standardise": "standardised, not whitened"}
     remedy = {"pixels": "pixels", "zca": "zca", "standardise": "published or standardise"}[look.kind]
@@ -150,27 +166,26 @@ def _check_look(images: Tensor, kind: str, real: RealSet) -> None:
     )
 
 
-def _ipc(one: DistilledSet, source: Path) -> int:
+def _ipc(labels: Tensor, images: int, real: RealSet, source: Path) -> int:
     """Images per class. A set without images of a class is refused or, if its labels are soft, named."""
-    counts = torch.bincount(one.class_ids, minlength=one.classes)
-    without = [name for name, count in zip(one.class_names, counts.tolist(), strict=True) if not count]
+    soft, each = labels.is_floating_point(), max(1, len(labels) // max(1, images))  # labels of a stored image
+    counts = torch.bincount(labels.argmax(1) if soft else labels, minlength=real.classes) // each
+    has = [name for name, count in zip(real.class_names, counts.tolist(), strict=True) if count]
+    without = [name for name in real.class_names if name not in has]
     named = ", ".join(without[:10]) + (" …" if len(without) > 10 else "")
-    if one.labels.is_floating_point():
-        if without:
-            said = f"no soft label of {source} favours {len(without)} of {one.classes} classes ({named})"
-            warnings.warn(f"{said}: is it a part of a set?", DstillWarning, stacklevel=2)
-        return max(1, len(one.images) // one.classes)
-    if without:
-        has = [str(name) for name in one.class_names if name not in without]
+    if without and not soft:
         raise DstillError(
-            f"{source} has images of {len(has)} of {one.classes} classes and none of {named}: if it is one of several parts of "
-            f"a set, join them; if the set is for these classes only, pass --classes {','.join(has)}"
+            f"{source} has images of {len(has)} of {real.classes} classes and none of {named}: if it is one of several parts "
+            f"of a set, join them; if the set is for these classes only, pass --classes {','.join(has)}"
         )
+    if without:
+        said = f"no soft label of {source} favours {len(without)} of {real.classes} classes ({named})"
+        warnings.warn(f"{said}: is it a part of a set?", DstillWarning, stacklevel=2)
     most, least = int(counts.max()), int(counts.min())
-    if least < most:
-        few = one.class_names[int(counts.argmin())]
+    if least < most and not soft:
+        few = real.class_names[int(counts.argmin())]
         warnings.warn(f"{source} has from {least} ({few}) to {most} images of a class", DstillWarning, stacklevel=2)
-    return most
+    return max(1, images // real.classes if soft else most)
 
 
 def published_preprocess(kind: str, real: RealSet) -> Preprocess:
