@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dstill.jobs.job import cache_folder
+from dstill.support.cache import cache_folder
 
 
 @pytest.fixture(autouse=True)

@@ -178,7 +178,7 @@ def test_a_header_with_any_value_anywhere(folder: Path, stored: Path, data: st.D
 
 @pytest.mark.parametrize("name", ["images", "labels", "preprocess.mean", "preprocess.basis", "preprocess.variance"])
 def test_a_tensor_of_any_kind_in_the_place_of_another(folder: Path, stored: Path, name: str) -> None:
-    header, tensors = files.load(stored, None)
+    header, tensors = files.load(DistilledSet.load(stored).save(folder / "whole", whole=True), None)
     header.pop("sha256")
     file, right = folder / "changed.safetensors", tensors[name]
     for other in (
@@ -194,6 +194,27 @@ def test_a_tensor_of_any_kind_in_the_place_of_another(folder: Path, stored: Path
         assert found is None or name.startswith("preprocess"), (name, other.dtype, other.shape)
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, metadata={"dstill": json.dumps(header)})
     assert answered(lambda: DistilledSet.load(file)) is None
+
+
+@pytest.mark.parametrize("name", ["mean", "basis", "variance"])
+def test_a_whitening_of_any_kind_beside_a_set(folder: Path, stored: Path, name: str) -> None:
+    beside = folder / "beside"
+    beside.mkdir(exist_ok=True)
+    shutil.copy(stored, beside)
+    one = DistilledSet.load(stored)
+    fingerprint, right = str(files.load(stored, None)[0]["whitening"]), one.preprocess.tensors()
+    for other in (torch.zeros(0), torch.zeros(3, 3), torch.full(right[name].shape, float("nan"))):
+        files.save(beside / f"zca-{fingerprint}.safetensors", "preprocessing", {**right, name: other}, {"data": fingerprint})
+        assert answered(lambda: DistilledSet.load(beside)) is None, (name, other.shape)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b", "a\x00b", "", "x" * 300, 3, ["x"]])
+def test_the_name_of_a_whitening_leads_nowhere_else(folder: Path, stored: Path, name: object) -> None:
+    header, tensors = files.load(stored, None)
+    file = folder / "changed.safetensors"
+    save_file(tensors, file, metadata={"dstill": json.dumps({**header, "whitening": name})})
+    with pytest.raises(DstillError, match="whitening"):
+        DistilledSet.load(file)
 
 
 @settings(max_examples=200)

@@ -14,12 +14,12 @@ from dstill.version import __version__
 if TYPE_CHECKING:
     from dstill.api.compare import Comparison, compare
     from dstill.api.evaluate import evaluate
+    from dstill.api.importing import import_set
     from dstill.api.judge import judge
     from dstill.api.run import distill, run, train_experts
     from dstill.api.tune import tune
     from dstill.artifacts.distilled import DistilledSet
     from dstill.artifacts.exporting import export
-    from dstill.artifacts.importing import import_set
     from dstill.artifacts.result import Result
     from dstill.config.recipes import load_recipe
     from dstill.config.registry import MethodInfo
@@ -100,7 +100,7 @@ _HOME = {
     "evaluate": "api.evaluate",
     "export": "artifacts.exporting",
     "import_experts": "experts.importing",
-    "import_set": "artifacts.importing",
+    "import_set": "api.importing",
     "judge": "api.judge",
     "load_real": "data.real",
     "load_recipe": "config.recipes",

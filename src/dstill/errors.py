@@ -21,6 +21,10 @@ class DstillError(ValueError):
     """
 
 
+class DstillWarning(UserWarning):
+    """Something that can be done, but is probably not what the user wants. The message says what to do."""
+
+
 def suggest(value: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the known names closest to it, or all of them if none is close.
 

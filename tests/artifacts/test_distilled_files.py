@@ -131,6 +131,19 @@ def test_a_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
+def test_the_folder_of_a_run_stands_for_its_only_set_and_several_are_named(tiny_real: RealSet, tmp_path: Path) -> None:
+    one = make(tiny_real, kind="standardise")
+    one.save(tmp_path / "set-0")
+    assert torch.equal(DistilledSet.load(tmp_path).images, one.images)
+    for k in (10, 2):
+        one.save(tmp_path / f"set-{k}")
+    with pytest.raises(DstillError, match=r"with 3 sets: pass one of .*set-0, .*set-2, .*set-10$"):
+        DistilledSet.load(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DstillError, match=r"distilled\.safetensors does not exist"):
+        DistilledSet.load(tmp_path / "empty")
+
+
 def test_foreign_wrong_and_newer_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.safetensors"
     save_file({"x": torch.zeros(2)}, foreign)

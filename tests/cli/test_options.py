@@ -100,13 +100,13 @@ def test_every_option_reaches_its_argument(command: str, monkeypatch: pytest.Mon
 
 
 def test_evaluate_takes_the_set_as_its_options_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from dstill.artifacts.distilled import DistilledSet
+    from dstill.artifacts import set_file
 
     asked: list[Any] = []
     one = SimpleNamespace(
         with_hard_labels=lambda: asked.append("hard") or one, with_augmentation=lambda text: asked.append(text) or one
     )
-    monkeypatch.setattr(DistilledSet, "load", lambda path: one)
+    monkeypatch.setattr(set_file, "read", lambda path: one)
     text = f"d digits {PLACE} {JUDGED} --protocol p --hard --augmentation flip -o o"
     call = called(monkeypatch, "api.evaluate", "evaluate", text)
     call.named.pop("progress")

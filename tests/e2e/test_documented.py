@@ -87,7 +87,7 @@ COMMANDS = [(page.stem, tokens) for page in PAGES for tokens in documented(page)
 
 
 def test_the_pages_have_commands() -> None:
-    assert len(COMMANDS) == 38
+    assert len(COMMANDS) == 43
     assert {"run", "judge", "export", "import", "plan", "report", "reproduce", "compare"} <= {c[0] for _, c in COMMANDS}
 
 

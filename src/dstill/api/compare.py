@@ -25,12 +25,12 @@ from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Recording,
 from dstill.reporting.page import REPORT_NAME, report
 from dstill.support.console import Progress
 from dstill.support.plugins import name_of
-from dstill.support.tables import latex, markdown
+from dstill.support.tables import bulleted, latex, markdown
 from dstill.support.workers import refuse_import
 
 _KEYS = (
     *("method", "ipc", "labels", "parts", "family", "accuracy", "std", "n", "over_random", "of_whole"),
-    *("seconds", "peak_bytes", "stored_bytes", "reason"),
+    *("seconds", "peak_bytes", "stored_bytes", "file_bytes", "reason"),
 )
 
 
@@ -63,6 +63,7 @@ class Row(BaseModel):
             "seconds": cost.seconds if cost else None,
             "peak_bytes": cost.peak_bytes if cost else None,
             "stored_bytes": result.stored_bytes,
+            "file_bytes": result.file_bytes,
         }
 
 
@@ -79,6 +80,7 @@ COLUMNS = {
     "seconds": "seconds",
     "peak_bytes": "peak MiB",
     "stored_bytes": "stored KiB",
+    "file_bytes": "file KiB",
     "reason": "failed because",
 }
 LEFT = ("method", "family", "failed because")
@@ -106,7 +108,7 @@ class Comparison(BaseModel):
 
     def markdown(self) -> str:
         """The table in Markdown, and the findings beneath it."""
-        return markdown(self.texts(), LEFT) + "".join(f"\n- {line}" for line in self.findings) + ("\n" if self.findings else "")
+        return markdown(self.texts(), LEFT) + bulleted(self.findings)
 
     def latex(self) -> str:
         """The table as a LaTeX `tabular`."""
@@ -128,7 +130,7 @@ class Comparison(BaseModel):
         write_text(folder / "compare.tex", self.latex())
 
 
-_SCALES = {"peak_bytes": 2**20, "stored_bytes": 2**10}
+_SCALES = {"peak_bytes": 2**20, "stored_bytes": 2**10, "file_bytes": 2**10}
 
 
 def _text(key: str, cells: dict[str, Any]) -> str:
@@ -140,7 +142,7 @@ def _text(key: str, cells: dict[str, Any]) -> str:
             return f"{value:.1f}" + ("" if cells["std"] is None else f" ± {cells['std']:.1f}")
         case "over_random":
             return f"{value:+.1f}"
-        case "of_whole" | "seconds" | "peak_bytes" | "stored_bytes":
+        case "of_whole" | "seconds" | "peak_bytes" | "stored_bytes" | "file_bytes":
             return f"{value / _SCALES.get(key, 1):.1f}"
     return str(value)
 

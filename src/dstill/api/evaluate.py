@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dstill.artifacts import files
+from dstill.artifacts import files, set_file, whitening
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import RESULT_NAME
 from dstill.artifacts.result import ProtocolId, Result, Score
@@ -48,7 +48,7 @@ def evaluate(
     """Trains fresh networks on one or several sets of a method, and measures each once on the whole test set.
 
     Args:
-        distilled: a set, its file or folder, or several sets of one method and IPC.
+        distilled: a set, its file or folder, the folder of a run with one set, or several sets of one method and IPC.
         source: the real data, see `load_real`.
         protocol: name or file; the recipe's if left out.
         nets: evaluation networks; the set's own if left out. The first gives `accuracy`.
@@ -82,7 +82,7 @@ def evaluate(
     if target is not None:
         files.check_writable(target.parent)
     if isinstance(distilled, str | Path):
-        distilled = DistilledSet.load(distilled)
+        distilled = set_file.read(distilled)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
     result = measure_sets(sets, load_real(source), place, Evaluation(nets, networks, random, whole, also), seed, protocol)
     if target is not None:
@@ -101,6 +101,9 @@ def measure_sets(
     """`evaluate`, resolved."""
     started = time.perf_counter()
     _check_sets(sets, real, place)
+    sets = [whitening.completed(one, real, place.cache) for one in sets]
+    if len({(one.method, one.ipc, one.parts, _fitted(one)) for one in sets}) > 1:
+        raise DstillError("several sets are evaluated together only if method, IPC, parts and preprocessing agree")
     first = sets[0]
     chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
     count, configs = evaluation.networks or chosen.networks, _networks(first, evaluation)
@@ -137,6 +140,7 @@ def measure_sets(
         labels="soft" if first.labels.is_floating_point() else "hard",
         parts=first.parts,
         stored_bytes=first.stored_bytes,
+        file_bytes=first.file_bytes,
         whole_bytes=real.train.images.numel() + len(real.train),
         seconds=sum(stages.values()),
         stages=stages,
@@ -177,8 +181,6 @@ def _check_sets(sets: Sequence[DistilledSet], real: RealSet, place: Workplace) -
     unseen = [real.class_names[c] for c in range(real.classes) if not bool((real.test.labels == c).any())]
     if unseen:
         place.reporter.note(f"{real.name} has no test image of {', '.join(unseen)}: the accuracy says nothing about it")
-    if len(sets) > 1 and len({(one.method, one.ipc, one.parts, _fitted(one)) for one in sets}) > 1:
-        raise DstillError("several sets are evaluated together only if method, IPC, parts and preprocessing agree")
 
 
 def _networks(first: DistilledSet, evaluation: Evaluation) -> list[NetConfig]:

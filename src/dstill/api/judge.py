@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dstill.api import findings
 from dstill.api.evaluate import measure_sets, telling
+from dstill.artifacts import set_file, whitening
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import check_writable, write_text
 from dstill.artifacts.result import Result, Score
@@ -24,7 +25,7 @@ from dstill.jobs.options import Evaluation, Machine, Network, Networks, at_least
 from dstill.nets.networks import evaluation_nets, network_name
 from dstill.support.console import Progress
 from dstill.support.progress import Pieces
-from dstill.support.tables import markdown
+from dstill.support.tables import bulleted, markdown
 
 _LOOKS = 3  # networks that compare two ways of training on the validation part
 HEADING = ["network", "labels", "augmentation", "accuracy %", "n", "over random", "% of whole"]
@@ -81,7 +82,7 @@ class Judgement(BaseModel):
         """Writes `judgement.json` and `judgement.md`."""
         write_text(folder / "judgement.json", self.model_dump_json(indent=2) + "\n")
         table = markdown(self.texts(), left=("network", "labels", "augmentation"))
-        write_text(folder / "judgement.md", table + "".join(f"\n- {line}" for line in self.findings) + "\n")
+        write_text(folder / "judgement.md", table + bulleted(self.findings))
 
 
 def judge(
@@ -105,7 +106,7 @@ def judge(
     measured with the same augmentation and network, with hard labels.
 
     Args:
-        distilled: a set, its file or folder; read sets of other programs with `import_set`.
+        distilled: a set, its file or folder, or the folder of a run with one set; `import_set` reads sets of other programs.
         source: the real data, see `load_real`.
         nets: evaluation networks; the set's own if left out.
         augmentations: DSA strategies; the set's own and `none` if left out.
@@ -132,8 +133,9 @@ def judge(
         ['none']
     """
     place = Workplace.of(machine, progress)
-    one = DistilledSet.load(distilled) if isinstance(distilled, str | Path) else distilled
+    one = set_file.read(distilled) if isinstance(distilled, str | Path) else distilled
     real = load_real(source)
+    one = whitening.completed(one, real, place.cache)
     variants = {"soft": one, "hard": one.with_hard_labels()} if one.labels.is_floating_point() else {"hard": one}
     strategies = list(augmentations) or list(dict.fromkeys([one.augmentation, "none"]))
     for strategy in strategies:

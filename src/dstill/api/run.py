@@ -10,7 +10,7 @@ from typing import Any
 
 from dstill.api import findings
 from dstill.api.evaluate import measure_sets
-from dstill.artifacts import files
+from dstill.artifacts import files, set_file, whitening
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import METRICS_NAME, RESULT_NAME, Curve, DataSource, read_metrics
 from dstill.artifacts.result import Claim, Cost, Result
@@ -107,7 +107,7 @@ def distill(
         experts: trajectories or their folder; or changes to the section `experts`. Without trajectories, the recipe's are
             used, and trained if the cache lacks them.
         changes: changes to the recipe.
-        init: a set, its file or its folder, to start from instead of the recipe's initialisation.
+        init: a set, its file, its folder or the folder of its run, to start from instead of the recipe's initialisation.
         out: folder for metrics, checkpoints, pictures and the set. A call with the same arguments resumes there.
         seed: determines the initial images and all draws.
         recording: what is recorded while distilling.
@@ -128,7 +128,8 @@ def distill(
     settings, trained = (experts, None) if isinstance(experts, Mapping) else (None, experts)
     choice, recording = Choice(method, ipc, recipe, net, changes, distill, settings), _with_source(recording, source)
     job = Job.resolve(source, choice, seed, Workplace.of(machine, progress))
-    initial = DistilledSet.load(init) if isinstance(init, str | Path) else init
+    initial = set_file.read(init) if isinstance(init, str | Path) else init
+    initial = None if initial is None else whitening.completed(initial, job.real, job.place.cache)
     validates = recording.validate_every > 0
     check_early(job, logs=recording.logs, own_experts=trained is None, validates=validates, initial=initial)
     files.check_writable(job.place.cache)
@@ -266,10 +267,12 @@ def run_job(job: Job, folder: Path, task: Task, started: float | None = None) ->
     result = measure_sets(sets, job.real, job.place, evaluation, job.seeds.images)
     stages = {"experts": trained - started, "distill": matched - trained, **result.stages}
     cost = Cost.load(folder / "set-0")
-    result = result.model_copy(update={"seconds": time.perf_counter() - started, "stages": stages, "cost": cost})
+    sets = [one.with_accuracy(Claim.of(result)) for one in sets]
+    known = {"stages": stages, "cost": cost, "file_bytes": sets[0].file_bytes}
+    result = result.model_copy(update={"seconds": time.perf_counter() - started, **known})
     result.save(folder / RESULT_NAME)
     for k, one in enumerate(sets):
-        one.with_accuracy(Claim.of(result)).save(folder / f"set-{k}")
+        one.save(folder / f"set-{k}")
     reporter.note(f"report: {report([folder], folder / REPORT_NAME)}")
     for line in findings.of_run(result, Curve.of(read_metrics(folder / "set-0" / METRICS_NAME), "validation_accuracy")):
         reporter.note(line)

@@ -4,51 +4,28 @@ from __future__ import annotations
 
 import html
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from dstill.artifacts import files
 from dstill.artifacts.result import Claim, Family, family_of
 from dstill.artifacts.synthetic import SyntheticDataset
-from dstill.config.registry import known
-from dstill.config.settings import NetConfig, Recipe, canonical
+from dstill.config.settings import NetConfig, Recipe
 from dstill.data import formation, siamese
 from dstill.data import preprocess as preprocessing
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet
-from dstill.errors import DstillError
+from dstill.errors import DstillError, DstillWarning
+from dstill.support.cache import cache_folder
 from dstill.support.console import in_notebook
 
-KIND = "distilled set"
 FILE_NAME = "distilled.safetensors"
-_PREPROCESS = "preprocess."
-_PARTS_SINCE = 2  # the file format from which on readers know that an image may hold several
-
-
-class _Header(BaseModel):
-    """The parts of a file's header that describe the set. Other parts, such as the format, are checked elsewhere."""
-
-    model_config = ConfigDict(strict=True)
-
-    method: str
-    ipc: Annotated[int, Field(ge=1)]
-    class_names: Annotated[list[str], Field(min_length=1)]
-    preprocess: str
-    augmentation: str
-    net: NetConfig
-    data: str
-    data_fingerprint: str
-    recipe: Recipe | None
-    seed: int
-    accuracy: Claim | None
-    parts: Annotated[int, Field(ge=1)] = 1
 
 
 @dataclass(frozen=True)
@@ -208,8 +185,11 @@ class DistilledSet:
 
     def _repr_html_(self) -> str:
         from dstill.artifacts.pictures import grid, uri_of
+        from dstill.artifacts.whitening import MissingWhitening
 
         said = html.escape(repr(self) + (f", {self.accuracy}" if self.accuracy else ""))
+        if isinstance(self.preprocess, MissingWhitening):
+            return f"<p>{said}; {html.escape(str(self.preprocess))}</p>"
         return f'<figure><img src="{uri_of(grid(self))}" alt=""><figcaption>{said}</figcaption></figure>'
 
     def __repr__(self) -> str:
@@ -260,15 +240,19 @@ class DistilledSet:
         """Size of the set: the stored images as 8-bit pixels, and labels at one byte per class id or four per logit."""
         return self.images.numel() + self.labels.numel() * (4 if self.labels.is_floating_point() else 1)
 
-    def pixels(self) -> Tensor:
+    def pixels(self, *, clip: bool = True) -> Tensor:
         """The stored images in natural colours, `[S, C, H, W]`; values outside the displayable range [0, 1] are clipped.
 
         `decoded.pixels()` are those of what they hold. Whitening mixes the pixels of a whole image, so it cannot be undone in a
         stored image of several parts; such an image is put together from what it holds.
+
+        Args:
+            clip: clip values outside [0, 1], which distilled images have.
         """
         if self.parts > 1 and self.preprocess.kind == "zca":
-            return formation.encode(self.decoded.pixels(), self.parts)
-        return self.preprocess.invert(self.images).clamp(0, 1)
+            return formation.encode(self.decoded.pixels(clip=clip), self.parts)
+        natural = self.preprocess.invert(self.images)
+        return natural.clamp(0, 1) if clip else natural
 
     def as_dataset(self, *, augment: bool = True, seed: int = 0) -> SyntheticDataset:
         """A torch `Dataset` of (preprocessed image, label) for a `DataLoader`; of stored images, what they hold.
@@ -299,7 +283,7 @@ class DistilledSet:
         """Writes the set for other programs, see `dstill.export`.
 
         Args:
-            kind: `hf`, `png`, `npz` or `pt`.
+            kind: `dstill`, `hf`, `png`, `pictures`, `npz` or `pt`.
             folder: the folder to write; made if missing.
             stored: the stored images, instead of what they hold.
         """
@@ -328,111 +312,66 @@ class DistilledSet:
         """The same set, to be evaluated with another network."""
         return replace(self, net=net, accuracy=None)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, whole: bool = False) -> Path:
         """Writes the set to a file.
+
+        A whitening is large and the same for all sets of the same data. It is written into the file only with `whole`;
+        otherwise the file names it, and it is written beside the file unless it lies in the cache.
 
         Args:
             path: a file whose name ends in .safetensors, or a folder for `distilled.safetensors`.
+            whole: write everything into this one file, to be moved to another machine.
 
         Returns:
             The file.
 
         Raises:
-            DstillError: images, labels or α are not finite.
+            DstillError: images, labels or α are not finite; or, with `whole`, the whitening was not found.
         """
-        target = Path(path)
-        if target.suffix != ".safetensors":
-            target = target / FILE_NAME
-        wrong = self._not_finite()
-        if wrong:
-            raise DstillError(f"the distilled set has non-finite {', '.join(wrong)} and is not saved: the run has diverged")
-        since = _PARTS_SINCE if self.parts > 1 else 1
-        files.save(target, KIND, self.tensors(), self.header(), since=since)
-        return target
+        from dstill.artifacts import set_file
 
-    def _not_finite(self) -> list[str]:
-        return [name for name, tensor in self.tensors().items() if not bool(torch.isfinite(tensor).all())]
+        return set_file.save(self, path, whole=whole)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file that `save` writes."""
+        from dstill.artifacts import set_file
+
+        return set_file.size(self)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the set, by their names in files."""
-        tensors = {"images": self.images, "labels": self.labels}
-        if self.alpha is not None:
-            tensors["alpha"] = torch.tensor(self.alpha, dtype=torch.float64)
-        return tensors | {_PREPROCESS + name: tensor for name, tensor in self.preprocess.tensors().items()}
+        """All tensors of the set, those of its preprocessing included, by their names in files."""
+        from dstill.artifacts import set_file
+
+        return set_file.tensors(self)
 
     def header(self) -> dict[str, Any]:
-        """Everything except the tensors, as plain JSON values. A set without parts does not mention them."""
-        said: dict[str, Any] = {
-            "method": self.method,
-            "ipc": self.ipc,
-            "class_names": list(self.class_names),
-            "preprocess": self.preprocess.kind,
-            "augmentation": self.augmentation,
-            "net": canonical(self.net, exclude_none=True),
-            "data": self.data,
-            "data_fingerprint": self.data_fingerprint,
-            "recipe": canonical(self.recipe) if self.recipe else None,
-            "seed": self.seed,
-            "accuracy": self.accuracy.model_dump() if self.accuracy else None,
-        }
-        return said | ({"parts": self.parts} if self.parts > 1 else {})
+        """Everything except the tensors, as plain JSON values."""
+        from dstill.artifacts import set_file
+
+        return set_file.header(self)
 
     @classmethod
-    def load(cls, path: str | Path) -> DistilledSet:
+    def load(cls, path: str | Path, *, real: RealSet | None = None) -> DistilledSet:
         """Reads a set.
 
-        Args:
-            path: a file, or a folder with `distilled.safetensors`.
-
-        Raises:
-            DstillError: the file does not exist, is no distilled set, is damaged, or has a newer format.
-        """
-        source = Path(path)
-        if source.is_dir():
-            if not (source / FILE_NAME).exists() and (source / "set-0").is_dir():
-                raise DstillError(f"{source} is the folder of a run: pass one of its sets, {source / 'set-0'}")
-            source = source / FILE_NAME
-        header, tensors = files.load(source, KIND)
-        return cls.from_contents(header, tensors, source)
-
-    @classmethod
-    def from_contents(cls, header: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> DistilledSet:
-        """A set from the contents of its file: its header and its tensors.
+        The whitening of a set is looked for beside the file, in the folder of its run and in the cache. If it is not found, a
+        warning says what to do. Networks can be trained on such a set; its images cannot be shown in natural colours.
 
         Args:
-            header: as from `header`.
-            tensors: as from `tensors`.
-            source: the file, for errors.
+            path: a file, a folder with `distilled.safetensors`, or the folder of a run that holds one set.
+            real: the data that the set was distilled from. A whitening that is not found is fitted on them, and kept in the
+                cache.
 
         Raises:
-            DstillError: something is missing or malformed.
+            DstillError: the file does not exist, is no distilled set, is damaged, or has a newer format; the folder holds
+                several sets; or the whitening is not that of `real`.
         """
-        if not known(header.get("method")):  # its package is not installed here, so its settings cannot be checked
-            header = {**header, "recipe": None}
-        stored = {name.removeprefix(_PREPROCESS): tensor for name, tensor in tensors.items() if name.startswith(_PREPROCESS)}
-        try:
-            said = _Header.model_validate(header)
-            one = cls(
-                images=tensors["images"],
-                labels=tensors["labels"],
-                alpha=float(tensors["alpha"]) if "alpha" in tensors else None,
-                preprocess=preprocessing.from_tensors(said.preprocess, stored),
-                method=said.method,
-                ipc=said.ipc,
-                class_names=tuple(said.class_names),
-                augmentation=said.augmentation,
-                net=said.net,
-                data=said.data,
-                data_fingerprint=said.data_fingerprint,
-                recipe=said.recipe,
-                seed=said.seed,
-                accuracy=said.accuracy,
-                parts=said.parts,
-            )
-            siamese.parse(one.augmentation)
-            fits = one.preprocess.invert(one.images[:1]).shape == one.images[:1].shape
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise DstillError(f"{source} is damaged or from another version of dstill: {error}") from error
-        if not fits or one._not_finite():
-            raise DstillError(f"{source} is damaged: its preprocessing does not fit the images, or a number is not finite")
+        from dstill.artifacts import set_file, whitening
+
+        one = set_file.read(path)
+        if real is not None:
+            return whitening.completed(one, real, cache_folder())
+        if isinstance(one.preprocess, whitening.MissingWhitening):
+            warnings.warn(str(one.preprocess), DstillWarning, stacklevel=2)
         return one

@@ -1,10 +1,12 @@
-"""Exports a distilled set: a Hugging Face data set folder, PNG files, NumPy arrays, or the field's `.pt` files."""
+"""Exports a distilled set: one file with everything, a Hugging Face data set folder, PNG files, arrays, or `.pt` files."""
 
 from __future__ import annotations
 
-import hashlib
+import csv
+import io
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +14,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dstill.artifacts.distilled import FILE_NAME, DistilledSet
+from dstill.artifacts import card
+from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import atomic, write_bytes, write_text
-from dstill.artifacts.pictures import png_of
+from dstill.artifacts.pictures import png_of, save_grid
 from dstill.data.quiet import without_progress_bars
 from dstill.errors import DstillError, suggest
 
-_SHARD = "data/train-00000-of-00001.parquet"
-
 
 def export(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: bool = False) -> Path:
-    """Writes a set to a folder, for other programs.
+    """Writes a set to a folder, for another machine or for other programs.
 
-    In `npz` and `pt` the images are preprocessed and exact. In `hf` and `png` they are 8-bit pixels, clipped to the displayable
-    range; the exact set is stored beside them as `distilled.safetensors`.
+    Beside every kind but `dstill`, a `README.md` says what is kept, how real images are preprocessed, and how to train in plain
+    PyTorch; `overview.webp` shows the images.
+
+    In `dstill`, `npz`, `pt` and the column `input` of `hf` the images are exact. In `png` they are rounded to 8 bits over the
+    range of each colour channel, which hardly changes what networks learn from them. In `pictures` and in the column `image` of
+    `hf` they are in natural colours, clipped to what can be shown: to be looked at, not to be trained on.
 
     Of stored images that hold several, what they hold is written, as images of their own with their labels. The exact set
     keeps them as they are stored.
 
     Args:
         distilled: the set.
-        kind: `hf`: a Hugging Face data set folder (Parquet, card, Croissant metadata). `png`: one file for each image, in one
-            folder for each class. `npz`: all arrays in one file. `pt`: `images_best.pt`, `labels_best.pt` and `lr_best.pt`, as
-            code for trajectory matching reads them.
+        kind: `dstill`: one `distilled.safetensors` that holds everything. `hf`: a Hugging Face data set folder (Parquet, card,
+            Croissant metadata). `png`: one file for each image, to be trained on, in one folder for each class; `labels.csv`
+            has the labels. `pictures`: the same in natural colours. `npz`: all arrays in one file. `pt`: `images_best.pt`,
+            `labels_best.pt` and `lr_best.pt`, as code for trajectory matching reads them, and `preprocess.pt`.
         folder: the folder to write; made if missing.
         stored: write the stored images, instead of what they hold.
 
@@ -42,7 +48,8 @@ def export(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: bo
         The folder.
 
     Raises:
-        DstillError: the kind is unknown; or, for `png`, the folder holds other images.
+        DstillError: the kind is unknown; the whitening of the set was not found; for `png` and `pictures`, the folder holds
+            other images; for `png`, the images have neither 1 nor 3 channels, or are stored and whitened and of several parts.
 
     Example:
         >>> import tempfile
@@ -55,183 +62,236 @@ def export(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: bo
         ...     recipe=None, seed=0,
         ... )
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     sorted(path.name for path in export(distilled, "pt", folder).iterdir())
-        ['images_best.pt', 'labels_best.pt', 'lr_best.pt']
+        ...     sorted(path.name for path in export(distilled, "pt", folder).glob("*.pt"))
+        ['images_best.pt', 'labels_best.pt', 'lr_best.pt', 'preprocess.pt']
     """
+    write(distilled, kind, folder, stored=stored)
+    return Path(folder)
+
+
+def write(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: bool = False) -> str:
+    """`export`, which returns a sentence on what is kept."""
     if kind not in KINDS:
         raise DstillError(f"unknown export {kind!r}; {suggest(kind, KINDS)}")
-    target = Path(folder)
+    distilled.tensors()  # a whitening that is missing is noticed before anything is written
+    target, written = Path(folder), distilled if stored else distilled.decoded
     target.mkdir(parents=True, exist_ok=True)
-    KINDS[kind](distilled if stored else distilled.decoded, distilled, target)
-    return target
+    kept = KINDS[kind](written, distilled, target)
+    if kind != "dstill":
+        save_grid(written, target / card.OVERVIEW, stored=True)
+        write_text(target / "README.md", card.readme(written, distilled, kind, kept))
+    return kept
 
 
-def _png(distilled: DistilledSet) -> list[bytes]:
-    return [png_of(pixels) for pixels in (distilled.pixels() * 255).round().byte()]
+# --- one file with everything -----------------------------------------------------------------------------------------
 
 
-def _export_png(distilled: DistilledSet, exact: DistilledSet, folder: Path) -> None:
-    counts, files = dict[int, int](), dict[Path, bytes]()
-    for content, label in zip(_png(distilled), distilled.class_ids.tolist(), strict=True):
-        number = counts[label] = counts.get(label, -1) + 1
-        files[folder / f"{label:03d}-{safe_name(distilled.class_names[label])}" / f"{number:03d}.png"] = content
-    others = sorted(set(folder.glob("*/*.png")) - files.keys())
-    if others:
-        raise DstillError(f"{folder} holds other images ({others[0]}): pass another folder, or remove this one")
-    for path, content in files.items():
-        write_bytes(path, content)
-    exact.save(folder)
+def _export_dstill(_: DistilledSet, exact: DistilledSet, folder: Path) -> str:
+    exact.save(folder, whole=True)
+    return "Images, labels and preprocessing are exact, and all in one file."
 
 
-def safe_name(name: str) -> str:
-    """A class name with any characters, as part of a file name.
+# --- files of 8 bits --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EightBits:
+    """Images as bytes, over the range of each colour channel: pixel = low + byte / 255 * (high - low).
+
+    Pixels are in natural colours, in units in which black is 0 and white is 1. Those of distilled images may lie outside of
+    this. A channel that does not leave [0, 1] has just this range, so that its bytes are those of an ordinary picture.
+
+    Attributes:
+        content: uint8 `[S, C, H, W]`.
+        low, high: the range of each channel `[C]`.
 
     Example:
-        >>> safe_name("sports car/2"), safe_name("")
-        ('sports_car_2', 'class')
+        >>> eight = EightBits.of(torch.tensor([-0.5, 0.0, 0.25, 2.0]).view(4, 1, 1, 1))
+        >>> eight.content.flatten().tolist(), eight.low.tolist(), eight.high.tolist()
+        ([0, 51, 76, 255], [-0.5], [2.0])
+        >>> round(float((eight.pixels().flatten() - torch.tensor([-0.5, 0.0, 0.25, 2.0])).abs().max()), 4)
+        0.0049
     """
-    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:40] or "class"
+
+    content: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, pixels: Tensor) -> EightBits:
+        """The nearest bytes of pixels `[S, C, H, W]`."""
+        low, high = pixels.amin((0, 2, 3)).clamp_max(0), pixels.amax((0, 2, 3)).clamp_min(1)
+        start, span = low.view(1, -1, 1, 1), (high - low).view(1, -1, 1, 1)
+        return cls(((pixels - start) / span * 255).round().byte(), low, high)
+
+    def pixels(self) -> Tensor:
+        """What the bytes stand for."""
+        low, high = self.low.view(1, -1, 1, 1), self.high.view(1, -1, 1, 1)
+        return low + self.content / 255 * (high - low)
 
 
-def _export_npz(distilled: DistilledSet, _: DistilledSet, folder: Path) -> None:
+def _export_png(distilled: DistilledSet, exact: DistilledSet, folder: Path) -> str:
+    channels = distilled.images.shape[1]
+    if channels not in (1, 3):
+        raise DstillError(f"the images have {channels} channels, a PNG file to train on holds 1 or 3: export npz")
+    if distilled.parts > 1 and distilled.preprocess.kind == "zca":
+        raise DstillError(
+            "stored images of several parts cannot be whitened again, since whitening mixes the pixels of a whole image: leave "
+            "--stored out, or export npz"
+        )
+    eight = EightBits.of(distilled.pixels(clip=False))
+    paths = _images(eight.content, distilled, folder)
+    write_text(folder / "labels.csv", _table(distilled, paths))
+    encoding = {"pixel": "low + byte / 255 * (high - low)", "low": eight.low.tolist(), "high": eight.high.tolist()}
+    write_text(folder / "encoding.json", json.dumps(encoding, indent=2) + "\n")
+    exact.save(folder, whole=True)
+    error = distilled.preprocess.forward(eight.pixels()) - distilled.images
+    share = float(error.square().mean().sqrt() / distilled.images.square().mean().sqrt().clamp_min(1e-12))
+    return (
+        f"The PNG files are for training: 8 bits over the range of each colour channel. The inputs of networks are rounded by "
+        f"{100 * share:.2g} % (root mean square, of their own); labels.csv has the labels, distilled.safetensors the exact set."
+    )
+
+
+def _export_pictures(distilled: DistilledSet, _: DistilledSet, folder: Path) -> str:
+    paths = _images(_shown(distilled), distilled, folder)
+    return (
+        f"The {len(paths)} PNG files are for looking, in natural colours; {_clipped(distilled)} Export png or npz to train on "
+        "the images."
+    )
+
+
+def _shown(distilled: DistilledSet) -> Tensor:
+    """The images in natural colours, uint8."""
+    return (distilled.pixels() * 255).round().byte()
+
+
+def _clipped(distilled: DistilledSet) -> str:
+    natural = distilled.pixels(clip=False)
+    share = float(((natural < 0) | (natural > 1)).float().mean())
+    return f"{100 * share:.2g} % of their values cannot be shown and are clipped."
+
+
+def _images(content: Tensor, distilled: DistilledSet, folder: Path) -> list[str]:
+    """Writes one file for each image into one folder for each class. Returns their paths in the folder."""
+    counts, names, files = dict[int, int](), class_folders(distilled.class_names), dict[str, bytes]()
+    for image, label in zip(content, distilled.class_ids.tolist(), strict=True):
+        number = counts[label] = counts.get(label, -1) + 1
+        files[f"{names[label]}/{number:03d}.png"] = png_of(image)
+    others = sorted({path.relative_to(folder).as_posix() for path in folder.glob("*/*.png")} - files.keys())
+    if others:
+        raise DstillError(f"{folder} holds other images ({others[0]}): pass another folder, or remove this one")
+    for path, image in files.items():
+        write_bytes(folder / path, image)
+    return list(files)
+
+
+def class_folders(names: tuple[str, ...]) -> list[str]:
+    """Names of the folders of classes: those of the classes or, if one cannot be the name of a folder, numbered ones.
+
+    Example:
+        >>> class_folders(("n01440764", "sports car")), class_folders(("cat", "a/b"))
+        (['n01440764', 'sports car'], ['000-cat', '001-a_b'])
+    """
+    fit = {name.lower() for name in names if _can_be_a_folder(name)}
+    if len(fit) == len(names):
+        return list(names)
+    return [f"{c:03d}-{card.safe_name(name)}" for c, name in enumerate(names)]
+
+
+def _can_be_a_folder(name: str) -> bool:
+    """Whether a name can be that of a folder on every system, unchanged."""
+    plain = name.isprintable() and not set(name) & set('/\\<>:"|?*')
+    return plain and 0 < len(name) <= 100 and name == name.strip(" .")
+
+
+def _table(distilled: DistilledSet, paths: list[str]) -> str:
+    """Path, class and, for soft labels, the probability of each class (of each part, part after part), as CSV."""
+    shares = _probabilities(distilled)
+    columns = ["file", "label", "name", *(f"p{k}" for k in range(0 if shares is None else shares.shape[1]))]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row, (path, label) in enumerate(zip(paths, distilled.class_ids.tolist(), strict=True)):
+        soft = [] if shares is None else [f"{value:.9g}" for value in shares[row].tolist()]
+        writer.writerow([path, label, distilled.class_names[label], *soft])
+    return text.getvalue()
+
+
+def _probabilities(distilled: DistilledSet) -> Tensor | None:
+    """Soft labels as probabilities `[S, K]`, or `[S, parts² K]` if they belong to parts; None for class ids."""
+    if not distilled.labels.is_floating_point():
+        return None
+    return distilled.labels.softmax(1).reshape(len(distilled.images), -1)
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def _export_npz(distilled: DistilledSet, _: DistilledSet, folder: Path) -> str:
     arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in distilled.tensors().items()}
     arrays["header"] = np.array(json.dumps(distilled.header()))
     with atomic(folder / "distilled.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
+    return "Images, labels and preprocessing are exact float32, and all in one file."
 
 
-def _export_pt(distilled: DistilledSet, _: DistilledSet, folder: Path) -> None:
-    tensors: dict[str, Tensor] = {"images": distilled.images, "labels": distilled.labels}
+def _export_pt(distilled: DistilledSet, _: DistilledSet, folder: Path) -> str:
+    contents: dict[str, Any] = {"images_best": distilled.images, "labels_best": distilled.labels}
     if distilled.alpha is not None:
-        tensors["lr"] = torch.tensor(distilled.alpha, dtype=torch.float64)
-    for name, tensor in tensors.items():
-        with atomic(folder / f"{name}_best.pt") as temporary:
-            torch.save(tensor.detach().cpu().clone(), temporary)
+        contents["lr_best"] = torch.tensor(distilled.alpha, dtype=torch.float64)
+    contents["preprocess"] = {f"preprocess.{name}": tensor for name, tensor in distilled.preprocess.tensors().items()}
+    for name, content in contents.items():
+        with atomic(folder / f"{name}.pt") as temporary:
+            torch.save(_detached(content), temporary)
+    return "Images, labels, learning rate and preprocessing are exact. Only this card has the network and the augmentation."
 
 
-def _export_hf(distilled: DistilledSet, exact: DistilledSet, folder: Path) -> None:
-    from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+def _detached(content: Tensor | dict[str, Tensor]) -> Any:
+    """Copies, so that no more than these tensors is stored."""
+    if isinstance(content, dict):
+        return {name: _detached(tensor) for name, tensor in content.items()}
+    return content.detach().cpu().clone()
 
-    soft = distilled.labels.is_floating_point()
-    features: dict[str, Any] = {"image": Image(), "label": ClassLabel(names=list(distilled.class_names))}
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+def _export_hf(distilled: DistilledSet, exact: DistilledSet, folder: Path) -> str:
+    from datasets import Array3D, ClassLabel, Dataset, Features, Image, Sequence, Value
+
+    features: dict[str, Any] = {
+        "image": Image(),
+        "input": Array3D(shape=tuple(distilled.images.shape[1:]), dtype="float32"),
+        "label": ClassLabel(names=list(distilled.class_names)),
+    }
     columns: dict[str, Any] = {
-        "image": [{"bytes": content, "path": None} for content in _png(distilled)],
+        "image": [{"bytes": png_of(pixels), "path": None} for pixels in _shown(distilled)],
+        "input": list(distilled.images.cpu().numpy()),
         "label": distilled.class_ids.tolist(),
     }
-    if soft:
+    if distilled.labels.is_floating_point():
         shares, each = distilled.labels.softmax(1), Value("float32")
         of_parts = len(shares) > len(distilled.images)  # a stored image then has a list of them
         features["soft_label"] = Sequence(Sequence(each)) if of_parts else Sequence(each)
         columns["soft_label"] = (shares.unflatten(0, (len(distilled.images), -1)) if of_parts else shares).tolist()
     (folder / "data").mkdir(exist_ok=True)
-    with atomic(folder / _SHARD) as temporary, without_progress_bars():
+    with atomic(folder / card.SHARD) as temporary, without_progress_bars():
         Dataset.from_dict(columns, features=Features(features)).to_parquet(temporary)
-    exact.save(folder)
-    write_text(folder / "README.md", _card(distilled, exact))
-    write_text(folder / "croissant.json", json.dumps(_croissant(distilled, folder), indent=2) + "\n")
-
-
-def _described(distilled: DistilledSet) -> str:
+    exact.save(folder, whole=True)
+    write_text(folder / "croissant.json", json.dumps(card.croissant(distilled, folder), indent=2) + "\n")
     return (
-        f"{len(distilled.images)} synthetic images, {distilled.ipc} for each of {distilled.classes} classes, distilled from "
-        f"{distilled.data} by {distilled.method}."
+        f"The column input is for training: exact float32. The column image is for looking: natural colours of 8 bits; "
+        f"{_clipped(distilled)} distilled.safetensors holds the exact set."
     )
 
 
-def _card(distilled: DistilledSet, exact: DistilledSet) -> str:
-    """The data set card: metadata for the hub, and what users of the set must know."""
-    rate = "of your choice" if distilled.alpha is None else f"{distilled.alpha:.6g}, learned with the images"
-    lines = [
-        "---",
-        "task_categories: [image-classification]",
-        "tags: [dataset-distillation, synthetic]",
-        f"size_categories: [{_size_category(len(distilled.images))}]",
-        "configs: [{config_name: default, data_files: [{split: train, path: data/train-*.parquet}]}]",
-        "---",
-        "",
-        f"# {distilled.data}, distilled to {distilled.ipc} image(s) per class",
-        "",
-        f"{_described(distilled)} The Parquet file holds them as 8-bit pixels, clipped to the displayable range; `{FILE_NAME}` "
-        "holds them exactly, with their preprocessing and labels.",
-        "",
-        f"- Preprocessing of synthetic and real images alike: {distilled.preprocess.kind}",
-        f"- Augmentation: {distilled.augmentation}",
-        f"- Network: {distilled.net.model_dump_json(exclude_none=True)}",
-        f"- Learning rate: {rate}",
-        f"- Labels: {'soft, as probabilities in `soft_label`' if distilled.labels.is_floating_point() else 'class ids'}",
-    ]
-    if exact.parts > 1:
-        lines.append(
-            f"- Stored as {len(exact.images)} images that hold {exact.parts}x{exact.parts} each; networks are trained on what "
-            "they hold, enlarged bilinearly"
-        )
-    if distilled.accuracy:
-        lines.append(f"- Accuracy: {distilled.accuracy}")
-    return "\n".join(lines) + "\n"
-
-
-def _size_category(count: int) -> str:
-    """The hub's category for a number of images."""
-    return "n<1K" if count < 1000 else "1K<n<10K" if count < 10_000 else "10K<n<100K" if count < 100_000 else "100K<n<1M"
-
-
-def _croissant(distilled: DistilledSet, folder: Path) -> dict[str, Any]:
-    """Metadata in the Croissant vocabulary 1.0 (MLCommons)."""
-    content = (folder / _SHARD).read_bytes()
-    fields = [("image", "sc:ImageObject"), ("label", "sc:Integer")]
-    return {
-        "@context": {
-            "@vocab": "https://schema.org/",
-            "sc": "https://schema.org/",
-            "cr": "http://mlcommons.org/croissant/",
-            "dct": "http://purl.org/dc/terms/",
-            "recordSet": "cr:recordSet",
-            "field": "cr:field",
-            "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-            "source": "cr:source",
-            "fileObject": "cr:fileObject",
-            "extract": "cr:extract",
-            "column": "cr:column",
-            "conformsTo": "dct:conformsTo",
-        },
-        "@type": "sc:Dataset",
-        "conformsTo": "http://mlcommons.org/croissant/1.0",
-        "name": safe_name(f"{distilled.data}-{distilled.method}-ipc{distilled.ipc}"),
-        "description": _described(distilled),
-        "distribution": [
-            {
-                "@type": "cr:FileObject",
-                "@id": "train",
-                "name": "train",
-                "contentUrl": _SHARD,
-                "encodingFormat": "application/x-parquet",
-                "sha256": hashlib.sha256(content).hexdigest(),
-            }
-        ],
-        "recordSet": [
-            {
-                "@type": "cr:RecordSet",
-                "@id": "images",
-                "name": "images",
-                "field": [
-                    {
-                        "@type": "cr:Field",
-                        "@id": f"images/{name}",
-                        "name": name,
-                        "dataType": kind,
-                        "source": {"fileObject": {"@id": "train"}, "extract": {"column": name}},
-                    }
-                    for name, kind in fields
-                ],
-            }
-        ],
-    }
-
-
-# Each takes what it writes, the exact set as it is stored, and the folder.
-KINDS: dict[str, Callable[[DistilledSet, DistilledSet, Path], None]] = {
+# Each takes what it writes, the exact set as it is stored, and the folder, and says what it keeps.
+KINDS: dict[str, Callable[[DistilledSet, DistilledSet, Path], str]] = {
+    "dstill": _export_dstill,
     "hf": _export_hf,
     "png": _export_png,
+    "pictures": _export_pictures,
     "npz": _export_npz,
     "pt": _export_pt,
 }

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dstill.errors import DamagedFileError, DstillError
 from dstill.version import __version__
 
-FORMAT = 2  # the newest that is read here
+FORMAT = 3  # the newest that is read here
 _KEY = "dstill"
 _CHECK = "header_sha256"
 _PART = ".part"
@@ -113,14 +113,27 @@ def save(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[s
         header: JSON values. The format, the kind and the version of dstill are added.
         since: the format of the file: the first whose readers understand what it holds. Older ones refuse it.
     """
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    full = {"format": since, "kind": kind, "dstill": __version__, "sha256": checksum(contiguous), **header}
-    text = json.dumps({**full, _CHECK: _sha256(full)}, sort_keys=True)
+    contiguous, metadata = _prepared(kind, tensors, header, since)
     with atomic(path) as temporary:
         try:
-            save_file(contiguous, temporary, metadata={_KEY: text})
+            safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
         except safetensors.SafetensorError as error:
             raise _system_error(error, path) from error
+
+
+def size(kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any], *, since: int = 1) -> int:
+    """Bytes of the file that `save` would write with these arguments; it is made in memory."""
+    contiguous, metadata = _prepared(kind, tensors, header, since)
+    return len(safetensors.torch.save(contiguous, metadata=metadata))
+
+
+def _prepared(
+    kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any], since: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors as they are stored, and the metadata of the file."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    full = {"format": since, "kind": kind, "dstill": __version__, "sha256": checksum(contiguous), **header}
+    return contiguous, {_KEY: json.dumps({**full, _CHECK: _sha256(full)}, sort_keys=True)}
 
 
 def _sha256(header: Mapping[str, Any]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dstill.artifacts.distilled import FILE_NAME, DistilledSet
+from dstill.artifacts import foreign, set_file, whitening
+from dstill.artifacts.distilled import DistilledSet
+from dstill.artifacts.foreign import LARGEST_BYTES, Found
+from dstill.artifacts.looks import look_of
+from dstill.config import recipes, yamls
 from dstill.config.settings import NetConfig
 from dstill.data import preprocess as preprocessing
+from dstill.data import siamese
 from dstill.data.preprocess import Preprocess, Standardise
 from dstill.data.real import RealSet
-from dstill.errors import DstillError
+from dstill.errors import DstillError, DstillWarning
+from dstill.support.cache import cache_folder
 
-LARGEST_BYTES = 4 * 2**30
+Changes = Sequence[str] | Mapping[str, Any]
 
 # The channel means and deviations with which the public code of the DC family and of trajectory matching normalises. Some are
 # not those of the data: CIFAR-10's deviations are means over the deviations of single images.
@@ -34,86 +42,43 @@ PUBLISHED_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The parts of a set that a file holds."""
-
-    images: Tensor
-    labels: Tensor
-    alpha: float | None
-
-
 def import_set(
     path: str | Path,
     real: RealSet,
     *,
     preprocess: Preprocess | str = "published",
     method: str = "imported",
-    net: str = "convnet",
+    net: str | NetConfig = "convnet",
     augmentation: str = "colour_crop_cutout_flip_scale_rotate",
     alpha: float | None = None,
     parts: int = 1,
 ) -> DistilledSet:
-    """A distilled set from the files of another program, ready for `evaluate`.
-
-    Args:
-        path: one of: a folder or file that `export` wrote (`hf`, `png` or `npz`); a `.pt` file of images such as
-            `images_best.pt`, with `labels_best.pt` and perhaps `lr_best.pt` beside it; a `.pt` file of DC, DSA or DM
-            (`res_*.pt`), from which the last repetition is taken.
-        real: the data that the set was distilled from. It gives the class names.
-        preprocess: the preprocessing of the images: a kind for `published_preprocess`, or a fitted preprocessing. A set that
-            dstill exported brings its own.
-        method: name of the method, for tables.
-        net: the network that the set was distilled with.
-        augmentation: DSA strategy to train with.
-        alpha: the learning rate to train with; if left out, that in the file, if any.
-        parts: images in each stored image along a side, see `dstill.data.formation`. Labels are those of stored images or of
-            their parts.
-
-    Returns:
-        The set. Floating-point labels are label logits, unless they lie in [0, 1] and each row adds up to one: then they are
-        probabilities.
-
-    Raises:
-        DstillError: the file does not exist, is damaged, is too large, holds more than tensors, or does not fit `real`.
-
-    Example:
-        >>> import tempfile
-        >>> from dstill.data.real import Split
-        >>> split = Split(torch.arange(128, dtype=torch.uint8).view(2, 1, 8, 8), torch.tensor([0, 1]))
-        >>> real = RealSet("pets", split, split, ("cat", "dog"))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     torch.save(torch.zeros(2, 1, 8, 8), f"{folder}/images_best.pt")
-        ...     torch.save(torch.tensor([0, 1]), f"{folder}/labels_best.pt")
-        ...     import_set(f"{folder}/images_best.pt", real, preprocess="standardise")
-        DistilledSet('imported' of 'pets', 2 images of 1x8x8, 2 classes)
-    """
+    """A distilled set from the files of another program; see `dstill.import_set`, which also checks the network."""
+    siamese.parse(augmentation)
+    config = network_of(net, real) if isinstance(net, str) else net
     source = Path(path)
     ours = _own(source)
     if ours is not None:
         ours.check_fits(real)
-        return ours
-    if source.is_dir():
-        source = source / "images_best.pt"
-    found = _read(source)
-    images = _tensor(found.images, "images", source).float()
+        return whitening.completed(ours, real, cache_folder())
+    found = foreign.read(source, real)
+    images = foreign.tensor(found.images, "images", source)
     expected = (real.channels, *real.size)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise DstillError(f"{source} holds images {tuple(images.shape)}, {real.name} has images {expected}: is it another set?")
     labels = _labels(found.labels, (len(images), len(images) * parts**2), real.classes, source)
-    soft = labels.is_floating_point()  # images with soft labels cannot be counted by class
-    each = max(1, len(labels) // max(1, len(images)))  # labels of a stored image
-    ipc = len(images) // real.classes if soft else int(torch.bincount(labels, minlength=real.classes).max()) // each
+    ipc = _ipc(labels, len(images), real, source)
+    fitted, images = _preprocessed(images, found, preprocess, real, source, plain=parts == 1)
     return DistilledSet(
         images=images,
         labels=labels,
         alpha=alpha if alpha is not None else found.alpha,
-        preprocess=published_preprocess(preprocess, real) if isinstance(preprocess, str) else preprocess,
+        preprocess=fitted,
         method=method,
-        ipc=max(1, ipc),
+        ipc=ipc,
         class_names=real.class_names,
         augmentation=augmentation,
-        net=NetConfig(name=net),
+        net=config,
         data=real.name,
         data_fingerprint=real.fingerprint,
         recipe=None,
@@ -122,55 +87,124 @@ def import_set(
     )
 
 
+def network_of(net: str, real: RealSet, changes: Changes = ()) -> NetConfig:
+    """The network of a foreign set by name. The depth of a ConvNet follows from the size of the images, as in our recipes.
+
+    Args:
+        net: its name.
+        real: the data.
+        changes: assignments `net.<option>=value`.
+
+    Raises:
+        DstillError: a change is not one of the network, or an option is unknown.
+
+    Example:
+        >>> from dstill.data.real import Split
+        >>> split = Split(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.tensor([0, 1]))
+        >>> network_of("convnet", RealSet("pets", split, split, ("cat", "dog")), ["net.width=64"])
+        NetConfig(name='convnet', width=64, depth=4, norm=None)
+    """
+    values: dict[str, Any] = {"net": {"name": net}}
+    if net == "convnet":
+        values["net"]["depth"] = recipes.usual_depth(min(real.size))
+    recipes.assign(values, recipes.assignments(changes))
+    other = next((key for key in values if key != "net"), None)
+    if other is not None:
+        raise DstillError(f"an imported set has no setting {other!r}: only those of its network can be set, as net.depth=4")
+    return yamls.validate(NetConfig, values["net"], "--set net")
+
+
+def _preprocessed(
+    images: Tensor, found: Found, told: Preprocess | str, real: RealSet, source: Path, *, plain: bool
+) -> tuple[Preprocess, Tensor]:
+    """The preprocessing, and the images after it. Warns if the images look as if another one had been applied."""
+    if told == "published" and found.preprocessing is not None:
+        return _beside(found.preprocessing, images, source), images.float()
+    kind = told if isinstance(told, str) else told.kind
+    pixels = found.pictures or kind == "pixels" or images.dtype == torch.uint8
+    if plain:
+        _check_look(images.float(), "pixels" if pixels else kind, real)
+    if isinstance(told, Preprocess):
+        fitted = told
+    elif pixels and (kind == "pixels" or (kind == "published" and real.name not in PUBLISHED_STATISTICS)):
+        fitted = preprocessing.fit("standardise", real.train.images)
+    else:
+        fitted = published_preprocess(kind, real)
+    return fitted, fitted.forward(_unit(images)) if pixels else images.float()
+
+
+def _unit(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1], from those or from bytes, which some programs store as floats."""
+    floats = pixels.float()
+    as_bytes = pixels.dtype == torch.uint8 or (float(floats.min()) >= 0 and float(floats.max()) > 2)
+    return floats / 255 if as_bytes else floats
+
+
+def _beside(tensors: dict[str, Tensor], images: Tensor, source: Path) -> Preprocess:
+    """The preprocessing that dstill wrote beside the images."""
+    fitted = preprocessing.from_tensors("zca" if "basis" in tensors else "standardise", tensors)
+    with contextlib.suppress(RuntimeError, TypeError):
+        back = fitted.invert(images[:1].float())
+        if back.shape == images[:1].shape and bool(torch.isfinite(back).all()):
+            return fitted
+    raise DstillError(f"the preprocess.pt beside {source} does not fit the images: remove it, and pass --preprocess")
+
+
+def _check_look(images: Tensor, kind: str, real: RealSet) -> None:
+    look = look_of(images, real)
+    applied = kind if kind in ("zca", "pixels") else "standardise"
+    slightly_outside = kind == "pixels" and float(images.min()) > -1  # distilled pixels may leave [0, 1] a little
+    if look.kind in ("", applied) or slightly_outside:
+        return
+    names = {"pixels": "pixels without any preprocessing", "zca": "whitened", "standardise": "standardised, not whitened"}
+    remedy = {"pixels": "pixels", "zca": "zca", "standardise": "published or standardise"}[look.kind]
+    warnings.warn(
+        f"the images do not look as preprocess {kind} says, but {names[look.kind]}: {look.why}. If they are, pass --preprocess "
+        f"{remedy}; with a wrong one, accuracies are too low",
+        DstillWarning,
+        stacklevel=2,
+    )
+
+
+def _ipc(labels: Tensor, images: int, real: RealSet, source: Path) -> int:
+    """Images per class. A set without images of a class is refused or, if its labels are soft, named."""
+    soft, each = labels.is_floating_point(), max(1, len(labels) // max(1, images))  # labels of a stored image
+    counts = torch.bincount(labels.argmax(1) if soft else labels, minlength=real.classes) // each
+    has = [name for name, count in zip(real.class_names, counts.tolist(), strict=True) if count]
+    without = [name for name in real.class_names if name not in has]
+    named = ", ".join(without[:10]) + (" …" if len(without) > 10 else "")
+    if without and not soft:
+        raise DstillError(
+            f"{source} has images of {len(has)} of {real.classes} classes and none of {named}: if it is one of several parts "
+            f"of a set, join them; if the set is for these classes only, pass --classes {','.join(has)}"
+        )
+    if without:
+        said = f"no soft label of {source} favours {len(without)} of {real.classes} classes ({named})"
+        warnings.warn(f"{said}: is it a part of a set?", DstillWarning, stacklevel=2)
+    most, least = int(counts.max()), int(counts.min())
+    if least < most and not soft:
+        few = real.class_names[int(counts.argmin())]
+        warnings.warn(f"{source} has from {least} ({few}) to {most} images of a class", DstillWarning, stacklevel=2)
+    return max(1, images // real.classes if soft else most)
+
+
 def published_preprocess(kind: str, real: RealSet) -> Preprocess:
     """The preprocessing of a set that another program distilled.
 
     Args:
         kind: `published`: with the constants that the field's scripts have for a data set of this name. `standardise` or
-            `zca`: fitted on `real`, as kornia's ZCA is in trajectory matching.
+            `zca`: fitted on `real`, as kornia's ZCA is in trajectory matching; a whitening is kept in the cache.
         real: the real data.
 
     Raises:
         DstillError: the scripts have no constants for these data, or the kind is unknown.
     """
     if kind != "published":
-        return preprocessing.fit(kind, real.train.images)
+        return whitening.fitted(kind, real, cache_folder())
     if real.name not in PUBLISHED_STATISTICS:
         known = ", ".join(PUBLISHED_STATISTICS)
         raise DstillError(f"no published statistics are known for {real.name!r}, only for {known}: pass standardise or zca")
     return Standardise(*(torch.tensor(values) for values in PUBLISHED_STATISTICS[real.name]))
-
-
-def _read(path: Path) -> _Found:
-    content = trusted(path)
-    if isinstance(content, dict):
-        return _from_dc(content, path)
-    if not isinstance(content, Tensor):
-        raise DstillError(f"{path} holds {type(content).__name__}, neither images nor a result of DC, DSA or DM")
-    beside = {kind: path.with_name(path.name.replace("images", kind)) for kind in ("labels", "lr")}
-    if beside["labels"] == path or not beside["labels"].exists():
-        raise DstillError(f"there are no labels beside {path}: put {path.name.replace('images', 'labels')} there")
-    alpha = float(_tensor(trusted(beside["lr"]), "learning rate", beside["lr"])) if beside["lr"].exists() else None
-    return _Found(content.detach(), _tensor(trusted(beside["labels"]), "labels", beside["labels"]), alpha)
-
-
-def _tensor(value: Any, what: str, path: Path) -> Tensor:
-    """A tensor, from a tensor or from numbers."""
-    try:
-        found = torch.as_tensor(value).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DstillError(f"{path} holds no {what} but {type(value).__name__}") from error
-    if found.is_complex() or (what == "learning rate" and found.numel() != 1):
-        raise DstillError(f"{path} holds no {what} but {found.dtype} {tuple(found.shape)}")
-    return found
-
-
-def _from_dc(content: dict[str, Any], path: Path) -> _Found:
-    try:
-        images, labels = content["data"][-1][:2]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise DstillError(f"{path} holds no `data` of images and labels, as results of DC, DSA and DM do") from error
-    return _Found(_tensor(images, "images", path), _tensor(labels, "labels", path), None)
 
 
 def _labels(labels: Tensor, counts: tuple[int, int], classes: int, path: Path) -> Tensor:
@@ -193,7 +227,7 @@ def _from_npz(path: Path) -> DistilledSet:
         raise DstillError(f"{path} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_size(path, sum(member.file_size for member in archive.infolist()))
+            foreign.check_size(path, sum(member.file_size for member in archive.infolist()), LARGEST_BYTES)
         with np.load(path, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "header"}
             header = dict(json.loads(str(arrays["header"])))
@@ -201,44 +235,17 @@ def _from_npz(path: Path) -> DistilledSet:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise many unrelated types for damaged files
         raise DstillError(f"{path} is damaged or not an export of dstill ({error})") from error
-    return DistilledSet.from_contents(header, tensors, path)
-
-
-def _check_size(path: Path, count: int) -> None:
-    if count > LARGEST_BYTES:
-        raise DstillError(f"{path} holds {count / 2**30:.1f} GiB, more than a distilled set or a buffer has")
-
-
-def trusted(path: Path) -> Any:
-    """The content of a `.pt` file: tensors and plain containers. No code in it is run.
-
-    Raises:
-        DstillError: the file does not exist, is too large, is damaged, or holds anything else.
-    """
-    if not path.is_file():
-        raise DstillError(f"{path} does not exist")
-    _check_size(path, path.stat().st_size)
-    # Some files also hold accuracies as NumPy numbers. These types are harmless.
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    harmless = [scalar, np.dtype, np.float64, type(np.dtype(np.float64))]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many types, depending on what is wrong with the file
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise DstillError(
-            f"{path} cannot be read as tensors ({reason}): it is damaged, or it holds code, which is refused"
-        ) from error
+    return set_file.from_contents(header, tensors, path)
 
 
 def _own(source: Path) -> DistilledSet | None:
     """The set in a file or folder that dstill wrote; None if dstill did not write it."""
     if source.is_dir():
-        kept = [source / name for name in (FILE_NAME, "distilled.npz") if (source / name).exists()]
+        kept = [file for file in (set_file.located(source), source / "distilled.npz") if file.exists()]
         source = kept[0] if kept else source
     match source.suffix:
         case ".safetensors":
-            return DistilledSet.load(source)
+            return set_file.read(source)
         case ".npz":
             return _from_npz(source)
     return None

@@ -75,8 +75,8 @@ def _chunks(values: list[int], size: int) -> list[list[int]]:
 
 def image_of(pixels: Tensor) -> Image.Image:
     """An image of uint8 pixels `[C, H, W]`: the first three channels as colours; the first as grey, if there are fewer."""
-    array = pixels.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] < 3 else array[:, :, :3]).convert("RGB")
+    array = pixels.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] < 3 else array[:, :, :3])
 
 
 def png_of(pixels: Tensor) -> bytes:
@@ -154,9 +154,10 @@ def load_real(path: Path, classes: int) -> list[Image.Image]:
 
 
 def save_grid(distilled: DistilledSet, path: Path, *, stored: bool = False) -> Path:
-    """Writes the grid as PNG, atomically."""
+    """Writes the grid atomically: as lossless WebP if the name of the file ends in .webp, else as PNG."""
     with atomic(path) as temporary:
-        grid(distilled, stored=stored).save(temporary, format="PNG")
+        form = {"format": "WEBP", "lossless": True} if path.suffix == ".webp" else {"format": "PNG"}
+        grid(distilled, stored=stored).save(temporary, **form)
     return path
 
 

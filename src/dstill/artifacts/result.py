@@ -185,6 +185,8 @@ class Result(BaseModel):
     """What it took to distil the first set; None for a set that was not distilled here."""
     stored_bytes: int
     """Bytes of the distilled images, as 8-bit pixels, and of their labels."""
+    file_bytes: int | None = None
+    """Bytes of the file of a set, `distilled.safetensors`; of the first, if there are several."""
     whole_bytes: int | None = None
     """The same for the real training images."""
     seconds: float

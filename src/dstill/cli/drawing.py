@@ -106,7 +106,7 @@ def _fitting(width: int, across: int) -> int:
 
 def _reduced(pixels: Tensor, across: int) -> Image.Image:
     """An image of this width and of an even height."""
-    picture = image_of(pixels)
+    picture = image_of(pixels).convert("RGB")
     return picture.resize((across, 2 * max(1, round(across * picture.height / picture.width / 2))), Image.Resampling.BOX)
 
 

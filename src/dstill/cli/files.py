@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from dstill.cli.app import app
-from dstill.cli.options import Common, Data, Out
+from dstill.cli.options import Common, Data, Out, Set
 from dstill.jobs.options import Flag, Whole
 from dstill.support.console import printable
 
@@ -17,20 +17,33 @@ _DATA, _COMMON = Data(), Common()
 
 
 @app.command
-def export(distilled: Path, kind: Literal["hf", "png", "npz", "pt"], *, out: Out, stored: Flag = False) -> None:
-    """Write a set for programs that do not know dstill.
+def export(
+    distilled: Path,
+    kind: Literal["dstill", "hf", "png", "pictures", "npz", "pt"],
+    *,
+    out: Out,
+    stored: Flag = False,
+    source: str | None = None,
+    data: Data = _DATA,
+) -> None:
+    """Write a set for another machine, or for programs that do not know dstill.
 
     Args:
-        distilled: distilled.safetensors or its folder.
-        kind: hf: a Hugging Face data set folder; png: one file per image; npz: NumPy arrays; pt: images_best.pt,
-            labels_best.pt and lr_best.pt, as trajectory matching scripts read them.
+        distilled: distilled.safetensors, its folder, or the folder of a run with one set.
+        kind: dstill: one distilled.safetensors that holds everything, for another machine; hf: a Hugging Face data set
+            folder; png: one 8-bit file per image, to train on; pictures: the same in natural colours, to look at; npz: NumPy
+            arrays; pt: images_best.pt, labels_best.pt and lr_best.pt, as trajectory matching scripts read them.
         out: folder.
         stored: of stored images that hold several, write these, instead of what they hold.
+        source: the real data that the set was distilled from; needed only if its whitening is not found.
+        data: how the real data are read.
     """
     from dstill.artifacts.distilled import DistilledSet
-    from dstill.artifacts.exporting import export
+    from dstill.artifacts.exporting import write
 
-    print(export(DistilledSet.load(distilled), kind, out, stored=stored))
+    one = DistilledSet.load(distilled, real=data.load(source) if source else None)
+    kept = write(one, kind, out, stored=stored)
+    print(f"{out}\n{kept}")
 
 
 @app.command(name="import")
@@ -38,9 +51,10 @@ def import_(
     path: Path,
     source: str,
     *,
-    preprocess: Literal["published", "standardise", "zca"] = "published",
+    preprocess: Literal["published", "standardise", "zca", "pixels"] = "published",
     method: str = "imported",
     net: str = "convnet",
+    changes: Set = (),
     augmentation: str = "colour_crop_cutout_flip_scale_rotate",
     alpha: float | None = None,
     parts: Whole = 1,
@@ -51,12 +65,15 @@ def import_(
     """Read a distilled set that another program published, for `evaluate`, `judge`, `show` or `distill --init`.
 
     Args:
-        path: images_best.pt beside labels_best.pt (MTT, FTD, TESLA, DATM), res_*.pt (DC, DSA, DM), or an export of dstill.
+        path: images_best.pt beside labels_best.pt (MTT, FTD, TESLA, DATM), res_*.pt (DC, DSA, DM), a folder of images
+            <class>/*.png by names or numbers of classes (SRe2L, RDED, D4M), or an export of dstill.
         source: the real data that it was distilled from; see `dstill run`.
-        preprocess: preprocessing of its images: published: the constants of the field's scripts; standardise or zca: fitted
-            on the real data. This and the next five are only for files of other programs; exports of dstill contain them.
+        preprocess: what its images have been through: published: normalised with the constants of the field's scripts;
+            standardise or zca: fitted on the real data; pixels: nothing. This and the next six are only for files of other
+            programs; exports of dstill contain them.
         method: method name for tables.
-        net: network that it was distilled with.
+        net: network that it was distilled with; the depth of a convnet follows from the image size.
+        changes: options of the network, for example `--set net.depth=4 net.width=64 net.norm=batch`.
         augmentation: DSA operations joined by _ to train with, or none.
         alpha: learning rate, if there is no lr_best.pt.
         parts: images that each stored image holds along a side (IDC).
@@ -64,12 +81,11 @@ def import_(
         data: how the real data are read.
         common: how the command behaves.
     """
-    from dstill.artifacts import importing
+    from dstill.api.importing import import_set
     from dstill.cli.show import describe
 
-    real = data.load(source)
-    options = {"method": method, "net": net, "augmentation": augmentation, "alpha": alpha, "parts": parts}
-    importing.import_set(path, real, preprocess=preprocess, **options).save(out)  # type: ignore[arg-type]
+    told = {"method": method, "net": net, "changes": changes, "augmentation": augmentation, "alpha": alpha, "parts": parts}
+    import_set(path, data.load(source), preprocess=preprocess, **told).save(out)  # type: ignore[arg-type]
     print(printable(describe(out)))
 
 
@@ -88,20 +104,22 @@ def import_experts(*buffers: Path, out: Out) -> None:
 
 
 @app.command
-def show(path: Path, *, png: Path | None = None, stored: Flag = False) -> None:
+def show(path: Path, *, png: Path | None = None, stored: Flag = False, source: str | None = None, data: Data = _DATA) -> None:
     """Describe a file or folder of dstill. A terminal with colours also shows the distilled images.
 
     Args:
         path: a distilled set, a run folder, a folder of experts, or a result.json.
         png: write the distilled images as a picture.
         stored: of stored images that hold several, show these, instead of what they hold.
+        source: the real data that the set was distilled from; needed for a picture if its whitening is not found.
+        data: how the real data are read.
     """
     from dstill.cli.show import describe, print_drawing, write_picture
 
     print(printable(describe(path)))
     print_drawing(path, stored=stored)
     if png is not None:
-        write_picture(path, png, stored=stored)
+        write_picture(path, png, real=data.load(source) if source else None, stored=stored)
         print(f"pictures: {png}")
 
 

@@ -32,7 +32,7 @@ def evaluate(
     """Train fresh networks on a distilled set and measure them once on the whole test set.
 
     Args:
-        distilled: distilled.safetensors or its folder.
+        distilled: distilled.safetensors, its folder, or the folder of a run with one set.
         source: see `dstill run`.
         protocol: ast, mtt, datm, rat, frepo, quick, or a YAML file (default: the recipe's).
         evaluation: how the set is measured.
@@ -44,10 +44,10 @@ def evaluate(
         common: how the command behaves.
     """
     from dstill.api.evaluate import evaluate
-    from dstill.artifacts.distilled import DistilledSet
+    from dstill.artifacts import set_file
     from dstill.cli import summary
 
-    options, one = common.arguments(machine), DistilledSet.load(distilled)
+    options, one = common.arguments(machine), set_file.read(distilled)
     one = one.with_hard_labels() if hard else one
     one = one.with_augmentation(augmentation) if augmentation else one
     summary.print_result(evaluate(one, data.load(source), protocol=protocol, out=out, **vars(evaluation), **options))
@@ -71,7 +71,7 @@ def judge(
     """Test how much of a set's accuracy comes from its images, its labels, its augmentation and its network.
 
     Args:
-        distilled: distilled.safetensors or its folder.
+        distilled: distilled.safetensors, its folder, or the folder of a run with one set.
         source: see `dstill run`.
         nets: evaluation networks, joined by commas.
         augmentations: DSA strategies, joined by commas (default: the set's own, and none).

@@ -6,12 +6,16 @@ Importing this does not import torch.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 from dstill.cli import files, judge, make  # noqa: F401 - they register their commands
 from dstill.cli.app import app
-from dstill.errors import DstillError
+from dstill.errors import DstillError, DstillWarning
 from dstill.support.console import printable
 from dstill.support.stopping import Terminated, raise_on_sigterm
 
@@ -40,12 +44,22 @@ def machine_fault(error: BaseException) -> str | None:
     return None
 
 
+def _show(others: Callable[..., None], message: Warning | str, *about: Any, **more: Any) -> None:
+    """Shows a warning of dstill without the line of code that gave it, and other warnings as Python does."""
+    if isinstance(message, DstillWarning):
+        print(f"dstill: {printable(str(message))}", file=sys.stderr)
+    else:
+        others(message, *about, **more)
+
+
 def main() -> None:
     """Entry point. Prints one sentence instead of a traceback for everything that the user can fix."""
     debug = "--debug" in sys.argv
     raise_on_sigterm()
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show, warnings.showwarning)
+            app()
     except DstillError as error:
         if debug:
             raise

@@ -6,13 +6,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dstill.artifacts import set_file, whitening
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.pictures import save_grid
 from dstill.artifacts.record import RESULT_NAME
 from dstill.artifacts.result import Result
+from dstill.artifacts.whitening import MissingWhitening
 from dstill.cli.drawing import Drawing, can_draw
+from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
+from dstill.support.cache import cache_folder
+from dstill.support.console import set_sizes
 
 
 def describe(path: Path) -> str:
@@ -38,10 +43,10 @@ def describe(path: Path) -> str:
     return _result(path) if path.suffix == ".json" else _distilled(path)
 
 
-def write_picture(path: Path, png: Path, *, stored: bool = False) -> None:
-    """The images of a set, or of the first set of a run folder, as a PNG; the stored ones, or what they hold."""
-    first = path / "set-0"
-    save_grid(DistilledSet.load(first if first.is_dir() else path), png, stored=stored)
+def write_picture(path: Path, png: Path, *, real: RealSet | None = None, stored: bool = False) -> None:
+    """The images of a set, or of the only set of a run, as a PNG; the stored ones, or what they hold."""
+    one = set_file.read(path)
+    save_grid(one if real is None else whitening.completed(one, real, cache_folder()), png, stored=stored)
 
 
 def print_drawing(path: Path, *, stored: bool = False) -> None:
@@ -49,11 +54,14 @@ def print_drawing(path: Path, *, stored: bool = False) -> None:
     console = Console(highlight=False)
     folder = path / "set-0" if (path / "set-0" / FILE_NAME).exists() else path
     if can_draw(console) and (path.suffix == ".safetensors" or (folder / FILE_NAME).exists()):
-        console.print(Drawing(DistilledSet.load(folder), stored=stored))
+        one = set_file.read(folder)
+        if not isinstance(one.preprocess, MissingWhitening):
+            console.print(Drawing(one, stored=stored))
 
 
 def _distilled(path: Path) -> str:
-    one = DistilledSet.load(path)
+    file = set_file.located(path)
+    one = set_file.read(file)
     labels = "hard labels"
     if one.labels.is_floating_point():
         labels = f"soft labels that give their most likely class {one.labels.softmax(1).amax(1).mean():.0%} on average"
@@ -62,11 +70,19 @@ def _distilled(path: Path) -> str:
     rate = f"{one.alpha:.4g}" if one.alpha else "of the protocol"
     lines = [
         f"{path}: {one.data} distilled by {one.method}, {one.ipc} image(s) of each of {one.classes} classes, {shape}, {labels}",
-        f"  learning rate {rate}, augmentation {one.augmentation}, {one.preprocess.kind} inputs",
+        f"  learning rate {rate}, augmentation {one.augmentation}, {one.preprocess.kind} inputs, network {_network(one)}",
+        f"  {set_sizes(one.stored_bytes, file.stat().st_size)}",
     ]
     if one.accuracy:
         lines.append(f"  accuracy {one.accuracy}")
+    if isinstance(one.preprocess, MissingWhitening):
+        lines.append(f"  {one.preprocess}")
     return "\n".join(lines)
+
+
+def _network(one: DistilledSet) -> str:
+    options = one.net.model_dump(exclude={"name"}, exclude_none=True)
+    return one.net.name + (f" ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else "")
 
 
 def _result(path: Path) -> str:

@@ -13,7 +13,7 @@ from dstill.api.compare import LEFT, Comparison
 from dstill.api.judge import Judgement
 from dstill.artifacts.result import Result
 from dstill.planning.plan import Plan
-from dstill.support.console import duration, printable, size
+from dstill.support.console import duration, printable, set_sizes, size
 
 _PIPED = 140  # piped output has no width, and a truncated number would be wrong
 
@@ -26,7 +26,8 @@ def print_comparison(comparison: Comparison) -> None:
 
 def print_judgement(judgement: Judgement) -> None:
     """The rows of a judgement."""
-    _print(judgement.texts(), ("network", "labels", "augmentation"), f"{size(judgement.stored_bytes)} stored")
+    first = judgement.rows[0].result
+    _print(judgement.texts(), ("network", "labels", "augmentation"), set_sizes(first.stored_bytes, first.file_bytes))
     _print_lines(judgement.findings)
 
 
@@ -83,4 +84,4 @@ def print_result(result: Result) -> None:
         gain = 100 * (result.accuracy.mean - result.random.mean)
         rate = f"(which chose learning rate {result.random.lr:g})"
         console.print(f"{_plain(result.method)} is {gain:+.1f} points from random images {rate}.")
-    console.print(f"{result.stored_bytes / 1024:.1f} KiB stored, {duration(result.seconds)}.")
+    console.print(f"{set_sizes(result.stored_bytes, result.file_bytes)}, {duration(result.seconds)}.")

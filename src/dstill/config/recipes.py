@@ -103,7 +103,7 @@ def resolve(
         check_method(found, method, f"recipe {recipe}")
     flags = {key: value for key, value in (("method", method), ("ipc", ipc)) if value is not None}
     values = {**found.model_dump(), **flags}
-    _assign(values, changes)
+    assign(values, changes)
     return yamls.validate(Recipe, values, "--set" if changes else origin), origin
 
 
@@ -144,7 +144,7 @@ def assignments(changes: Sequence[str] | Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _assign(values: dict[str, Any], changes: Sequence[str]) -> None:
+def assign(values: dict[str, Any], changes: Sequence[str]) -> None:
     """Applies assignments to the nested plain values of a recipe."""
     for change in changes:
         path, separator, text = change.partition("=")
@@ -212,7 +212,7 @@ def _derived(about: _About, method: str, ipc: int) -> tuple[Recipe, str]:
     nearest = _tuned(min(_comparable(about, method), key=lambda name: _distance(about, ipc, load_recipe(name))))
     base, missing = load_recipe(nearest), f"no recipe for {about.name} at IPC {ipc}: settings derived from {nearest}"
     own = base.data == about.name
-    depth = base.net.depth if own and base.net.depth else _depth(about.shape.side)
+    depth = base.net.depth if own and base.net.depth else usual_depth(about.shape.side)
     case = Case(about.shape, ipc, base.net.model_copy(update={"depth": depth}), _mirrors(about.name), about.memory)
     update: dict[str, Any] = {"ipc": ipc, "distill": base.distill.adapted(case), "note": f"{DERIVED} {nearest}"}
     if own:
@@ -227,7 +227,7 @@ def _derived(about: _About, method: str, ipc: int) -> tuple[Recipe, str]:
     return base.model_copy(update=update), f"{missing}{cut}. dstill tune finds better ones on a validation part"
 
 
-def _depth(side: int) -> int:
+def usual_depth(side: int) -> int:
     """Blocks of a ConvNet for images of this side: the published depth from 16 pixels on, one more for smaller images."""
     return max(1, min(5, int(math.log2(side)) - 2)) if side >= 16 else max(1, int(math.log2(side)) - 1)
 
@@ -265,5 +265,5 @@ def dump(recipe: Recipe) -> str:
 def changed(recipe: Recipe, changes: Sequence[str], where: str) -> Recipe:
     """A recipe with assignments `section.key=value` applied; the result is checked."""
     values = recipe.model_dump()
-    _assign(values, changes)
+    assign(values, changes)
     return yamls.validate(Recipe, values, where)

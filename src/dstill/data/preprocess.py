@@ -104,12 +104,22 @@ class ZCA:
         mean: mean image `[C H W]`.
         basis: eigenvectors V as columns, `[C H W, C H W]`.
         variance: eigenvalues S, `[C H W]`, none negative.
+
+    Attributes:
+        fingerprint: fingerprint of the real data that it was fitted on; empty if not known.
     """
 
     kind = "zca"
 
     def __init__(self, mean: Tensor, basis: Tensor, variance: Tensor) -> None:
         self.mean, self.basis, self.variance = mean, basis, variance
+        self.fingerprint = ""
+
+    def known_as(self, fingerprint: str) -> ZCA:
+        """The same whitening, as that of the data with this fingerprint."""
+        known = ZCA(self.mean, self.basis, self.variance)
+        known.fingerprint = fingerprint
+        return known
 
     @classmethod
     def fit(cls, images: Tensor) -> ZCA:

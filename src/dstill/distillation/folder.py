@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from dstill.artifacts import files, pictures
+from dstill.artifacts import files, pictures, set_file
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.record import EXPERTS_NAME, FRAMES_NAME, MAP_NAME, RECIPE_NAME, SetRecord
 from dstill.artifacts.result import Cost
@@ -23,7 +24,7 @@ from dstill.distillation.sinks import Sink, open_sinks
 from dstill.methods.base import Problem, method_class
 from dstill.methods.initialisation import initialisation_map
 from dstill.reporting import figures
-from dstill.support.console import size
+from dstill.support.console import set_sizes, size
 from dstill.support.devices import resident_memory, watching_memory
 from dstill.support.progress import Reporter
 
@@ -108,7 +109,7 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
     finished = out / FILE_NAME
     if finished.exists():
         reporter.note(f"{finished} is finished: nothing to do")
-        distilled = DistilledSet.load(finished)
+        distilled = replace(set_file.read(finished), preprocess=problem.preprocess)
     else:
         reporter.note(_how(problem))
         _write_beginnings(out, problem)
@@ -119,6 +120,7 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
             seconds = sum(row["seconds"] for row in folder.metrics()) or time.perf_counter() - started
             Cost(seconds=seconds, peak_bytes=peak_bytes()).save(out)
             distilled.save(out)  # before the sinks are closed, so that their errors cannot lose the set
+            reporter.note(f"{finished}: {set_sizes(distilled.stored_bytes, finished.stat().st_size)}")
     settings = out / RECIPE_NAME
     if settings.exists():
         return distilled

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dstill.artifacts.importing import trusted
+from dstill.artifacts.foreign import trusted
 from dstill.errors import DstillError
 from dstill.experts.smooth import step_lengths
 from dstill.experts.trajectory import save_expert

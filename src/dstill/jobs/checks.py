@@ -57,13 +57,14 @@ def check_early(
         load_protocol(protocol)
     check_sinks(logs)
     siamese.parse(recipe.augmentation)
-    own, *_ = [_network(config, real) for config in (recipe.net, *nets.evaluation_nets(recipe.net, evaluation.nets))]
+    own, *_ = [check_network(config, real) for config in (recipe.net, *nets.evaluation_nets(recipe.net, evaluation.nets))]
     method.check(recipe, own)
     if own_experts:
         _check_epochs(recipe)
 
 
-def _network(config: NetConfig, real: RealSet) -> torch.nn.Module:
+def check_network(config: NetConfig, real: RealSet) -> torch.nn.Module:
+    """Builds a network once; raises `DstillError` if it is unknown, or cannot be built for these images."""
     return nets.build(config, real.channels, real.classes, real.size, torch.Generator())
 
 
@@ -86,7 +87,7 @@ def check_experts(experts: Trajectories, job: Job) -> None:
     """
     real, recipe = job.real, job.recipe
     if recipe.distill.epochs_needed is not None:
-        numel = sum(parameter.numel() for parameter in _network(recipe.net, real).parameters())
+        numel = sum(parameter.numel() for parameter in check_network(recipe.net, real).parameters())
         experts.check_fits(numel, recipe.distill.epochs_needed)
     for key, ours, remedy in (
         ("data", real.fingerprint, "train experts on these"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any
 
 import torch
 
-from dstill.artifacts import files
+from dstill.artifacts import whitening
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config import recipes
 from dstill.config.registry import METHODS, MethodInfo, method_info
 from dstill.config.settings import ExpertConfig, NetConfig, Recipe, canonical
-from dstill.data import preprocess as preprocessing
 from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet, Source, load_real
@@ -28,14 +26,13 @@ from dstill.experts.trajectory import Trajectories, expert_path, recorded_epochs
 from dstill.jobs.options import Choice, Evaluation, Machine, Recording, Seeds, at_least_one
 from dstill.methods.base import Problem
 from dstill.nets.networks import network_name
+from dstill.support.cache import cache_folder
 from dstill.support.console import Progress, reporter_of
 from dstill.support.devices import ask_for_determinism, resolve_device, total_memory
 from dstill.support.plugins import name_of
 from dstill.support.progress import Pieces, Reporter
 from dstill.support.workers import Workers, check_workers
 from dstill.training.fit import EpochReport
-
-_PREPROCESS = "preprocessing"
 
 
 @dataclass(frozen=True)
@@ -69,12 +66,6 @@ class Workplace:
         workers = 1 if machine.workers is None else machine.workers
         check_workers(workers)
         return cls(resolve_device(machine.device), cache_folder(machine.cache), workers, reporter_of(progress))
-
-
-def cache_folder(cache: str | Path | None) -> Path:
-    """The folder that keeps experts and whitening for every run: `cache`, else $DSTILL_CACHE, else ~/.cache/dstill."""
-    chosen = cache or os.environ.get("DSTILL_CACHE") or Path.home() / ".cache" / "dstill"
-    return Path(chosen).expanduser()
 
 
 @dataclass(frozen=True)
@@ -151,19 +142,7 @@ class Job:
 
     def preprocess(self) -> Preprocess:
         """The preprocessing fitted on the training part; a ZCA fit is cached by the data's fingerprint."""
-        kind, real = self.recipe.preprocess, self.real
-        if kind != "zca":
-            return preprocessing.fit(kind, real.train.images)
-        path = self.place.cache / "preprocess" / f"{kind}-{real.fingerprint}.safetensors"
-
-        def make() -> None:
-            self.place.reporter.progress("fitting the whitening", 0, 1)
-            fitted = preprocessing.fit(kind, real.train.images)
-            self.place.reporter.progress("fitting the whitening", 1, 1)
-            files.save(path, _PREPROCESS, fitted.tensors(), {"data": real.fingerprint})
-
-        # A fresh fit is read back as well: with another memory layout, small batches would be rounded differently.
-        return preprocessing.from_tensors(kind, files.load_or_make(path, _PREPROCESS, make)[1])
+        return whitening.fitted(self.recipe.preprocess, self.real, self.place.cache, self.place.reporter)
 
     def experts(self, *, only: Sequence[int] | None = None, describing: bool = True) -> Trajectories:
         """The recipe's experts; those that the cache lacks are trained first.

@@ -12,10 +12,12 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from dstill.artifacts import set_file
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.files import write_text
 from dstill.artifacts.pictures import REAL_NAME
 from dstill.artifacts.record import INITIAL_NAME, DataSource, RunRecord
+from dstill.artifacts.whitening import MissingWhitening
 from dstill.config import yamls
 from dstill.config.registry import curve_titles, known, method_info
 from dstill.errors import DstillError
@@ -40,6 +42,7 @@ class Shown:
         made: what its method does with images: `distilled`, or `chosen` for a selection.
         classes: the images of this set, class by class.
         left_out: number of images that are not shown.
+        missing: why no image can be shown; empty if they can.
         frames: its images after some iterations; empty if no pictures were kept.
         python: code that trains on the set.
         command: the command that evaluates it; empty if it is not known where the real data are.
@@ -54,6 +57,7 @@ class Shown:
     made: str
     classes: list[ClassImages]
     left_out: int
+    missing: str
     frames: list[Frame]
     python: str
     command: str
@@ -122,9 +126,10 @@ def _shown(name: str, folder: Path) -> Shown:
     first = folder / "set-0" if (folder / "set-0").is_dir() else folder
     if not (first / FILE_NAME).exists():
         raise DstillError(f"{folder} holds no finished run: there is no {first / FILE_NAME}")
-    distilled, record = DistilledSet.load(first), RunRecord.read(folder)
-    initial = DistilledSet.load(first / INITIAL_NAME) if (first / INITIAL_NAME).exists() else None
-    classes = by_class(distilled, initial, first / REAL_NAME)
+    distilled, record = set_file.read(first), RunRecord.read(folder)
+    initial = set_file.read(first / INITIAL_NAME) if (first / INITIAL_NAME).exists() else None
+    missing = distilled.preprocess if isinstance(distilled.preprocess, MissingWhitening) else None
+    classes = by_class(distilled, initial, first / REAL_NAME) if missing is None else []
     source = DataSource.load(first) or snippet.source_by_name(distilled)
     chosen = known(distilled.method) and method_info(distilled.method).family == "selection"
     return Shown(
@@ -134,7 +139,8 @@ def _shown(name: str, folder: Path) -> Shown:
         made="chosen" if chosen else "distilled",
         classes=classes,
         left_out=len(distilled.images) * distilled.parts**2 - sum(len(one.pictures) for one in classes),
-        frames=frames(first, initial),
+        missing=str(missing or ""),
+        frames=frames(first, initial) if missing is None else [],
         python=snippet.python(distilled, first, source),
         command=snippet.command(first, source) if source else "",
         confusion=Confusion.of(record.result.confusion, distilled.class_names) if record.result else None,

@@ -218,6 +218,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def set_sizes(stored: int, file: int | None) -> str:
+    """The size of a distilled set: what it stores, and its file if that is known; in bytes.
+
+    Example:
+        >>> set_sizes(650, 5000), set_sizes(650, None)
+        ('0.6 KiB of 8-bit pixels and labels, 4.9 KiB as a file', '0.6 KiB of 8-bit pixels and labels')
+    """
+    return f"{stored / 1024:.1f} KiB of 8-bit pixels and labels" + (f", {file / 1024:.1f} KiB as a file" if file else "")
+
+
 def size(count: float) -> str:
     """A number of bytes as people read it.
 

@@ -31,6 +31,16 @@ def markdown(lines: Lines, left: Collection[str] = ("",)) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in plain) + "\n"
 
 
+def bulleted(sentences: Sequence[str]) -> str:
+    """A list in Markdown, to follow a table; empty if there is nothing to say.
+
+    Example:
+        >>> bulleted(["dm is ahead"])
+        '\\n- dm is ahead\\n'
+    """
+    return "".join(f"\n- {' '.join(one.split())}" for one in sentences) + "\n" if sentences else ""
+
+
 def latex(lines: Lines, left: Collection[str] = ("",)) -> str:
     """A table as a LaTeX `tabular` with the rules of booktabs; the arguments are those of `markdown`."""
     columns = "".join("l" if name in left else "r" for name in lines[0])
