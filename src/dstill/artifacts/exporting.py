@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
-from dstill.artifacts.files import atomic, write_bytes, write_text
+from dstill.artifacts.files import atomic, check_writable, write_bytes, write_text
 from dstill.artifacts.pictures import png_of
 from dstill.data.quiet import without_progress_bars
 from dstill.errors import DstillError, suggest
@@ -42,7 +42,7 @@ def export(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: bo
         The folder.
 
     Raises:
-        DstillError: the kind is unknown; or, for `png`, the folder holds other images.
+        DstillError: the kind is unknown, the folder cannot be made, or, for `png`, it holds other images.
 
     Example:
         >>> import tempfile
@@ -61,7 +61,7 @@ def export(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: bo
     if kind not in KINDS:
         raise DstillError(f"unknown export {kind!r}; {suggest(kind, KINDS)}")
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    check_writable(target)
     KINDS[kind](distilled if stored else distilled.decoded, distilled, target)
     return target
 
