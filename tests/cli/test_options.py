@@ -128,3 +128,16 @@ def test_how_the_data_are_read_is_asked_of_load_real(monkeypatch: pytest.MonkeyP
     assert (real.size, real.class_names) == ((16, 16), ("3", "1"))
     whole = called(monkeypatch, "api.run", "train-experts", "digits --classes 3,1").positional[0]
     assert len(real.train) == pytest.approx(len(whole.train) / 2, abs=2)
+
+
+def test_every_option_of_the_data_reaches_load_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("dstill.data.real.load_real", lambda source, **options: asked.update(source=source, **options))
+    read = "--image-size 16 --fit pad --train-fraction 0.5 --classes a,b --test-fraction 0.2 --test-split val"
+    text = f"x {read} --image-column img --label-column breed --skip-damaged --quiet"
+    called(monkeypatch, "api.run", "train-experts", text)
+    progress = asked.pop("progress")
+    assert isinstance(progress, ConsoleReporter) and progress.console.quiet
+    sizes = {"image_size": 16, "fit": "pad", "train_fraction": 0.5, "classes": ["a", "b"], "test_fraction": 0.2}
+    columns = {"test_split": "val", "image_column": "img", "label_column": "breed", "skip_damaged": True}
+    assert asked == {"source": "x"} | sizes | columns

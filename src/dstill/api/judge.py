@@ -117,7 +117,7 @@ def judge(
     """
     place = Workplace.of(machine, progress)
     one = DistilledSet.load(distilled) if isinstance(distilled, str | Path) else distilled
-    real = load_real(source)
+    real = load_real(source, progress=place.reporter)
     variants = {"soft": one, "hard": one.with_hard_labels()} if one.labels.is_floating_point() else {"hard": one}
     strategies = list(augmentations) or list(dict.fromkeys([one.augmentation, "none"]))
     for strategy in strategies:

@@ -126,7 +126,7 @@ def published_preprocess(kind: str, real: RealSet) -> Preprocess:
     """The preprocessing of a set that another program distilled.
 
     Args:
-        kind: `published`: with the constants that the field's scripts have for a data set of this name. `standardise` or
+        kind: `published`: with the constants that the field's scripts have for this data set. `standardise` or
             `zca`: fitted on `real`, as kornia's ZCA is in trajectory matching.
         real: the real data.
 
@@ -135,10 +135,13 @@ def published_preprocess(kind: str, real: RealSet) -> Preprocess:
     """
     if kind != "published":
         return preprocessing.fit(kind, real.train.images)
-    if real.name not in PUBLISHED_STATISTICS:
+    if real.known not in PUBLISHED_STATISTICS:
         known = ", ".join(PUBLISHED_STATISTICS)
-        raise DstillError(f"no published statistics are known for {real.name!r}, only for {known}: pass standardise or zca")
-    return Standardise(*(torch.tensor(values) for values in PUBLISHED_STATISTICS[real.name]))
+        raise DstillError(
+            f"no published statistics are known for {real.name!r}, only for {known}: pass standardise or zca. If the files are "
+            "a part of one of these, put its name before the path, such as cifar10@PATH"
+        )
+    return Standardise(*(torch.tensor(values) for values in PUBLISHED_STATISTICS[real.known]))
 
 
 def _read(path: Path) -> _Found:

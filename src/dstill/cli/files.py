@@ -67,7 +67,7 @@ def import_(
     from dstill.artifacts import importing
     from dstill.cli.show import describe
 
-    real = data.load(source)
+    real = data.load(source, common)
     options = {"method": method, "net": net, "augmentation": augmentation, "alpha": alpha, "parts": parts}
     importing.import_set(path, real, preprocess=preprocess, **options).save(out)  # type: ignore[arg-type]
     print(printable(describe(out)))

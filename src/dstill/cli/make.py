@@ -44,7 +44,7 @@ def run(
     from dstill.cli import summary
 
     options = {"sets": sets, "evaluation": evaluation, "recording": recording, **common.arguments(machine, expert_seed)}
-    real = data.load(source, out or Path("runs"))
+    real = data.load(source, common, out or Path("runs"))
     summary.print_result(run(real, out=out, **choice.arguments(), **options))
 
 
@@ -71,7 +71,7 @@ def train_experts(
     from dstill.api.run import train_experts
 
     chosen, options = numbers(only, "--only") or None, common.arguments(machine)
-    print(train_experts(data.load(source), only=chosen, **choice.arguments(), **options).summary())
+    print(train_experts(data.load(source, common), only=chosen, **choice.arguments(), **options).summary())
 
 
 @app.command
@@ -105,5 +105,5 @@ def distill(
     from dstill.api.run import distill
 
     options = {"experts": experts, "init": init, "recording": recording, **common.arguments(machine, expert_seed)}
-    distill(data.load(source, out), out=out, **choice.arguments(), **options)
+    distill(data.load(source, common, out), out=out, **choice.arguments(), **options)
     print(out)

@@ -16,7 +16,7 @@ from dstill.api.options import Changes, Choice, Evaluation, Machine, Network, Re
 from dstill.api.run import Task
 from dstill.config.settings import ExpertConfig, NetConfig, Passes, Protocol, Recipe, digest
 from dstill.data import formation
-from dstill.data.catalog import DATASETS, Shape
+from dstill.data.catalog import Shape, named
 from dstill.data.real import Source
 from dstill.errors import DstillError
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES
@@ -125,7 +125,8 @@ def plan(
     """
     choice = Choice(method, ipc, recipe, net, changes, distill, experts)
     place = Workplace.of(machine, progress)
-    known = DATASETS[source].shape if isinstance(source, str) and source in DATASETS and DATASETS[source].hub else None
+    entry = named(source) if isinstance(source, str) else None
+    known = entry.shape if entry is not None and entry.hub else None  # else they are loaded
     job, task = Job.resolve(source, choice, seed, place, shape=known), Task(sets, evaluation, recording)
     at_least_one(sets=sets, networks=evaluation.networks)
     formation.check_parts(job.shape.size, job.recipe.distill.parts)
