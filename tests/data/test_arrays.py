@@ -89,6 +89,7 @@ def test_another_layout_or_range_gets_the_line_of_code_that_helps(images: np.nda
         torch.tensor([[1], [0], [2]]),
         [[1], [0], [2]],
         [np.int64(1), 0, torch.tensor(2)],
+        np.array([np.int64(1), 0, np.uint8(2)], dtype=object),
         ((1,), (0,), (2,)),
     ],
 )
@@ -103,6 +104,19 @@ def test_numbers_are_read_from_columns_tensors_and_lists_of_one(labels: Any) -> 
 def test_words_become_class_names_in_the_order_of_the_alphabet(words: Any) -> None:
     found = read_labels(words, "here")
     assert (found.ids.tolist(), found.names) == ([1, 0, 2], ("cat", "dog", "owl"))
+
+
+def test_bytes_are_words() -> None:
+    assert read_labels(np.array([b"dog", b"cat"]), "here").names == ("cat", "dog")
+    assert read_labels([b"caf\xe9", b"cat"], "here").names == ("caf\ufffd", "cat")
+
+
+def test_two_classes_written_minus_1_and_1_are_no_missing_labels() -> None:
+    assert read_labels(["-1", "1", "1"], "here").names == ("1", "-1")
+    with pytest.raises(DstillError, match=r"labels from -1 to 1.*If they are two classes, pass \(labels \+ 1\) // 2"):
+        load_real((GREY, [1, -1, 1, -1, 1]), test_fraction=0.4)
+    with pytest.raises(DstillError, match=r"2 have -1, which usually stands for no label"):
+        load_real((GREY, [1, -1, 0, -1, 1]), test_fraction=0.4)
 
 
 def test_numbers_written_out_are_sorted_by_value() -> None:

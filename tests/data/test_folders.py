@@ -61,13 +61,14 @@ WORDS = {10: "cat", 20: "dog", 30: "cat", 40: "dog"}
         ("labels.csv", "id,breed\na,cat\nb,dog\nc,cat\nd,dog\n"),
         ("labels.tsv", "path\tclass\na.png\tcat\nb.png\tdog\nc.png\tcat\nd.png\tdog\n"),
         ("labels.csv", "a.png,cat\nb.png,dog\nc.png,cat\nd.png,dog\n"),
+        ("labels.csv", "a,cat\nb,dog\nc,cat\nd,dog\n"),
         ("labels.csv", "label,other,image\ncat,1,a.png\ndog,2,b.png\ncat,3,c.png\ndog,4,d.png\n"),
         (
             "metadata.jsonl",
             "".join(json.dumps({"file_name": n, "label": [w]}) + "\n" for n, w in zip(FOUR, WORDS.values(), strict=True)),
         ),
     ],
-    ids=["csv", "semicolons", "without suffix", "tsv", "no heading", "another order", "jsonl"],
+    ids=["csv", "semicolons", "without suffix", "tsv", "no heading", "neither", "another order", "jsonl"],
 )
 def test_a_list_beside_the_images_names_their_classes(tmp_path: Path, file: str, text: str) -> None:
     images(tmp_path / "p", FOUR)
@@ -153,6 +154,13 @@ def test_the_zip_of_tiny_imagenet_is_read_as_it_unpacks(tmp_path: Path, capsys: 
         ("file_name,label\na.png,x\nb.png,y\n", "breed", "metadata.csv has no column 'breed'; known: file_name, label"),
         ("file_name,label\na.png,x\nb.png,y\ngone.png,y\nlost.png,x\n", "", "2 images .*gone.png .No such file.*lost.png"),
         ("file_name\na.png\nb.png\n", "", "no training image has a label"),
+        ("file_name,label\na.png,x;y\nb.png,y;z\nc.png,z;x\n", "", "several labels each, or none .for example x;y."),
+        ("file_name,label\na.png,0\nb.png,1\nc.png,-1\n", "", "1 of 3 images .* have no label .rows counted from 0: 2."),
+        (
+            "file_name,p,q\na.png,0,1\nb.png,1,0\n",
+            "",
+            r"column of 0 and 1 for each class \(p, q\).*frame\[\['p', 'q'\]\].idxmax",
+        ),
     ],
 )
 def test_a_list_that_leaves_a_question_open_is_asked_about(tmp_path: Path, text: str, option: str, says: str) -> None:
@@ -239,6 +247,53 @@ def test_a_linked_image_is_read_and_the_folder_itself_may_be_a_link(tmp_path: Pa
     (tmp_path / "real" / "train" / "cat" / "linked.png").symlink_to(tmp_path / "real" / "train" / "dog" / "0.png")
     (tmp_path / "linked").symlink_to(tmp_path / "real")
     assert len(load_real(tmp_path / "linked").train) == 7
+
+
+def test_files_called_by_numbers_are_not_mistaken_for_classes(tmp_path: Path) -> None:
+    images(tmp_path, ["0.png", "1.png", "2.png", "3.png"])
+    for text in ("file,label\n0.png,0\n1.png,1\n2.png,0\n3.png,1\n", "id,label\n0,0\n1,1\n2,0\n3,1\n"):
+        (tmp_path / "labels.csv").write_text(text)
+        assert by_value(load_real(tmp_path, test_fraction=0.5)).items() <= {10: "0", 20: "1", 30: "0", 40: "1"}.items()
+
+
+def test_a_class_may_have_a_comma_in_its_name(tmp_path: Path) -> None:
+    images(tmp_path, FOUR)
+    (tmp_path / "labels.csv").write_text(
+        'a.png,maillot\nb.png,"maillot, tank suit"\nc.png,maillot\nd.png,"maillot, tank suit"\n'
+    )
+    assert load_real(tmp_path, test_fraction=0.5).class_names == ("maillot", "maillot, tank suit")
+
+
+@pytest.mark.parametrize("name", ["gone.csv", "pets/gone", "gone.npz", "./gone"])
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets").mkdir()
+    with pytest.raises(DstillError, match=r"gone.* does not exist: pass a folder of images"):
+        load_real(name)
+
+
+def test_no_name_at_all_is_no_source() -> None:
+    with pytest.raises(DstillError, match="'' is neither a file, a folder nor a known data set"):
+        load_real("")
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.pt", "x.mat"])
+def test_a_file_for_python_says_to_read_it_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        DstillError, match=r"must be read in Python: pass what it holds, dstill.load_real\(\(images, labels\)\)"
+    ):
+        load_real(tmp_path / name)
+
+
+def test_an_image_in_a_format_that_cannot_be_read_is_damaged(tmp_path: Path) -> None:
+    classes(tmp_path)
+    (tmp_path / "train" / "cat" / "x.heic").write_bytes(b"some picture")
+    with pytest.raises(DstillError, match=r"x.heic of .* cannot be read \(convert this format, for example to PNG\)"):
+        load_real(tmp_path)
+    assert len(load_real(tmp_path, skip_damaged=True).train) == 6
 
 
 def test_a_packed_file_says_to_unpack_it(tmp_path: Path) -> None:

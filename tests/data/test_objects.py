@@ -204,7 +204,7 @@ def test_a_test_split_without_a_column_of_classes_is_hidden() -> None:
 
 
 def test_a_column_of_something_else_than_images_is_said() -> None:
-    with pytest.raises(DstillError, match="cannot be read: row 0 .the cell holds int."):
+    with pytest.raises(DstillError, match=r"cannot be read: row 0 \(the cell holds int\)"):
         load_real(table(number=list(range(12))), test_fraction=0.25, image_column="number")
 
 
@@ -220,3 +220,26 @@ def test_a_set_that_is_loaded_refuses_the_options_of_reading(tiny_real: Any) -> 
     for option in options:
         with pytest.raises(DstillError, match="tiny is loaded already"):
             load_real(tiny_real, **option)
+
+
+@pytest.mark.parametrize("kind", ["lists", "Array2D", "Array3D"])
+def test_columns_of_arrays_are_images(kind: str) -> None:
+    grey = PIXELS[:, 0].numpy()
+    feature = {
+        "lists": datasets.List(datasets.List(datasets.Value("uint8"))),
+        "Array2D": datasets.Array2D((6, 8), "uint8"),
+        "Array3D": datasets.Array3D((1, 6, 8), "uint8"),
+    }[kind]
+    given = grey[:, None] if kind == "Array3D" else grey
+    features = datasets.Features({"pixels": feature, "label": datasets.ClassLabel(names=list(NAMES))})
+    arrays = datasets.Dataset.from_dict({"pixels": given.tolist(), "label": LABELS.tolist()}, features=features)
+    assert torch.equal(load_real((arrays, arrays)).train.images, PIXELS[:, :1])
+
+
+def test_what_datasets_has_saved_to_disk_is_read(tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": table(), "test": table().select(range(3))}).save_to_disk(tmp_path / "both")
+    table().save_to_disk(tmp_path / "one")
+    both = load_real(tmp_path / "both")
+    assert (both.name, both.class_names, len(both.test)) == ("both", NAMES, 3)
+    assert torch.equal(both.train.images, PIXELS)
+    assert len(load_real(tmp_path / "one", test_fraction=0.25).train) == 9

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dstill.data.labels import HIDDEN
 from dstill.data.splits import Raw, RawSplit
 from dstill.errors import DstillError, suggest
 
@@ -70,12 +71,13 @@ def _check(where: str, split: RawSplit, names: tuple[str, ...]) -> None:
         raise DstillError(f"{where} has no images")
     low, high = int(split.labels.min()), int(split.labels.max())
     if low < 0 or high >= len(names):
-        unlabelled = int((split.labels == -1).sum())
-        hint = (
-            f"; {unlabelled:,} images have the label -1, which usually stands for no label: leave them out"
-            if unlabelled
-            else ""
-        )
-        raise DstillError(
-            f"{where} has labels from {low} to {high}, but {len(names)} classes: they must be 0 to {len(names) - 1}{hint}"
-        )
+        right = f"they must be 0 to {len(names) - 1}{_hint(split)}"
+        raise DstillError(f"{where} has labels from {low} to {high}, but {len(names)} classes: {right}")
+
+
+def _hint(split: RawSplit) -> str:
+    """What negative labels usually mean."""
+    unlabelled = int((split.labels == HIDDEN).sum())
+    if split.labels.unique().tolist() == [-1, 1]:
+        return ". If they are two classes, pass (labels + 1) // 2"
+    return f". {unlabelled:,} have -1, which usually stands for no label: leave them out" if unlabelled else ""

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from dstill.data.arrays import pixels
 from dstill.data.catalog import DATASETS, Entry
 from dstill.data.labels import Labels, hidden, read_labels
 from dstill.data.pictures import Pictures
@@ -45,7 +47,7 @@ def part_of(name: str, table: Any, entry: Entry, how: Reading) -> Part:
     elif label not in columns:
         raise _lacking(name, columns, label if how.label_column else None)
     if label is None:
-        return Part(Pictures(name, _cells(table, image)), hidden(len(table)))
+        return Part(_images(name, table, image), hidden(len(table)))
     feature = columns[label]
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
     if entry.imagenet_ids:
@@ -53,18 +55,19 @@ def part_of(name: str, table: Any, entry: Entry, how: Reading) -> Part:
     labels = read_labels(table[label], f"{name} (column {label})", names=names, class_names=how.class_names)
     if entry.imagenet_ids:
         labels = _renumbered(labels, entry)
-    return Part(Pictures(name, _cells(table, image)), labels)
+    return Part(_images(name, table, image), labels)
 
 
-def _cells(table: Any, image: str) -> Sequence[Any]:
-    """The column of images, not decoded."""
+def _images(name: str, table: Any, image: str) -> Pictures | Tensor:
+    """The column of images: not decoded, or as pixels if it holds arrays."""
     import datasets
 
     table = table.select_columns([image])
+    if kind := _array_type(table.features[image]):
+        return pixels(np.asarray(table.with_format("numpy")[image][:], dtype=kind))
     if isinstance(table.features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
-    cells: Sequence[Any] = table[image]
-    return cells
+    return Pictures(name, table[image])
 
 
 def choose(name: str, candidates: Sequence[str], option: str, what: str) -> str:
@@ -93,9 +96,22 @@ def _image_column(name: str, columns: Any, how: Reading) -> str:
     # Files that other programs wrote say nothing about images: structs of bytes and path, or bytes alone.
     found = found or [c for c, f in columns.items() if isinstance(f, dict) and "bytes" in f]
     found = found or [c for c, f in columns.items() if getattr(f, "dtype", None) in ("binary", "large_binary")]
+    found = found or [c for c, feature in columns.items() if _array_type(feature)]
     if not found:
         raise _lacking(name, columns)
     return choose(name, found, "--image-column", "images")
+
+
+def _array_type(feature: Any) -> str:
+    """The type of the numbers of a column that holds arrays of two or three axes, or lists in lists; empty for all others."""
+    import datasets
+
+    if isinstance(feature, datasets.Array2D | datasets.Array3D):
+        return str(feature.dtype)
+    depth = 0
+    while isinstance(feature, datasets.List):
+        feature, depth = feature.feature, depth + 1
+    return str(getattr(feature, "dtype", "")) if depth > 1 else ""
 
 
 def _label_column(name: str, columns: Any, image: str, how: Reading) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ def read_labels(values: Any, where: str, *, names: Sequence[str] = (), class_nam
     Args:
         values: numbers or words, one for each image: a list, a column of a table, an array or a tensor, `[N]` or `[N, 1]`.
         where: what they belong to, for errors.
-        names: names of the numbers, if the source knows them.
+        names: names of the classes in the order of their ids, if the source knows them.
         class_names: names that the user gives: of the numbers, in their order, or all words, in the order of their ids.
 
     Raises:
@@ -63,7 +64,7 @@ def read_labels(values: Any, where: str, *, names: Sequence[str] = (), class_nam
     array = _one_each(values, where)
     if not len(array):
         return Labels(np.zeros(0, dtype=np.int64), tuple(names))
-    missing = [row for row, value in enumerate(array.tolist()) if _is_missing(value)] if array.dtype.kind in "OfU" else []
+    missing = _missing(array)
     if missing and len(missing) == len(array):
         return hidden(len(array))
     if missing:
@@ -75,7 +76,7 @@ def read_labels(values: Any, where: str, *, names: Sequence[str] = (), class_nam
     if array.dtype.kind == "O":
         array = _of_one_kind(array.tolist(), where)
     if array.dtype.kind in "US":
-        return _words([str(word) for word in array.tolist()], where, names or (), class_names)
+        return _words([_text(word) for word in array.tolist()], where, names, class_names)
     return _numbers(array, where, tuple(names), class_names)
 
 
@@ -83,7 +84,7 @@ def _one_each(values: Any, where: str) -> np.ndarray:
     """The labels as an array `[N]`. Columns and lists of one are opened; several labels of one image are refused."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().numpy()
-    if not isinstance(values, np.ndarray):
+    if not isinstance(values, np.ndarray) or values.dtype.kind == "O":
         items = [_plain(value) for value in values]
         deep = any(isinstance(item, list) for item in items)
         lengths = {len(item) if isinstance(item, list) else 1 for item in items}
@@ -122,14 +123,22 @@ def _several(rows: list[Any], where: str) -> DstillError:
     )
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and value != value)
+def _missing(array: np.ndarray) -> list[int]:
+    """The rows without a label: nothing, not a number, or, among numbers that are written out, -1; -1 and 1 are two classes."""
+    if array.dtype.kind not in "OfUS":
+        return []
+    values = array.tolist()
+    nothing = [value is None or value in ("", b"") or (isinstance(value, float) and value != value) for value in values]
+    words = [value for value, empty in zip(values, nothing, strict=True) if not empty]
+    if {*words} != {"-1", "1"} and all(isinstance(word, str) and re.fullmatch(r"[0-9]+|-1", word) for word in words):
+        nothing = [empty or value == "-1" for value, empty in zip(values, nothing, strict=True)]
+    return [row for row, empty in enumerate(nothing) if empty]
 
 
 def _of_one_kind(values: list[Any], where: str) -> np.ndarray:
     """Python values as an array of words or of numbers."""
     if all(isinstance(value, str | bytes) for value in values):
-        return np.asarray([value.decode() if isinstance(value, bytes) else value for value in values])
+        return np.asarray([_text(value) for value in values])
     if all(isinstance(value, bool | int | float) for value in values):
         return np.asarray(values)
     odd = next(value for value in values if not isinstance(value, bool | int | float))
@@ -138,8 +147,14 @@ def _of_one_kind(values: list[Any], where: str) -> np.ndarray:
     raise DstillError(f"{where}: labels must be one whole number for each image, or one word: they are {kinds}")
 
 
+def _text(word: str | bytes) -> str:
+    return word.decode(errors="replace") if isinstance(word, bytes) else word
+
+
 def _words(words: list[str], where: str, known: Sequence[str], class_names: Sequence[str] | None) -> Labels:
     """Labels that are words: classes in the order of `class_names`, else of the alphabet; numbers written out by value."""
+    if not class_names and not known:
+        _refuse_tags(words, where)
     names = tuple(map(str, class_names or known)) or tuple(sorted(set(words), key=_natural))
     ids = {name: c for c, name in enumerate(names)}
     lost = next((word for word in words if word not in ids), None)
@@ -148,9 +163,20 @@ def _words(words: list[str], where: str, known: Sequence[str], class_names: Sequ
     return Labels(np.asarray([ids[word] for word in words], dtype=np.int64), names)
 
 
+def _refuse_tags(words: list[str], where: str) -> None:
+    """Refuses words such as `cat|dog` beside `dog|owl`, which are several labels each."""
+    split = {word: [part.strip() for part in re.split(r"[,;|]", word)] for word in set(words)}
+    used = Counter(part for parts in split.values() for part in set(parts))
+    tags = next(
+        (word for word, parts in sorted(split.items()) if len(parts) > 1 and all(used[part] > 1 for part in parts)), None
+    )
+    if tags is not None:
+        raise _several([tags], where)
+
+
 def _natural(word: str) -> tuple[int, int, str]:
     """Sorts whole numbers by value before all words."""
-    return (0, int(word), word) if re.fullmatch(r"[0-9]+", word) else (1, 0, word)
+    return (0, int(word), word) if re.fullmatch(r"[0-9]{1,18}", word) else (1, 0, word)
 
 
 def _numbers(array: np.ndarray, where: str, names: tuple[str, ...], class_names: Sequence[str] | None) -> Labels:

@@ -114,16 +114,26 @@ def read_listing(file: Path, how: Reading) -> Listing | None:
     except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
         raise DstillError(f"{file} cannot be read as a list of images: {error}") from error
     finder = Finder(file)
-    if heading and any(finder.find(cell) for cell in heading):
+    if any(map(finder.find, heading)) and not any(map(_is_label_name, heading)):
         heading, rows = tuple(map(str, range(1, len(heading) + 1))), [heading, *rows]
     if how.image_column in heading:
         return Listing(file, heading, tuple(rows), str(how.image_column), finder)
-    probed = rows[:_PROBED]
-    candidates = [c for i, c in enumerate(heading) if any(finder.find(row[i]) for row in probed)]
+    candidates = _file_columns(heading, rows[:_PROBED], finder)
     if not candidates:
         return None
     column = "file_name" if "file_name" in candidates else choose(str(file), candidates, "--image-column", "images")
     return Listing(file, heading, tuple(rows), column, finder)
+
+
+def _file_columns(heading: Sequence[str], rows: Sequence[Sequence[Any]], finder: Finder) -> list[str]:
+    """The columns that name image files: with their suffix, or else all of them without."""
+    found = [[finder.find(row[i]) for row in rows] for i in range(len(heading))]
+    cells = [[Path(str(row[i])).name for row in rows] for i in range(len(heading))]
+    whole = [
+        any(path and path.name == name for path, name in zip(*both, strict=True)) for both in zip(found, cells, strict=True)
+    ]
+    bare = [bool(rows) and all(paths) and heading[i].lower() not in LABEL_NAMES for i, paths in enumerate(found)]
+    return [column for column, named in zip(heading, whole if any(whole) else bare, strict=True) if named]
 
 
 def listed_parts(listing: Listing, name: str, how: Reading) -> Parts:
@@ -158,28 +168,43 @@ def listed_part(listing: Listing, name: str, how: Reading, beside: Sequence[str]
 
 def labelled(listing: Listing) -> bool:
     """Whether a column of a list is called like one of classes."""
-    return listing.path.name == _ANNOTATIONS or any(c.lower() in LABEL_NAMES for c in listing.columns)
+    return listing.path.name == _ANNOTATIONS or any(map(_is_label_name, listing.columns))
+
+
+def _is_label_name(column: str) -> bool:
+    return column.lower() in LABEL_NAMES
 
 
 def _labels(listing: Listing, how: Reading, beside: Sequence[str]) -> Labels:
     """The classes that a list gives; hidden ones if it names files alone."""
     others = [c for c in listing.columns if c not in (listing.file, *beside)]
-    if how.label_column is not None and how.label_column not in listing.columns:
-        raise DstillError(f"{listing.path} has no column {how.label_column!r}; {suggest(how.label_column, listing.columns)}")
-    usual = [c for c in others if c.lower() in LABEL_NAMES]
-    if listing.path.name == _ANNOTATIONS and not usual:
-        usual = others[:1]
-    candidates = [how.label_column] if how.label_column else usual or others
-    if not candidates:
+    column = how.label_column or _label_column(listing, others)
+    if column is None:
         return hidden(len(listing.rows))
+    if column not in listing.columns:
+        raise DstillError(f"{listing.path} has no column {column!r}; {suggest(column, listing.columns)}")
+    return read_labels(listing.cells(column), f"{listing.path} (column {column})", class_names=how.class_names)
+
+
+def _label_column(listing: Listing, columns: Sequence[str]) -> str | None:
+    """The column that is called like one of classes, or else the only one; None if there is none."""
+    named = columns[:1] if listing.path.name == _ANNOTATIONS else [c for c in columns if _is_label_name(c)]
+    candidates = named or columns
+    if not candidates:
+        return None
+    if len(candidates) > 1 and all(str(cell) in ("0", "1") for c in candidates for cell in listing.cells(c)):
+        raise DstillError(
+            f"{listing.path} has a column of 0 and 1 for each class ({', '.join(candidates)}), but one column must name the "
+            f"class: if each image has one, add it by frame['label'] = frame[{[*candidates]!r}].idxmax(axis=1)"
+        )
     column = choose(str(listing.path), candidates, "--label-column", "classes")
-    cells = listing.cells(column)
-    if not usual and how.label_column is None and len(cells) > 2 and len(set(map(str, cells))) == len(cells):
+    cells = list(map(str, listing.cells(column)))
+    if not named and len(set(cells)) == len(cells) > 2:
         raise DstillError(
             f"{listing.path}: the column {column} has another value for each image, so it is not one of classes: add a column "
             "label, or pass --label-column"
         )
-    return read_labels(cells, f"{listing.path} (column {column})", class_names=how.class_names)
+    return column
 
 
 # --- reading files ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import zipfile
 from pathlib import Path
@@ -10,15 +11,19 @@ from typing import Any
 import numpy as np
 
 from dstill.data.catalog import Entry
+from dstill.data.columns import part_of
 from dstill.data.folders import folder_parts
-from dstill.data.listings import is_list, listed_parts, read_listing
+from dstill.data.listings import SUFFIXES, is_list, listed_parts, read_listing
 from dstill.data.objects import archive
 from dstill.data.parquet import parquet_parts, with_sibling
 from dstill.data.splits import Parts, Reading
 from dstill.errors import DstillError
 
+_SAVED = ("dataset_dict.json", "state.json")  # of `save_to_disk`
 _PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz")
-_KINDS = "a folder of images, Parquet files, an .npz file, or a list such as metadata.csv"
+_PYTHON = (".npy", ".pt", ".pth", ".pkl", ".pickle", ".mat", ".h5", ".hdf5", ".arrow")
+FILES = (".parquet", ".npz", *SUFFIXES, *_PACKED, *_PYTHON)
+KINDS = "a folder of images, Parquet files, an .npz file, or a list such as metadata.csv"
 
 
 def parts_at(pattern: str, name: str, entry: Entry, how: Reading) -> Parts:
@@ -34,6 +39,8 @@ def parts_at(pattern: str, name: str, entry: Entry, how: Reading) -> Parts:
         DstillError: there are no such files, or a file cannot be assigned to a split and a class.
     """
     path = Path(pattern).expanduser()
+    if path.is_dir() and any((path / file).is_file() for file in _SAVED):
+        return _saved(path, name, entry, how)
     if path.is_dir():
         tables = sorted(path.rglob("*.parquet"))
         return parquet_parts(path, tables, name, entry, how) if tables else folder_parts(path, name, how)
@@ -43,13 +50,24 @@ def parts_at(pattern: str, name: str, entry: Entry, how: Reading) -> Parts:
         return _list(path, name, how)
     tables = with_sibling(path) if path.is_file() else sorted(Path(match) for match in glob.glob(str(path)))
     if not tables:
-        raise DstillError(f"{path} does not exist: pass {_KINDS}")
+        raise DstillError(f"{path} does not exist: pass {KINDS}")
     wrong = next((file for file in tables if file.suffix != ".parquet"), None)
     if wrong is not None and wrong.suffix.lower() in _PACKED:
         raise DstillError(f"{wrong} is a packed file: unpack it, and pass the folder")
+    if wrong is not None and wrong.suffix.lower() in _PYTHON:
+        raise DstillError(f"{wrong} must be read in Python: pass what it holds, dstill.load_real((images, labels))")
     if wrong is not None:
-        raise DstillError(f"{wrong} is not a Parquet file: pass {_KINDS}")
+        raise DstillError(f"{wrong} is not a Parquet file: pass {KINDS}")
     return parquet_parts(path, tables, name, entry, how)
+
+
+def _saved(path: Path, name: str, entry: Entry, how: Reading) -> Parts:
+    """The splits of what `datasets` has saved to disk."""
+    import datasets
+
+    saved = datasets.load_from_disk(str(path))
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    return {split: functools.partial(part_of, name, table, entry, how) for split, table in splits.items()}
 
 
 def _npz(path: Path) -> Any:

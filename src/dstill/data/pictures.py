@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from dstill.data.walking import is_foreign
 from dstill.errors import DstillError
 
 _GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
@@ -127,7 +128,8 @@ def _of_file(cell: Any) -> Image.Image:
             content = Path(path).read_bytes()
         return Image.open(io.BytesIO(content))
     except UnidentifiedImageError as error:
-        raise _DamageError("not an image") from error
+        foreign = isinstance(path, str | Path) and is_foreign(Path(path))
+        raise _DamageError("convert this format, for example to PNG" if foreign else "not an image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _DamageError(_reason(error)) from error
 

@@ -15,7 +15,7 @@ from dstill.data import objects
 from dstill.data.catalog import DATASETS, Entry, named
 from dstill.data.columns import part_of
 from dstill.data.labels import Labels
-from dstill.data.local import parts_at
+from dstill.data.local import FILES, KINDS, parts_at
 from dstill.data.quiet import load_dataset
 from dstill.data.splits import Part, Parts, Raw, Reading, decoded
 from dstill.errors import DstillError, suggest
@@ -43,27 +43,29 @@ def read(source: Any, how: Reading) -> Raw:
     if entry is not None:
         usual = "resize" if how.image_size and entry.fit == "error" else entry.fit
         entry = replace(entry, size=how.image_size or entry.size, fit=how.fit or usual)
-        return replace(_decoded(subset, root, entry, how), known=subset)
+        return replace(_decoded(subset, root or None, entry, how), known=subset)
     path = Path(name).expanduser()
     entry = Entry(name, size=how.image_size, fit=how.fit or ("resize" if how.image_size else "error"))
-    if path.exists() or glob.glob(str(path)):
+    if name and (path.exists() or glob.glob(str(path))):
         if name in DATASETS:
             how.say(f"{name} is read from {path.resolve()}, not the data set of that name: rename it to load that one")
         stem = path.name if path.is_dir() else path.stem
         label = stem.replace("-train", "").replace("*", "").strip("-_") or path.resolve().name
         return _decoded(label, name, entry, how)
+    if path.suffix.lower() in FILES or (name.count("/") == 1 and path.parent.is_dir()):
+        raise DstillError(f"{name} does not exist: pass {KINDS}, or a name of dstill ls datasets")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _decoded(name, "", entry, how)
+        return _decoded(name, None, entry, how)
     raise DstillError(f"{name!r} is neither a file, a folder nor a known data set; {suggest(name, DATASETS)}")
 
 
-def _decoded(name: str, path: str, entry: Entry, how: Reading) -> Raw:
+def _decoded(name: str, path: str | None, entry: Entry, how: Reading) -> Raw:
     """The data of an entry: at a path, else on the hub, else embedded."""
 
     def decode(parts: Parts) -> Raw:
         return decoded(name, parts, how, usual=entry.test, size=entry.size, fit=entry.fit)
 
-    if not path:
+    if path is None:
         return decode(_hub(name, entry, how) if entry.hub else _digits())
     try:
         return decode(parts_at(path, name, entry, how))

@@ -44,17 +44,16 @@ def visible(path: Path) -> bool:
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file is an image: by its suffix or, if the suffix tells nothing, by its content.
-
-    Raises:
-        DstillError: the file is an image in a format that cannot be read.
-    """
-    if file.suffix.lower() in _readable():
+    """Whether a file is an image, even one that cannot be read: by its suffix or, if that tells nothing, by its content."""
+    if file.suffix.lower() in _readable() or is_foreign(file):
         return True
-    kind = mimetypes.guess_type(file.name)[0]
-    if file.suffix.lower() in _UNREADABLE or (kind or "").startswith("image/"):
-        raise DstillError(f"{file} is an image in a format that cannot be read: convert it, for example to PNG, or remove it")
-    return kind is None and _opens(file)
+    return mimetypes.guess_type(file.name)[0] is None and _opens(file)
+
+
+def is_foreign(file: Path) -> bool:
+    """Whether a file is, by its suffix, an image in a format that cannot be read."""
+    suffix, kind = file.suffix.lower(), mimetypes.guess_type(file.name)[0] or ""
+    return suffix not in _readable() and (suffix in _UNREADABLE or kind.startswith("image/"))
 
 
 @functools.cache
