@@ -170,6 +170,20 @@ def test_a_list_that_leaves_a_question_open_is_asked_about(tmp_path: Path, text:
         load_real(tmp_path, test_fraction=0.5, label_column=option or None)
 
 
+def test_a_column_of_files_that_is_not_there_is_said(tmp_path: Path) -> None:
+    images(tmp_path, FOUR)
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,x\nb.png,y\n")
+    with pytest.raises(DstillError, match=r"metadata.csv has no column 'file'; did you mean file_name"):
+        load_real(tmp_path, test_fraction=0.5, image_column="file")
+
+
+def test_a_cell_may_have_several_lines(tmp_path: Path) -> None:
+    images(tmp_path, FOUR)
+    rows = [f'{name},"seen\nat noon",{word}' for name, word in zip(FOUR, WORDS.values(), strict=True)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text,label", *rows]))
+    assert load_real(tmp_path, test_fraction=0.5).class_names == ("cat", "dog")
+
+
 def test_a_column_that_is_named_is_taken(tmp_path: Path) -> None:
     images(tmp_path, FOUR)
     (tmp_path / "metadata.csv").write_text(

@@ -243,3 +243,11 @@ def test_what_datasets_has_saved_to_disk_is_read(tmp_path: Path) -> None:
     assert (both.name, both.class_names, len(both.test)) == ("both", NAMES, 3)
     assert torch.equal(both.train.images, PIXELS)
     assert len(load_real(tmp_path / "one", test_fraction=0.25).train) == 9
+
+
+def test_grey_pictures_beside_colour_arrays_get_three_channels() -> None:
+    grey = [(picture.convert("L"), label) for picture, label in zip(PICTURES, LABELS.tolist(), strict=True)]
+    assert load_real({"train": (PIXELS, LABELS), "test": grey}).test.images.shape[1] == 3
+    assert load_real({"train": (PIXELS[:, :1], LABELS), "test": grey}).test.images.shape[1] == 1
+    with pytest.raises(DstillError, match="convert them to one number of channels"):
+        load_real({"train": (PIXELS, LABELS), "test": (PIXELS[:, :1], LABELS)})

@@ -41,9 +41,11 @@ def aligned(raw: Raw, *, renumbered: bool = False) -> tuple[RawSplit, RawSplit |
     for part, split in (("train", train), ("test", test)):
         _check(f"{raw.name} ({part})", split, names)
     if train.images.shape[1:] != test.images.shape[1:]:
+        channels = train.images.shape[1] != test.images.shape[1]
         raise DstillError(
             f"{raw.name}: training images are {tuple(train.images.shape[1:])} and test images "
-            f"{tuple(test.images.shape[1:])} (channels, height, width): pass --image-size"
+            f"{tuple(test.images.shape[1:])} (channels, height, width): "
+            + ("convert them to one number of channels" if channels else "pass --image-size")
         )
     return train, test, names
 

@@ -30,7 +30,7 @@ def pixels(values: Any, count: int | None = None) -> Tensor:
         DstillError: the layout or the range is another one, or cannot be told; the message has the line of code that helps.
 
     Example:
-        >>> pixels(np.ones((5, 32, 28, 3), dtype=np.float32)).shape
+        >>> pixels(torch.ones(5, 32, 28, 3)).shape
         torch.Size([5, 3, 32, 28])
     """
     return _bytes(_channels_first(tensor(values, "images"), count)).contiguous()

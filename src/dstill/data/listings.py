@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,12 +117,13 @@ def read_listing(file: Path, how: Reading) -> Listing | None:
     finder = Finder(file)
     if any(map(finder.find, heading)) and not any(map(_is_label_name, heading)):
         heading, rows = tuple(map(str, range(1, len(heading) + 1))), [heading, *rows]
-    if how.image_column in heading:
-        return Listing(file, heading, tuple(rows), str(how.image_column), finder)
     candidates = _file_columns(heading, rows[:_PROBED], finder)
-    if not candidates:
+    if not candidates and how.image_column not in heading:
         return None
-    column = "file_name" if "file_name" in candidates else choose(str(file), candidates, "--image-column", "images")
+    column = how.image_column or ("file_name" if "file_name" in candidates else None)
+    column = column or choose(str(file), candidates, "--image-column", "images")
+    if column not in heading:
+        raise DstillError(f"{file} has no column {column!r}; {suggest(column, heading)}")
     return Listing(file, heading, tuple(rows), column, finder)
 
 
@@ -214,10 +216,11 @@ _Rows = tuple[tuple[str, ...], list[tuple[Any, ...]]]
 
 def _separated(file: Path) -> _Rows:
     """Heading and rows of a file with commas, semicolons or tabs."""
-    text = file.read_text(encoding="utf-8-sig")
+    text = file.read_bytes().decode("utf-8-sig")
     first = text.partition("\n")[0]
     mark = "\t" if file.suffix.lower() != ".csv" or "\t" in first else ";" if ";" in first and "," not in first else ","
-    lines = [tuple(cell.strip() for cell in line) for line in csv.reader(text.splitlines(), delimiter=mark) if line]
+    cells = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
+    lines = [tuple(cell.strip() for cell in line) for line in cells if line]
     if not lines:
         return (), []
     heading, *rows = lines

@@ -19,7 +19,7 @@ from dstill.data.parquet import parquet_parts, with_sibling
 from dstill.data.splits import Parts, Reading
 from dstill.errors import DstillError
 
-_SAVED = ("dataset_dict.json", "state.json")  # of `save_to_disk`
+_SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # what `save_to_disk` leaves
 _PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz")
 _PYTHON = (".npy", ".pt", ".pth", ".pkl", ".pickle", ".mat", ".h5", ".hdf5", ".arrow")
 FILES = (".parquet", ".npz", *SUFFIXES, *_PACKED, *_PYTHON)
@@ -39,7 +39,7 @@ def parts_at(pattern: str, name: str, entry: Entry, how: Reading) -> Parts:
         DstillError: there are no such files, or a file cannot be assigned to a split and a class.
     """
     path = Path(pattern).expanduser()
-    if path.is_dir() and any((path / file).is_file() for file in _SAVED):
+    if any(all((path / file).is_file() for file in files) for files in _SAVED):
         return _saved(path, name, entry, how)
     if path.is_dir():
         tables = sorted(path.rglob("*.parquet"))

@@ -153,7 +153,7 @@ def _test(name: str, parts: Parts, how: Reading, usual: str) -> tuple[Part | Non
 
 def _decode(name: str, parts: Sequence[Part], how: Reading, size: int | None, fit: str) -> list[RawSplit]:
     """Decodes splits with one number of channels, and leaves damaged images out if the user says so."""
-    grey = all(part.images.are_grey() for part in parts if isinstance(part.images, Pictures))
+    grey = all(_are_grey(part.images) for part in parts)
     found: list[RawSplit] = []
     faults: list[Fault] = []
     for part in parts:
@@ -173,3 +173,7 @@ def _decode(name: str, parts: Sequence[Part], how: Reading, size: int | None, fi
     if faults:
         how.say(f"left out: {damaged(name, faults)}")
     return found
+
+
+def _are_grey(images: Tensor | Pictures) -> bool:
+    return images.are_grey() if isinstance(images, Pictures) else images.shape[1] == 1

@@ -93,7 +93,8 @@ def plan(
 ) -> Plan:
     """Estimates what `run` with the same arguments would take on this machine, from a calibration of some seconds.
 
-    Data of a name that `dstill ls datasets` knows are not loaded; the plan then assumes that nothing is cached.
+    Data of a name that `dstill ls datasets` knows are not loaded, unless a path has that name; the plan then assumes that
+    nothing is cached.
 
     Args:
         source: see `run`, as for all that follow.
