@@ -251,3 +251,12 @@ def test_grey_pictures_beside_colour_arrays_get_three_channels() -> None:
     assert load_real({"train": (PIXELS[:, :1], LABELS), "test": grey}).test.images.shape[1] == 1
     with pytest.raises(DstillError, match="convert them to one number of channels"):
         load_real({"train": (PIXELS, LABELS), "test": (PIXELS[:, :1], LABELS)})
+
+
+def test_two_paths_beside_two_words_are_images_and_labels(tmp_path: Path) -> None:
+    for name, picture in zip(("a.png", "b.png"), PICTURES[:2], strict=True):
+        picture.save(tmp_path / name)
+    pair = ([str(tmp_path / "a.png"), str(tmp_path / "b.png")], ["cat", "dog"])
+    real = load_real({"train": pair, "test": pair})
+    assert (real.class_names, real.train.labels.tolist()) == (("cat", "dog"), [0, 1])
+    assert torch.equal(real.train.images, PIXELS[:2])

@@ -19,6 +19,7 @@ from dstill.data.catalog import Entry
 from dstill.data.labels import read_labels
 from dstill.data.pictures import Pictures, resize
 from dstill.data.splits import SPLITS, Part, Parts, Reading
+from dstill.data.walking import is_image
 from dstill.errors import DstillError
 
 NAME = "in-memory"
@@ -123,7 +124,9 @@ def _are_items(source: Sequence[Any]) -> bool:
 
 
 def _is_image(value: Any) -> bool:
-    return isinstance(value, Image.Image | str | Path | bytes) or (isinstance(value, Tensor | np.ndarray) and value.ndim > 1)
+    if isinstance(value, str | Path):
+        return is_image(Path(value))  # a word may be a label
+    return isinstance(value, Image.Image | bytes) or (isinstance(value, Tensor | np.ndarray) and value.ndim > 1)
 
 
 def _without_columns(part: Part, where: str, how: Reading) -> Part:
