@@ -62,7 +62,7 @@ WORDS = {10: "cat", 20: "dog", 30: "cat", 40: "dog"}
         ("labels.tsv", "path\tclass\na.png\tcat\nb.png\tdog\nc.png\tcat\nd.png\tdog\n"),
         ("labels.csv", "a.png,cat\nb.png,dog\nc.png,cat\nd.png,dog\n"),
         ("labels.csv", "a,cat\nb,dog\nc,cat\nd,dog\n"),
-        ("labels.csv", "label,other,image\ncat,1,a.png\ndog,2,b.png\ncat,3,c.png\ndog,4,d.png\n"),
+        ("labels.csv", "\ufefflabel,other,image\ncat,1,a.png\ndog,2,b.png\ncat,3,c.png\ndog,4,d.png\n"),
         (
             "metadata.jsonl",
             "".join(json.dumps({"file_name": n, "label": [w]}) + "\n" for n, w in zip(FOUR, WORDS.values(), strict=True)),
@@ -223,6 +223,19 @@ def test_folders_called_like_splits_are_no_classes(tmp_path: Path) -> None:
         load_real(tmp_path / "train")
 
 
+def test_two_folders_called_like_splits_are_splits_beside_any_other(tmp_path: Path) -> None:
+    for name in ("train", "test", "more"):
+        images(tmp_path / name, FOUR)
+    with pytest.raises(DstillError, match="more has images that belong to no split and no class"):
+        load_real(tmp_path, test_fraction=0.5)
+
+
+def test_a_single_folder_of_images_says_no_classes(tmp_path: Path) -> None:
+    images(tmp_path / "train", FOUR)
+    with pytest.raises(DstillError, match="holds images without classes"):
+        load_real(tmp_path, test_fraction=0.5)
+
+
 def test_test_images_without_classes_are_passed_over(tmp_path: Path) -> None:
     classes(tmp_path, ["train"])
     images(tmp_path / "test", FOUR)
@@ -261,6 +274,13 @@ def test_a_linked_image_is_read_and_the_folder_itself_may_be_a_link(tmp_path: Pa
     (tmp_path / "real" / "train" / "cat" / "linked.png").symlink_to(tmp_path / "real" / "train" / "dog" / "0.png")
     (tmp_path / "linked").symlink_to(tmp_path / "real")
     assert len(load_real(tmp_path / "linked").train) == 7
+
+
+def test_a_name_that_two_files_have_is_no_path(tmp_path: Path) -> None:
+    images(tmp_path, ["x/a.png", "y/a.png", "x/b.png", "y/c.png"])
+    (tmp_path / "labels.csv").write_text("file,label\na.png,x\nb.png,y\nc.png,x\n")
+    with pytest.raises(DstillError, match=r"/a.png of .* cannot be read \(No such file or directory\)"):
+        load_real(tmp_path, test_fraction=0.5)
 
 
 def test_files_called_by_numbers_are_not_mistaken_for_classes(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ FORMS: dict[str, tuple[Any, bool]] = {
     "ConcatDataset": (ConcatDataset([Subset(Pets(PICTURES), range(6)), Subset(Pets(PICTURES), range(6, 12))]), True),
     "Hugging Face": (table(), True),
     "with a format": (table().with_format("torch"), True),
+    "with a transform": (table().with_transform(lambda rows: {"pixel_values": rows["label"]}), True),
     "list of pairs": (list(zip(PICTURES, LABELS.tolist(), strict=True)), False),
     "list of tensor pairs": (list(zip(PIXELS, LABELS, strict=True)), False),
     "list beside labels": ((PICTURES, LABELS.tolist()), False),
@@ -117,6 +118,17 @@ def test_pictures_take_a_size_and_paths_are_opened(tmp_path: Path) -> None:
     real = load_real(paths, test_fraction=0.25, image_size=4, fit="crop")
     assert (real.size, real.class_names) == ((4, 4), NAMES)
     assert load_real(Pets([as_tensors(row) for row in range(12)]), test_fraction=0.25, image_size=4).size == (4, 4)
+
+
+def test_arrays_of_several_shapes_take_a_size() -> None:
+    uneven = Pets([torch.zeros(3, 8 + row, 8) for row in range(6)], [0, 1] * 3)
+    assert load_real(uneven, test_fraction=0.34, image_size=8).size == (8, 8)
+
+
+def test_a_subset_of_the_classes_keeps_those_that_are_named() -> None:
+    some = Subset(Pets(PICTURES), [row for row in range(12) if row % 3 != 1])
+    real = load_real(some, test_fraction=0.25, classes=["ant", "cow"])
+    assert (real.class_names, len(real.train), sorted(real.test.labels.tolist())) == (("ant", "cow"), 6, [0, 1])
 
 
 def test_class_names_of_the_user_name_the_numbers() -> None:

@@ -61,7 +61,7 @@ def _split_folders(root: Path) -> dict[str, list[Path]]:
     certain = [folder for folder in called if folders_in(folder) or any(map(is_list, files_in(folder)))]
     several = len({SPLITS[folder.name.lower()] for folder in called}) > 1
     # One folder of images called `train` among others may be a class, railways beside buses; two such names are splits.
-    taken = called if certain or several or len(called) == len(folders) else []
+    taken = called if certain or several else []
     found: dict[str, list[Path]] = {}
     for folder in taken:
         if folder in certain or any(map(is_image, files_in(folder))):

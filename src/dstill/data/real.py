@@ -175,7 +175,7 @@ def stratified(labels: Tensor, names: Sequence[str], fraction: float, generator:
         Row numbers of the rest and of the part, each in ascending order.
 
     Raises:
-        DstillError: a class has fewer than two images, or `fraction` is not between 0 and 1.
+        DstillError: a class has a single image, or `fraction` is not between 0 and 1.
     """
     if not 0 < fraction < 1:
         raise DstillError(f"the fraction to set aside must be above 0 and below 1, got {fraction}")
@@ -183,10 +183,10 @@ def stratified(labels: Tensor, names: Sequence[str], fraction: float, generator:
     part: list[Tensor] = []
     for c, name in enumerate(names):
         rows = (labels == c).nonzero().squeeze(1)
-        if len(rows) < 2:
+        if len(rows) == 1:
             raise DstillError(f"class {name!r} has {len(rows)} image(s): at least two are needed to set a part aside")
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+        count = min(max(1, round(fraction * len(rows))), len(rows) - 1) if len(rows) else 0
         part.append(rows[:count])
         rest.append(rows[count:])
     return torch.cat(rest).sort().values, torch.cat(part).sort().values

@@ -139,7 +139,7 @@ def _test(name: str, parts: Parts, how: Reading, usual: str) -> tuple[Part | Non
         candidates = [asked]
     else:
         order = (*VALIDATION_NAMES, "test") if usual in VALIDATION_NAMES else TEST_NAMES
-        candidates = [key for key in dict.fromkeys((usual, *order)) if key in parts and key != "train"]
+        candidates = [key for key in dict.fromkeys((usual, *order)) if key in parts]
     hidden: list[str] = []
     for key in candidates:
         part = parts[key]()
