@@ -9,17 +9,42 @@ for equally many random real images.
 
 from __future__ import annotations
 
-import argparse
 import itertools
+from typing import Annotated
 
+import cyclopts
 from scipy.stats import spearmanr
 
 import dstill
+from dstill.cli.options import Common, Data
 from dstill.config.settings import NetConfig
 
+Sizes = Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")]
+_DATA = Data()
 
-def main(source: str, folder: str, widths: list[int], depths: list[int], networks: int, protocol: str) -> float:
-    real, distilled = dstill.load_real(source), dstill.DistilledSet.load(folder)
+
+def main(
+    source: str,
+    folder: str,
+    *,
+    widths: Sizes = (8, 16, 32, 64),
+    depths: Sizes = (1, 2),
+    networks: int = 3,
+    protocol: str = "ast",
+    data: Data = _DATA,
+) -> float:
+    """Rank a grid of ConvNets on a distilled set.
+
+    Args:
+        source: the real data; see `dstill run`.
+        folder: a distilled set.
+        widths: channels of the networks.
+        depths: blocks of the networks.
+        networks: fresh networks for each point of the grid.
+        protocol: evaluation protocol.
+        data: how the real data are read.
+    """
+    real, distilled = data.load(source, Common()), dstill.DistilledSet.load(folder)
     same = [f"preprocess={distilled.preprocess.kind}"]
     random = dstill.distill(real, method="random", ipc=distilled.ipc, changes=same)
     rows = []
@@ -38,11 +63,4 @@ def main(source: str, folder: str, widths: list[int], depths: list[int], network
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="the real data")
-    parser.add_argument("folder", help="a distilled set")
-    parser.add_argument("--widths", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--networks", type=int, default=3)
-    parser.add_argument("--protocol", default="ast")
-    main(**vars(parser.parse_args()))
+    cyclopts.run(main)

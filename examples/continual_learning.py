@@ -8,13 +8,16 @@ on the memory only and tested on all classes seen so far. A memory of equally ma
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 
+import cyclopts
 import torch
 
 import dstill
 from dstill import DistilledSet, RealSet
+from dstill.cli.options import Common, Data
+
+_DATA = Data()
 
 
 def remember(memory: DistilledSet | None, new: DistilledSet, seen: RealSet) -> DistilledSet:
@@ -29,16 +32,37 @@ def remember(memory: DistilledSet | None, new: DistilledSet, seen: RealSet) -> D
 
 
 def main(
-    source: str, method: str, ipc: int, steps: int, networks: int, protocol: str, recipe: str | None
+    source: str,
+    *,
+    method: str = "dm",
+    ipc: int = 1,
+    steps: int = 5,
+    networks: int = 3,
+    protocol: str = "ast",
+    recipe: str | None = None,
+    data: Data = _DATA,
 ) -> dict[str, list[float]]:
-    names = list(dstill.load_real(source).class_names)
+    """Compare a distilled memory with one of random images, class by class.
+
+    Args:
+        source: the real data; see `dstill run`.
+        method: how the images of new classes are distilled.
+        ipc: images per class that are kept.
+        steps: steps in which the classes come.
+        networks: fresh networks at each step.
+        protocol: evaluation protocol.
+        recipe: smoke for a run of seconds.
+        data: how the real data are read.
+    """
+    real = data.load(source, Common())
+    names = list(real.class_names)
     groups = [names[k::steps] for k in range(steps)]
     accuracies: dict[str, list[float]] = {method: [], "random": []}
     for kind in accuracies:
         memory: DistilledSet | None = None
         for k, group in enumerate(groups):
-            seen = dstill.load_real(source, classes=[name for some in groups[: k + 1] for name in some])
-            new = dstill.load_real(source, classes=group)
+            seen = dstill.load_real(real, classes=[name for some in groups[: k + 1] for name in some])
+            new = dstill.load_real(real, classes=group)
             changes = ["preprocess=standardise"]
             one = dstill.distill(new, method=kind, ipc=ipc, recipe=recipe, changes=changes, seed=k)
             memory = remember(memory, one, seen)
@@ -51,12 +75,4 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="the real data")
-    parser.add_argument("--method", default="dm")
-    parser.add_argument("--ipc", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--networks", type=int, default=3)
-    parser.add_argument("--protocol", default="ast")
-    parser.add_argument("--recipe", default=None, help="smoke for a run of seconds")
-    main(**vars(parser.parse_args()))
+    cyclopts.run(main)

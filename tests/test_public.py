@@ -26,6 +26,7 @@ FUNCTIONS = [name for name in dstill.__all__ if inspect.isfunction(getattr(dstil
 
 def test_dir_lists_every_public_name_and_each_can_be_had() -> None:
     assert set(dstill.__all__) <= set(dir(dstill))
+    assert {name for name in dir(dstill) if not name.startswith("_")} == {*dstill.__all__} - {"__version__"}
     for name in dstill.__all__:
         assert getattr(dstill, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'distil'"):

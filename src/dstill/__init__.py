@@ -121,4 +121,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """The public names, for completion in a notebook, and what every module has."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -125,12 +125,12 @@ def test_a_run_looks_stores_and_paints_as_often_as_it_is_asked(
 def test_a_run_keeps_how_its_data_were_read_as_far_as_it_is_told(
     tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    told = dstill.Recording(source={"source": "cifar10", "image_size": 8})
-    kept: dict[str, dict[str, Any]] = {"name": {"source": "digits"}, "told": dict(told.source or {})}
+    kept: dict[str, dict[str, Any]] = {"name": {"source": "digits"}, "part": {"source": "digits", "train_fraction": 0.5}}
     dstill.distill("digits", method="random", out=tmp_path / "name", **options)
-    dstill.distill(tiny_real, method="random", out=tmp_path / "told", recording=told, **options)
+    part = dstill.load_real("digits", train_fraction=0.5)
+    dstill.distill(part, method="random", out=tmp_path / "part", **options)
     dstill.distill(tiny_real, method="random", out=tmp_path / "arrays", **options)
-    for name in ("name", "told"):
+    for name in ("name", "part"):
         assert json.loads((tmp_path / name / "source.json").read_text()) == kept[name]
     assert not (tmp_path / "arrays" / "source.json").exists()
 

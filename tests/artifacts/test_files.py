@@ -175,3 +175,25 @@ def test_what_others_may_still_be_writing_is_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [fresh]
     files.remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_said_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, says in (
+        (Path("/proc/nope"), "/proc/nope cannot be made or written to .No such file or directory.: pass another folder"),
+        (tmp_path / ("x" * 300), "cannot be made or written to .File name too long"),
+        (tmp_path / "file" / "x", "file/x is not a folder, and none can be made there"),
+    ):
+        for act in (files.check_writable, lambda folder: files.write_text(folder / "a.txt", "")):
+            with pytest.raises(DstillError, match=says):
+                act(path)
+
+
+def test_what_the_machine_lacks_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        files.check_writable(tmp_path)
+    assert not isinstance(error.value, DstillError)

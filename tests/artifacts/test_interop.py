@@ -188,9 +188,10 @@ def test_a_buffer_of_experts_is_matched(tiny_real: RealSet, tmp_path: Path) -> N
 
 def test_the_published_statistics_have_a_number_a_channel() -> None:
     real = dstill.load_real("digits")
-    with pytest.raises(DstillError, match="no published statistics"):
-        published_preprocess("published", real)
-    fitted = published_preprocess("published", replace(real, name="mnist"))
+    for unknown in (real, replace(real, name="mnist", known="")):
+        with pytest.raises(DstillError, match="no published statistics"):
+            published_preprocess("published", unknown)
+    fitted = published_preprocess("published", replace(real, known="mnist"))
     assert fitted.forward(torch.full((1, 1, 8, 8), 0.1307)).abs().max() < 1e-6
     for mean, std in PUBLISHED_STATISTICS.values():
         assert len(mean) == len(std) in (1, 3)

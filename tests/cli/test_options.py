@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,19 +24,20 @@ JUDGED = "--nets vgg11,alexnet --networks 4 --no-random --whole --also ast,mtt"
 EVALUATION = Evaluation(("vgg11", "alexnet"), 4, False, True, ("ast", "mtt"))
 RECORDED = "--validate-every 6 --checkpoint-every 7 --picture-every 8 --log wandb,tensorboard"
 RECORDING = Recording(6, 7, 8, ("wandb", "tensorboard"))
-READ = replace(RECORDING, source={"source": "digits"})
 
 COMMANDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "run": (
         "api.run",
         f"digits {CHOICE} {PLACE} {JUDGED} {RECORDED} -o o --sets 9 --expert-seed 4",
-        CHOSEN | MACHINE | {"out": Path("o"), "sets": 9, "evaluation": EVALUATION, "recording": READ, "seed": Seeds(5, 4)},
+        CHOSEN | MACHINE | {"out": Path("o"), "sets": 9, "evaluation": EVALUATION, "recording": RECORDING, "seed": Seeds(5, 4)},
     ),
     "train-experts": ("api.run", f"digits {CHOICE} {PLACE} --only 1,2", CHOSEN | MACHINE | {"only": [1, 2]}),
     "distill": (
         "api.run",
         f"digits {CHOICE} {PLACE} {RECORDED} -o o --experts e --init i --expert-seed 0",
-        CHOSEN | MACHINE | {"out": Path("o"), "experts": Path("e"), "init": Path("i"), "recording": READ, "seed": Seeds(5, 0)},
+        CHOSEN
+        | MACHINE
+        | {"out": Path("o"), "experts": Path("e"), "init": Path("i"), "recording": RECORDING, "seed": Seeds(5, 0)},
     ),
     "plan": (
         "planning.plan",
@@ -119,14 +119,15 @@ def test_a_command_takes_all_cores_and_a_seed_for_everything_unless_told_otherwi
     call = called(monkeypatch, "api.run", "run", "digits")
     assert call.named["machine"] == Machine(workers="auto")
     assert (call.named["seed"], call.named["out"], call.named["sets"]) == (0, None, 1)
-    assert (call.named["evaluation"], call.named["recording"]) == (Evaluation(), Recording(source={"source": "digits"}))
+    assert (call.named["evaluation"], call.named["recording"]) == (Evaluation(), Recording())
 
 
 @pytest.mark.parametrize("command", ["run", "distill"])
-def test_a_command_says_how_it_has_read_the_data(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_knows_how_it_has_read_the_data(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "digits --image-size 8 --fit resize --train-fraction 0.5 --classes 3,1"
-    source = called(monkeypatch, "api.run", command, text).named["recording"].source
-    assert source == {"source": "digits", "image_size": 8, "fit": "resize", "train_fraction": 0.5, "classes": ["3", "1"]}
+    real = called(monkeypatch, "api.run", command, text).positional[0]
+    read = {"source": "digits", "image_size": 8, "fit": "resize", "train_fraction": 0.5, "classes": ["3", "1"]}
+    assert real.read_as == read
 
 
 def test_how_the_data_are_read_is_asked_of_load_real(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +136,16 @@ def test_how_the_data_are_read_is_asked_of_load_real(monkeypatch: pytest.MonkeyP
     assert (real.size, real.class_names) == ((16, 16), ("3", "1"))
     whole = called(monkeypatch, "api.run", "train-experts", "digits --classes 3,1").positional[0]
     assert len(real.train) == pytest.approx(len(whole.train) / 2, abs=2)
+
+
+def test_every_option_of_the_data_reaches_load_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("dstill.data.real.load_real", lambda source, **options: asked.update(source=source, **options))
+    read = "--image-size 16 --fit pad --train-fraction 0.5 --classes a,b --test-fraction 0.2 --test-split val"
+    text = f"x {read} --image-column img --label-column breed --skip-damaged --quiet"
+    called(monkeypatch, "api.run", "train-experts", text)
+    progress = asked.pop("progress")
+    assert isinstance(progress, ConsoleReporter) and progress.console.quiet
+    sizes = {"image_size": 16, "fit": "pad", "train_fraction": 0.5, "classes": ["a", "b"], "test_fraction": 0.2}
+    columns = {"test_split": "val", "image_column": "img", "label_column": "breed", "skip_damaged": True}
+    assert asked == {"source": "x"} | sizes | columns

@@ -654,19 +654,6 @@ def test_an_empty_cell_is_reported(tmp_path: Path):
         load_real(train)
 
 
-def test_labels_that_are_words_are_refused_with_the_remedy(tmp_path: Path):
-    features = {"image": {"_type": "Image"}, "label": {"_type": "Value", "dtype": "string"}}
-    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = pa.array([{"bytes": png(plain(v)), "path": None} for v in range(2)], struct)
-    table = pa.table({"image": rows, "label": ["cat", "dog"]})
-    pq.write_table(
-        table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}),
-        tmp_path / "x-train.parquet",
-    )
-    with pytest.raises(DstillError, match=r"column label of .* not class ids: cast it"):
-        load_real(tmp_path, test_fraction=0.5)
-
-
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("order", [["cat", "dog"], ["dog", "cat"]])
 def test_an_unlabelled_image_in_a_table_is_refused(tmp_path: Path, split: str, order: list[str]):
@@ -704,16 +691,10 @@ def test_an_empty_training_split_is_refused():
         load_real({"train": (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), []), "test": arrays([0, 1])})
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 0], [[0], [1]], [0.0, 1.0]], ids=["too many", "a column", "floats"])
+@pytest.mark.parametrize("labels", [[0, 1, 0], [0.0, 1.0], [True, False]], ids=["too many", "floats", "truth"])
 def test_labels_that_are_not_one_whole_number_an_image_are_refused(labels: list):
     with pytest.raises(DstillError, match="labels must be one whole number for each image"):
         load_real({"train": (arrays([0, 1])[0], labels), "test": arrays([0, 1])})
-
-
-@pytest.mark.parametrize("shape", [(2, 8, 8), (2, 8, 8, 3)], ids=["no channel axis", "channels last"])
-def test_arrays_of_another_layout_are_refused(shape: tuple[int, ...]):
-    with pytest.raises(DstillError, match=r"shape \[N, C, H, W\] with C up to 4"):
-        load_real((np.zeros(shape, np.uint8), [0, 1]), test_fraction=0.5)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
@@ -747,8 +728,10 @@ def test_cifar10_has_the_published_mean_and_standard_deviation(cifar10: RealSet)
 
 
 def test_what_is_no_tensor_of_numbers_is_said() -> None:
-    with pytest.raises(DstillError, match="in-memory labels must be numbers"):
-        load_real((np.zeros((2, 1, 2, 2), np.uint8), ["cat", "dog"]), test_fraction=0.5)
+    with pytest.raises(
+        DstillError, match="labels must be one whole number for each image, or one word: they are of the type obj"
+    ):
+        load_real((np.zeros((2, 1, 2, 2), np.uint8), [object(), object()]), test_fraction=0.5)
     with pytest.raises(DstillError, match="in-memory images must be numbers"):
         load_real(([[object()]], [0, 1]), test_fraction=0.5)  # type: ignore[arg-type]
     with pytest.raises(DstillError, match=r"pairs \(images, labels\), got tuple for the split 'train'"):

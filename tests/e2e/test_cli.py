@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -109,6 +110,9 @@ def test_a_list_of_recipes_says_what_each_is_for(call: Call) -> None:
         (["run", "digits", *FAST, "--sets", "0"], "sets must be at least 1, got 0"),
         (["run", "digits", *FAST, "--networks", "-2"], "networks must be at least 1, got -2"),
         (["run", "digits", *FAST, "-o", "tiny.yaml"], "tiny.yaml is not a folder, and none can be made there"),
+        (["run", "digits", *FAST, "-o", "/proc/nope"], "/proc/nope cannot be made or written to"),
+        (["compare", "digits", "--recipe", "smoke", "-o", "/proc/nope"], "/proc/nope cannot be made or written to"),
+        (["run", "digits", "--test-split", "val"], "digits has no split 'val' to test on; known: test"),
         (["run", "digits", "--train-fraction", "2"], "train_fraction must be above 0 and at most 1, got 2.0"),
         (["train-experts", "digits", *FAST, "--only", "0,x"], "--only takes numbers joined by commas, got '0,x'"),
         (["train-experts", "digits", *FAST, "--only", "-1"], "experts are numbered from 0, got -1"),
@@ -371,3 +375,31 @@ def test_what_is_cut_off_for_testing_does_not_depend_on_the_seed(call: Call, tmp
     code, _, err = call("evaluate", "r", *cut, "--networks", "1", "--seed", "2")
     assert code == 0 and "the set was not distilled from" not in err
     assert "the set was not distilled from" in call("evaluate", "r", "pics", "--test-fraction", "0.3", "--networks", "1")[2]
+
+
+def test_the_first_line_says_what_was_read_unless_the_command_is_quiet(call: Call) -> None:
+    line = "digits has 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; 1,437 train, 360 test images of 1x8x8"
+    code, _, err = call("distill", "digits", "--method", "random", "--recipe", "smoke", "-o", "out")
+    assert code == 0 and err.splitlines()[0] == line and err.count(line) == 1
+    for command in (
+        ["evaluate", "out", "digits", "--protocol", "tiny.yaml", "--no-random"],
+        ["judge", "out", "digits", "--protocol", "tiny.yaml", "--no-whole"],
+        ["import", "out", "digits", "-o", "again"],
+        ["plan", "digits", "--method", "random", "--recipe", "smoke"],
+    ):
+        code, _, err = call(*command)
+        assert code == 0 and err.splitlines()[0] == line and err.count(line) == 1
+    assert call("distill", "digits", "--method", "random", "--recipe", "smoke", "-o", "out2", "--quiet")[2] == ""
+
+
+def test_a_folder_here_is_read_and_planned_in_place_of_a_data_set_of_its_name(call: Call, tmp_path: Path) -> None:
+    for split, name, value in itertools.product(("train", "test"), ("cat", "dog"), (10, 200)):
+        path = tmp_path / "cifar10" / split / name / f"{value}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (value, value, value)).save(path)
+    code, _, err = call("plan", "cifar10", "--method", "random", "--recipe", "smoke")
+    assert code == 0
+    assert err.splitlines()[:2] == [
+        f"cifar10 is read from {tmp_path / 'cifar10'}, not the data set of that name: rename it to load that one",
+        "cifar10 has 2 classes: cat, dog; 4 train, 4 test images of 3x16x16",
+    ]

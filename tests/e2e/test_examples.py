@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import dstill
+from dstill.cli.options import Data
 
 FOLDER = Path(__file__).parents[2] / "examples"
 
@@ -49,11 +50,15 @@ def dstill_protocol(path: Path) -> object:
     return load_protocol(str(path))
 
 
-def test_memories_grow_class_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memories_grow_class_by_class_on_the_data_that_the_options_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "cache"))
-    found = example("continual_learning").main(
-        "digits", method="dm", ipc=2, steps=2, networks=1, protocol="quick", recipe="smoke"
-    )
+    options = {"method": "dm", "ipc": 2, "steps": 2, "networks": 1, "protocol": "quick", "recipe": "smoke"}
+    found = example("continual_learning").main("digits", data=Data(classes="3,1,4,7,8,0"), **options)
+    out, err = capsys.readouterr()
+    assert [line.split()[1] for line in out.splitlines()] == ["3", "6"] * 2
+    assert err.startswith("digits has 6 classes: 3, 1, 4, 7, 8, 0; ")
     assert set(found) == {"dm", "random"}
     for accuracies in found.values():
         assert len(accuracies) == 2 and all(0.2 < accuracy <= 1 for accuracy in accuracies)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import dstill
 from dstill import DistilledSet, DstillError
 from dstill.config.recipes import load_recipe, resolve
-from dstill.data.catalog import Shape
+from dstill.data.catalog import DATASETS, Shape, content_of
 from dstill.data.real import RealSet
 from dstill.experts.trajectory import Trajectories, recorded_epochs
+from dstill.jobs.job import Job, Workplace
+from dstill.jobs.options import Choice
 
 SETTINGS: dict[str, Any] = {
     "method": "ast",
@@ -154,3 +158,61 @@ def test_no_whitening_of_images_that_are_small_on_one_side_alone() -> None:
 def test_a_machine_works_with_at_least_one_of_each(option: str) -> None:
     with pytest.raises(DstillError, match=f"{option} must be at least 1.*, got 0"):
         dstill.plan("digits", method="random", recipe="smoke", machine=dstill.Machine(**{option: 0}), progress=False)
+
+
+def pictures(root: Path) -> Path:
+    """A folder of three classes with two images each, in both splits."""
+    for split, name, value in itertools.product(("train", "test"), ("cat", "dog", "owl"), (10, 200)):
+        (root / split / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (value, value, value)).save(root / split / name / f"{value}.png")
+    return root
+
+
+@pytest.mark.parametrize("name", ["woof", "cifar10", "imagenet-subset", "mnist"])
+@pytest.mark.parametrize("method", ["ast", "mtt", "dm"])
+def test_what_a_folder_is_called_does_not_choose_its_settings(name: str, method: str, tmp_path: Path) -> None:
+    place = Workplace.of(dstill.Machine(device="cpu", cache=tmp_path / "cache"), False)
+    found = [Job.resolve(pictures(tmp_path / called), Choice(method), 0, place) for called in (name, "dogs")]
+    plain, other = (job.recipe.model_copy(update={"data": "only a note"}) for job in found)
+    assert plain == other
+    assert found[0].origin.replace(f"for {name} at", "for dogs at") == found[1].origin
+
+
+def test_a_copy_that_holds_a_known_set_gets_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = dict.fromkeys(("cat", "dog", "owl"), 2)
+    entry = replace(DATASETS["cifar10"], shape=Shape(3, (16, 16), 3, 6, 6), content=content_of(counts))
+    monkeypatch.setitem(DATASETS, "cifar10", entry)
+    place = Workplace.of(dstill.Machine(device="cpu", cache=tmp_path / "cache"), False)
+    job = Job.resolve(pictures(tmp_path / "anything"), Choice("ast"), 0, place)
+    assert (job.name, job.recipe, job.origin) == ("anything", load_recipe("cifar10/ast-ipc1"), "recipe cifar10/ast-ipc1")
+
+
+class _Noting(_Counting):
+    """Records the notes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_what_was_read_is_said_once_by_whoever_reads_it(tmp_path: Path) -> None:
+    line = "pics has 3 classes: cat, dog, owl; 6 train, 6 test images of 3x16x16"
+    root, machine = pictures(tmp_path / "pics"), dstill.Machine(device="cpu", cache=tmp_path / "cache")
+    fast: dict[str, Any] = {"machine": machine, "changes": ["net.width=4", "net.depth=1", "protocol=quick"]}
+    reporter = _Noting()
+    syn = dstill.distill(root, method="random", progress=reporter, **fast)
+    assert reporter.notes.count(line) == 1
+    for say in (
+        lambda progress: dstill.evaluate(syn, root, networks=1, random=False, machine=machine, progress=progress),
+        lambda progress: dstill.judge(syn, root, networks=1, whole=False, machine=machine, progress=progress),
+        lambda progress: dstill.plan(root, method="random", progress=progress, **fast),
+    ):
+        reporter = _Noting()
+        say(reporter)
+        assert reporter.notes.count(line) == 1
+    reporter = _Noting()
+    dstill.distill(dstill.load_real(root), method="random", progress=reporter, **fast)
+    assert line not in reporter.notes

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dstill.api import findings
 from dstill.api.apart import request, run_apart
-from dstill.artifacts.files import write_text
+from dstill.artifacts.files import check_writable, write_text
 from dstill.artifacts.result import Result
 from dstill.config import recipes
 from dstill.config.registry import method_info
@@ -201,13 +201,15 @@ def compare(
         [('random', 1, '')]
     """
     refuse_import("compare")
-    place, real = Workplace.of(machine, progress), load_real(source)
+    place = Workplace.of(machine, progress)
+    real = load_real(source, progress=place.reporter)
     load_protocol(protocol)
     paths = {name: info.path for name, info in known_methods().items()}
     chosen = list(dict.fromkeys(name_of(method, paths, "method") for method in methods)) or list(paths)
     for name in chosen:
         method_info(name)
     folder = Path(out) if out else Path("runs") / f"{real.name}-compare-seed{seed}"
+    check_writable(folder)
     task = Task(sets, Evaluation(networks=networks, whole=whole), Recording(checkpoint_every=checkpoint_every))
     options = {"sets": sets, "networks": networks, "whole": whole, "seed": seed}
     assignments = [*recipes.assignments(changes), f"protocol={protocol}"]

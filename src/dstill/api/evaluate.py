@@ -84,7 +84,8 @@ def evaluate(
     if isinstance(distilled, str | Path):
         distilled = set_file.read(distilled)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
-    result = measure_sets(sets, load_real(source), place, Evaluation(nets, networks, random, whole, also), seed, protocol)
+    real, evaluation = load_real(source, progress=place.reporter), Evaluation(nets, networks, random, whole, also)
+    result = measure_sets(sets, real, place, evaluation, seed, protocol)
     if target is not None:
         result.save(target)
     return result

@@ -134,7 +134,7 @@ def judge(
     """
     place = Workplace.of(machine, progress)
     one = set_file.read(distilled) if isinstance(distilled, str | Path) else distilled
-    real = load_real(source)
+    real = load_real(source, progress=place.reporter)
     one = whitening.completed(one, real, place.cache)
     variants = {"soft": one, "hard": one.with_hard_labels()} if one.labels.is_floating_point() else {"hard": one}
     strategies = list(augmentations) or list(dict.fromkeys([one.augmentation, "none"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def distill(
         DistilledSet('random' of 'digits', 10 images of 1x8x8, 10 classes)
     """
     settings, trained = (experts, None) if isinstance(experts, Mapping) else (None, experts)
-    choice, recording = Choice(method, ipc, recipe, net, changes, distill, settings), _with_source(recording, source)
+    choice = Choice(method, ipc, recipe, net, changes, distill, settings)
     job = Job.resolve(source, choice, seed, Workplace.of(machine, progress))
     initial = set_file.read(init) if isinstance(init, str | Path) else init
     initial = None if initial is None else whitening.completed(initial, job.real, job.place.cache)
@@ -164,18 +163,9 @@ def _distilled(
     if out is None:
         return run_method(problem, cadence=cadence, observer=Watcher(problem, reporter))
     distilled = distill_into(out, problem, job.identity(seed), cadence, reporter, recording.logs)
-    if recording.source is not None:
-        DataSource.of(recording.source).save(out)
+    if job.real.read_as:
+        DataSource.of(job.real.read_as).save(out)
     return distilled
-
-
-def _with_source(recording: Recording, source: Source) -> Recording:
-    """The recording with how the real data are read, as far as that can be told from what was passed."""
-    if recording.source is None and isinstance(source, str | Path):
-        return replace(recording, source={"source": str(source)})
-    if recording.source is not None:
-        DataSource.of(recording.source)  # refuses what it cannot store before the work starts
-    return recording
 
 
 def run(
@@ -235,7 +225,7 @@ def run(
         ('random', 1, 1)
     """
     started = time.perf_counter()
-    choice, recording = Choice(method, ipc, recipe, net, changes, distill, experts), _with_source(recording, source)
+    choice = Choice(method, ipc, recipe, net, changes, distill, experts)
     job = Job.resolve(source, choice, seed, Workplace.of(machine, progress))
     return run_job(job, job.folder if out is None else Path(out), Task(sets, evaluation, recording), started)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dstill.artifacts import card
 from dstill.artifacts.distilled import DistilledSet
-from dstill.artifacts.files import atomic, write_bytes, write_text
+from dstill.artifacts.files import atomic, check_writable, write_bytes, write_text
 from dstill.artifacts.pictures import png_of, save_grid
 from dstill.data.quiet import without_progress_bars
 from dstill.errors import DstillError, suggest
@@ -48,8 +48,9 @@ def export(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: bo
         The folder.
 
     Raises:
-        DstillError: the kind is unknown; the whitening of the set was not found; for `png` and `pictures`, the folder holds
-            other images; for `png`, the images have neither 1 nor 3 channels, or are stored and whitened and of several parts.
+        DstillError: the kind is unknown; the folder cannot be made; the whitening of the set was not found; for `png` and
+            `pictures`, the folder holds other images; for `png`, the images have neither 1 nor 3 channels, or are stored and
+            whitened and of several parts.
 
     Example:
         >>> import tempfile
@@ -75,7 +76,7 @@ def write(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: boo
         raise DstillError(f"unknown export {kind!r}; {suggest(kind, KINDS)}")
     distilled.tensors()  # a whitening that is missing is noticed before anything is written
     target, written = Path(folder), distilled if stored else distilled.decoded
-    target.mkdir(parents=True, exist_ok=True)
+    check_writable(target)
     kept = KINDS[kind](written, distilled, target)
     if kind != "dstill":
         save_grid(written, target / card.OVERVIEW, stored=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,13 +26,16 @@ FORMAT = 3  # the newest that is read here
 _KEY = "dstill"
 _CHECK = "header_sha256"
 _PART = ".part"
+# Faults of the machine rather than of a path.
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`. On success, the file is flushed to disk and renamed to `path`, else removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+    with _said(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -50,15 +54,26 @@ def check_writable(folder: Path) -> None:
     """Makes the folder for results and checks that it is writable, before the work starts.
 
     Raises:
-        DstillError: the path is a file, or lies below one.
-        OSError: the folder cannot be written, for example on a read-only disk.
+        DstillError: the folder cannot be made or written to, for example because the path is a file or lies below one.
+        OSError: the machine lacks something, for example on a full disk.
     """
-    try:
+    with _said(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+@contextlib.contextmanager
+def _said(folder: Path) -> Iterator[None]:
+    """Turns the error of a folder that another path would not have into a sentence; what the machine lacks stays as it is."""
+    try:
+        yield
     except (FileExistsError, NotADirectoryError) as error:
         raise DstillError(f"{folder} is not a folder, and none can be made there: pass another one") from error
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    except OSError as error:
+        if error.errno in _MACHINE:
+            raise
+        raise DstillError(f"{folder} cannot be made or written to ({error.strerror}): pass another folder") from error
 
 
 def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:

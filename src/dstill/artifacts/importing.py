@@ -192,7 +192,7 @@ def published_preprocess(kind: str, real: RealSet) -> Preprocess:
     """The preprocessing of a set that another program distilled.
 
     Args:
-        kind: `published`: with the constants that the field's scripts have for a data set of this name. `standardise` or
+        kind: `published`: with the constants that the field's scripts have for this data set. `standardise` or
             `zca`: fitted on `real`, as kornia's ZCA is in trajectory matching; a whitening is kept in the cache.
         real: the real data.
 
@@ -201,10 +201,13 @@ def published_preprocess(kind: str, real: RealSet) -> Preprocess:
     """
     if kind != "published":
         return whitening.fitted(kind, real, cache_folder())
-    if real.name not in PUBLISHED_STATISTICS:
+    if real.known not in PUBLISHED_STATISTICS:
         known = ", ".join(PUBLISHED_STATISTICS)
-        raise DstillError(f"no published statistics are known for {real.name!r}, only for {known}: pass standardise or zca")
-    return Standardise(*(torch.tensor(values) for values in PUBLISHED_STATISTICS[real.name]))
+        raise DstillError(
+            f"no published statistics are known for {real.name!r}, only for {known}: pass standardise or zca. If the files are "
+            "a part of one of these, put its name before the path, such as cifar10@PATH"
+        )
+    return Standardise(*(torch.tensor(values) for values in PUBLISHED_STATISTICS[real.known]))
 
 
 def _labels(labels: Tensor, counts: tuple[int, int], classes: int, path: Path) -> Tensor:

@@ -120,18 +120,21 @@ class DataSource(_Record):
     train_fraction: float = 1.0
     classes: tuple[str, ...] | None = None
     test_fraction: float | None = None
+    test_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    class_names: tuple[str, ...] | None = None
+    skip_damaged: bool = False
+    seed: int = 0
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> DataSource:
         """From arguments of `load_real`. A path stays as it was given, but for the home folder, which names the user.
 
         Raises:
-            DstillError: `load_real` has no such argument, or it does not take this value.
+            ValueError: `load_real` has no such argument, or it does not take this value.
         """
-        try:
-            return cls.model_validate({**arguments, "source": from_home(str(arguments.get("source", "")))})
-        except ValueError as error:
-            raise DstillError(f"the source of a recording has the arguments of load_real, got {dict(arguments)}") from error
+        return cls.model_validate({**arguments, "source": from_home(str(arguments.get("source", "")))})
 
     @classmethod
     def load(cls, folder: Path) -> DataSource | None:

@@ -41,7 +41,7 @@ def export(
     from dstill.artifacts.distilled import DistilledSet
     from dstill.artifacts.exporting import write
 
-    one = DistilledSet.load(distilled, real=data.load(source) if source else None)
+    one = DistilledSet.load(distilled, real=data.load(source, Common()) if source else None)
     kept = write(one, kind, out, stored=stored)
     print(f"{out}\n{kept}")
 
@@ -85,7 +85,7 @@ def import_(
     from dstill.cli.show import describe
 
     told = {"method": method, "net": net, "changes": changes, "augmentation": augmentation, "alpha": alpha, "parts": parts}
-    import_set(path, data.load(source), preprocess=preprocess, **told).save(out)  # type: ignore[arg-type]
+    import_set(path, data.load(source, common), preprocess=preprocess, **told).save(out)  # type: ignore[arg-type]
     print(printable(describe(out)))
 
 
@@ -119,7 +119,7 @@ def show(path: Path, *, png: Path | None = None, stored: Flag = False, source: s
     print(printable(describe(path)))
     print_drawing(path, stored=stored)
     if png is not None:
-        write_picture(path, png, real=data.load(source) if source else None, stored=stored)
+        write_picture(path, png, real=data.load(source, Common()) if source else None, stored=stored)
         print(f"pictures: {png}")
 
 

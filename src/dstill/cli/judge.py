@@ -50,7 +50,7 @@ def evaluate(
     options, one = common.arguments(machine), set_file.read(distilled)
     one = one.with_hard_labels() if hard else one
     one = one.with_augmentation(augmentation) if augmentation else one
-    summary.print_result(evaluate(one, data.load(source), protocol=protocol, out=out, **vars(evaluation), **options))
+    summary.print_result(evaluate(one, data.load(source, common), protocol=protocol, out=out, **vars(evaluation), **options))
 
 
 @app.command
@@ -87,7 +87,7 @@ def judge(
     from dstill.cli import summary
 
     options = {"protocol": protocol, "networks": networks, "whole": whole, "out": out, **common.arguments(machine)}
-    real = data.load(source)
+    real = data.load(source, common)
     summary.print_judgement(judge(distilled, real, nets=names(nets), augmentations=names(augmentations), **options))
 
 
@@ -116,12 +116,13 @@ def plan(
         common: how the command behaves.
     """
     from dstill.cli import summary
-    from dstill.data.catalog import DATASETS
+    from dstill.data.catalog import named
     from dstill.planning.plan import plan
 
     options = {"sets": sets, "evaluation": evaluation, "recording": recording, **common.arguments(machine)}
-    known = source in DATASETS and DATASETS[source].hub and data == _DATA
-    summary.print_plan(plan(source if known else data.load(source), **choice.arguments(), **options))
+    entry = named(source)
+    known = entry is not None and entry.hub and data == _DATA
+    summary.print_plan(plan(source if known else data.load(source, common), **choice.arguments(), **options))
 
 
 @app.command
@@ -168,7 +169,7 @@ def compare(
     rows = {"methods": names(methods), "ipc": numbers(ipc, "--ipc"), "recipe": recipe, "changes": changes, "sets": sets}
     judging = {"networks": networks, "protocol": protocol, "whole": whole}
     options = {"out": out, "checkpoint_every": checkpoint_every, **common.arguments(machine)}
-    comparison = compare(data.load(source, out or Path("runs")), **rows, **judging, **options)  # type: ignore[arg-type]
+    comparison = compare(data.load(source, common, out or Path("runs")), **rows, **judging, **options)  # type: ignore[arg-type]
     summary.print_comparison(comparison)
     if any(row.result is None for row in comparison.rows):
         raise SystemExit(1)
@@ -244,4 +245,4 @@ def tune(
     from dstill.api.tune import tune
 
     options = common.arguments(machine)
-    print(tune(data.load(source), budget=budget, out=out, **choice.arguments(), **options))
+    print(tune(data.load(source, common), budget=budget, out=out, **choice.arguments(), **options))

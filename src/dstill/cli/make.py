@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from dstill.cli.app import app
@@ -44,9 +43,8 @@ def run(
     from dstill.api.run import run
     from dstill.cli import summary
 
-    recording = replace(recording, source={"source": source, **data.arguments()})
     options = {"sets": sets, "evaluation": evaluation, "recording": recording, **common.arguments(machine, expert_seed)}
-    real = data.load(source, out or Path("runs"))
+    real = data.load(source, common, out or Path("runs"))
     summary.print_result(run(real, out=out, **choice.arguments(), **options))
 
 
@@ -73,7 +71,7 @@ def train_experts(
     from dstill.api.run import train_experts
 
     chosen, options = numbers(only, "--only") or None, common.arguments(machine)
-    print(train_experts(data.load(source), only=chosen, **choice.arguments(), **options).summary())
+    print(train_experts(data.load(source, common), only=chosen, **choice.arguments(), **options).summary())
 
 
 @app.command
@@ -106,7 +104,6 @@ def distill(
     """
     from dstill.api.run import distill
 
-    recording = replace(recording, source={"source": source, **data.arguments()})
     options = {"experts": experts, "init": init, "recording": recording, **common.arguments(machine, expert_seed)}
-    distill(data.load(source, out), out=out, **choice.arguments(), **options)
+    distill(data.load(source, common, out), out=out, **choice.arguments(), **options)
     print(out)

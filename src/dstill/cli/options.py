@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dstill.errors import DstillError
-from dstill.jobs.options import Machine, Seeds, Whole, names
+from dstill.jobs.options import Flag, Machine, Seeds, Whole, names
 from dstill.support.console import ConsoleReporter
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ class Data:
         train_fraction: share of the training images to keep; the choice does not depend on the seed.
         classes: names of the classes to keep, joined by commas.
         test_fraction: share of the training images to use for testing, for data without a test split; always the same images.
+        test_split: name of the split to test on (default: test, else the one for validation).
+        image_column: column of a table or list that holds the images or names their files.
+        label_column: column of a table or list that holds the classes.
+        skip_damaged: leave images out that cannot be read, instead of stopping.
     """
 
     image_size: Whole | None = None
@@ -41,9 +45,15 @@ class Data:
     train_fraction: float = 1.0
     classes: str | None = None
     test_fraction: float | None = None
+    test_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    skip_damaged: Flag = False
 
-    def load(self, source: str, out: Path | None = None) -> RealSet:
-        """Loads the data. The splits do not depend on the seed, so that no command trains on the test images of another.
+    def load(self, source: str, common: Common, out: Path | None = None) -> RealSet:
+        """Loads the data, and says on standard error what was read.
+
+        The splits do not depend on the seed, so that no command trains on the test images of another.
 
         Raises:
             DstillError: see `load_real`; or `out`, the folder of results, lies inside the folder of images, so that the next
@@ -55,12 +65,8 @@ class Data:
         inside = out is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve())
         if inside and next(folder.rglob("*.parquet"), None) is None:
             raise DstillError(f"{out} lies inside the folder of images {folder}: pass -o a folder outside it")
-        return load_real(source, **self.arguments())
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of `load_real` that differ from its defaults."""
-        given = {**vars(self), "classes": names(self.classes) or None}
-        return {key: value for key, value in given.items() if value != getattr(Data, key)}
+        options = {**vars(self), "classes": names(self.classes) or None}
+        return load_real(source, progress=common.reporter(), **options)
 
 
 @Parameter(name="*")
@@ -79,10 +85,21 @@ class Common:
     debug: bool = False
 
     def arguments(self, machine: Machine, expert_seed: int | None = None) -> dict[str, Any]:
-        """Arguments of the public functions: the seed, the machine with all its cores, and whether progress is shown."""
+        """Arguments of the public functions: the seed, the machine with all its cores, and whether progress is shown.
+
+        Raises:
+            DstillError: this machine has no such device. It is refused before any data are read.
+        """
+        from dstill.support.devices import resolve_device
+
+        resolve_device(machine.device)
         seed = self.seed if expert_seed is None else Seeds(self.seed, expert_seed)
         machine = replace(machine, workers="auto") if machine.workers is None else machine
-        return {"seed": seed, "machine": machine, "progress": ConsoleReporter(sys.stderr, quiet=self.quiet, patience=_PATIENCE)}
+        return {"seed": seed, "machine": machine, "progress": self.reporter()}
+
+    def reporter(self) -> ConsoleReporter:
+        """Shows progress on standard error, unless the command is to be quiet."""
+        return ConsoleReporter(sys.stderr, quiet=self.quiet, patience=_PATIENCE)
 
 
 @Parameter(name="*")

@@ -72,18 +72,20 @@ def resolve(
     ipc: int | None,
     changes: Sequence[str] = (),
     memory: float = math.inf,
+    name: str = "",
 ) -> tuple[Recipe, str]:
     """The settings of a run, and a sentence on where they come from.
 
     Args:
         recipe: name or file; `smoke` for a tiny run on any data; None for the data set's own recipe (the tuned one if there
             is one), or else settings derived from the nearest recipe.
-        data: name of the real data.
+        data: name in the catalogue of the data set that the real data are; empty for all others, whatever they are called.
         shape: shape of the real data.
         method: must agree with the recipe's method; `ast` if neither is given.
         ipc: overrides the recipe's; 1 if neither is given.
         changes: assignments `section.key=value`, applied last.
         memory: memory of the device in bytes, which derived settings must fit.
+        name: what the real data are called in messages and notes; `data` if left out. It has no other effect.
 
     Raises:
         DstillError: see `load_recipe`; or a change names an unknown key.
@@ -92,7 +94,7 @@ def resolve(
         method_info(method)
     if ipc is not None and ipc < 1:
         raise DstillError(f"ipc must be at least 1, got {ipc}")
-    about = _About(data, shape, memory)
+    about = _About(data, name or data, shape, memory)
     if recipe == "smoke":
         found = _smoke(_default(about, method or "ast", ipc or 1)[0])
         origin = "settings of a smoke run: they show that everything works, not what accuracy is possible"
@@ -108,8 +110,9 @@ def resolve(
 
 
 class _About(NamedTuple):
-    """The data for which settings are wanted."""
+    """The data for which settings are wanted: what they are, if the catalogue knows it, and what they are called."""
 
+    known: str
     name: str
     shape: Shape
     memory: float
@@ -162,7 +165,7 @@ def assign(values: dict[str, Any], changes: Sequence[str]) -> None:
 
 
 def _default(about: _About, method: str, ipc: int) -> tuple[Recipe, str]:
-    name = published(about.name, method, ipc)
+    name = published(about.known, method, ipc)
     if name is not None:
         chosen = _tuned(name)
         return load_recipe(chosen), f"recipe {chosen}" + (f" (as published: {name})" if chosen != name else "")
@@ -189,7 +192,7 @@ def _tuned(name: str) -> str:
 
 def _distance(about: _About, ipc: int, candidate: Recipe) -> float:
     steps = abs(math.log2(ipc / candidate.ipc))
-    if candidate.data == about.name:
+    if candidate.data == about.known:
         return steps
     side, classes = _PUBLISHED[candidate.data]
     return _FOREIGN + abs(math.log2(about.shape.side / side)) + abs(math.log2(about.shape.classes / classes)) + steps
@@ -200,7 +203,7 @@ def _comparable(about: _About, method: str) -> list[str]:
     return [
         name
         for name in recipe_names()
-        if name.split("/")[0] in {*_PUBLISHED, about.name} and name.split("/")[1].startswith(f"{method}-ipc")
+        if name.split("/")[0] in {*_PUBLISHED, about.known} and name.split("/")[1].startswith(f"{method}-ipc")
     ]
 
 
@@ -211,9 +214,9 @@ def _derived(about: _About, method: str, ipc: int) -> tuple[Recipe, str]:
     """
     nearest = _tuned(min(_comparable(about, method), key=lambda name: _distance(about, ipc, load_recipe(name))))
     base, missing = load_recipe(nearest), f"no recipe for {about.name} at IPC {ipc}: settings derived from {nearest}"
-    own = base.data == about.name
+    own = base.data == about.known
     depth = base.net.depth if own and base.net.depth else usual_depth(about.shape.side)
-    case = Case(about.shape, ipc, base.net.model_copy(update={"depth": depth}), _mirrors(about.name), about.memory)
+    case = Case(about.shape, ipc, base.net.model_copy(update={"depth": depth}), _mirrors(about.known), about.memory)
     update: dict[str, Any] = {"ipc": ipc, "distill": base.distill.adapted(case), "note": f"{DERIVED} {nearest}"}
     if own:
         return base.model_copy(update=update), missing

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -50,6 +53,8 @@ class Entry:
         mirror: whether a mirrored image keeps its class; a mirrored digit does not.
         note: one line for `dstill ls datasets`.
         shape: what is known about the data set before it is loaded.
+        content: `content_of` its training images, by which a copy is recognised whatever it is called; empty if copies
+            differ.
     """
 
     hub: str
@@ -62,6 +67,40 @@ class Entry:
     mirror: bool = True
     note: str = ""
     shape: Shape | None = None
+    content: str = ""
+
+
+def content_of(counts: Mapping[str, int]) -> str:
+    """A digest of the names of the classes and of how many training images each has: 16 hex digits.
+
+    Example:
+        >>> content_of({"cat": 2, "dog": 1}) == content_of({"dog": 1, "cat": 2}) != content_of({"cat": 1, "dog": 2})
+        True
+    """
+    lines = sorted(f"{name}\t{count}" for name, count in counts.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def named(source: str) -> Entry | None:
+    """The data set that a name stands for; None if there is none, or if a file or folder of this name exists."""
+    return None if Path(source).exists() else DATASETS.get(source)
+
+
+def recognised(channels: int, size: tuple[int, int], counts: Mapping[str, int]) -> str:
+    """Name of the data set whose training images these are, told by their content and never by a path; empty if none.
+
+    Args:
+        channels: colour channels.
+        size: height and width in pixels.
+        counts: number of training images by name of the class.
+    """
+    content = content_of(counts)
+    for name, entry in DATASETS.items():
+        shape = entry.shape
+        # Data sets that are brought to a size when they are loaded by name have another one in their files.
+        if entry.content == content and shape and shape.channels == channels and (entry.size or shape.size == size):
+            return name
+    return ""
 
 
 def _subset(*ids: int) -> Entry:
@@ -86,23 +125,41 @@ DATASETS: dict[str, Entry] = {
         shape=Shape(1, (8, 8), 10, 1_437, 360),
     ),
     "cifar10": Entry(
-        "uoft-cs/cifar10", note="60,000 images of 32x32, 10 classes", shape=Shape(3, (32, 32), 10, 50_000, 10_000)
+        "uoft-cs/cifar10",
+        note="60,000 images of 32x32, 10 classes",
+        shape=Shape(3, (32, 32), 10, 50_000, 10_000),
+        content="ceeda43459c20069",
     ),
     "cifar100": Entry(
         "uoft-cs/cifar100",
         label="fine_label",
         note="60,000 images of 32x32, 100 classes",
         shape=Shape(3, (32, 32), 100, 50_000, 10_000),
+        content="2c1f2b6abecb592d",
     ),
     "tiny-imagenet": Entry(
         "zh-plus/tiny-imagenet",
         "valid",
         note="110,000 images of 64x64, 200 classes",
         shape=Shape(3, (64, 64), 200, 100_000, 10_000),
+        content="2e2ed08ce3faabe6",  # with the WordNet ids as names, as on the hub and in the zip
     ),
-    "mnist": Entry("ylecun/mnist", mirror=False, size=32, fit="pad", note="70,000 digits, 28x28 padded to 32x32", shape=_GREY),
+    "mnist": Entry(
+        "ylecun/mnist",
+        mirror=False,
+        size=32,
+        fit="pad",
+        note="70,000 digits, 28x28 padded to 32x32",
+        shape=_GREY,
+        content="73d127f221d7d0ac",
+    ),
     "fashion-mnist": Entry(
-        "zalando-datasets/fashion_mnist", size=32, fit="pad", note="70,000 garments, 28x28 padded to 32x32", shape=_GREY
+        "zalando-datasets/fashion_mnist",
+        size=32,
+        fit="pad",
+        note="70,000 garments, 28x28 padded to 32x32",
+        shape=_GREY,
+        content="cd699fa9e36b97d5",
     ),
     "svhn": Entry(
         "ufldl-stanford/svhn",
@@ -110,6 +167,7 @@ DATASETS: dict[str, Entry] = {
         mirror=False,
         note="99,289 house numbers of 32x32",
         shape=Shape(3, (32, 32), 10, 73_257, 26_032),
+        content="a9da557c8ae48615",
     ),
     "nette": _subset(0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
     "woof": _subset(193, 182, 258, 162, 155, 167, 159, 273, 207, 229),

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dstill.data import sources
+from dstill.data.aligning import aligned
+from dstill.data.catalog import recognised
+from dstill.data.pictures import resize
+from dstill.data.sources import read
+from dstill.data.splits import Raw, Reading
 from dstill.errors import DstillError, suggest
 from dstill.support import seeding
+from dstill.support.console import Progress, reporter_of
 
 VALIDATION_FRACTION = 0.1
+_NAMED = 10  # classes that a summary names
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,10 @@ class RealSet:
         class_names: name of each class id.
         judged_on: `test`; `validation` after `holdout`.
         fingerprint: the first 16 hex digits of a SHA-256 of pixels, labels and class names; computed if left out.
+        known: the data set of `dstill ls datasets` that this is: loaded by its name, or recognised by its content. Empty for
+            all others, whatever they are called.
+        read_as: the arguments of `load_real` that read it again, without those that have their defaults. Empty if it did not
+            come from a name or a path, or was changed since.
 
     Example:
         >>> split = Split(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
@@ -74,6 +85,8 @@ class RealSet:
     class_names: tuple[str, ...]
     judged_on: str = "test"
     fingerprint: str = ""
+    known: str = ""
+    read_as: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not self.fingerprint:
@@ -82,6 +95,21 @@ class RealSet:
     def __repr__(self) -> str:
         shape = "x".join(map(str, (self.channels, *self.size)))
         return f"RealSet({self.name!r}, {len(self.train)} + {len(self.test)} images of {shape}, {self.classes} classes)"
+
+    def summary(self) -> str:
+        """What this is, in a line; of more than ten classes, the first and the last are named.
+
+        Example:
+            >>> split = Split(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
+            >>> RealSet("pets", split, split, ("cat", "dog")).summary()
+            'pets has 2 classes: cat, dog; 2 train, 2 test images of 3x8x8'
+        """
+        names = list(self.class_names)
+        if len(names) > _NAMED:
+            names = [*names[:3], "…", names[-1]]
+        shape = "x".join(map(str, (self.channels, *self.size)))
+        counts = f"{len(self.train):,} train, {len(self.test):,} {self.judged_on} images of {shape}"
+        return f"{self.name} has {self.classes} classes: {', '.join(names)}; {counts}"
 
     @property
     def channels(self) -> int:
@@ -150,7 +178,7 @@ def stratified(labels: Tensor, names: Sequence[str], fraction: float, generator:
         Row numbers of the rest and of the part, each in ascending order.
 
     Raises:
-        DstillError: a class has fewer than two images, or `fraction` is not between 0 and 1.
+        DstillError: a class has a single image, or `fraction` is not between 0 and 1.
     """
     if not 0 < fraction < 1:
         raise DstillError(f"the fraction to set aside must be above 0 and below 1, got {fraction}")
@@ -158,18 +186,25 @@ def stratified(labels: Tensor, names: Sequence[str], fraction: float, generator:
     part: list[Tensor] = []
     for c, name in enumerate(names):
         rows = (labels == c).nonzero().squeeze(1)
-        if len(rows) < 2:
+        if len(rows) == 1:
             raise DstillError(f"class {name!r} has {len(rows)} image(s): at least two are needed to set a part aside")
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+        count = min(max(1, round(fraction * len(rows))), len(rows) - 1) if len(rows) else 0
         part.append(rows[:count])
         rest.append(rows[count:])
     return torch.cat(rest).sort().values, torch.cat(part).sort().values
 
 
-Pair = tuple["Tensor | np.ndarray", "Tensor | np.ndarray | Sequence[int]"]
+class Items(Protocol):
+    """A map-style data set: `torch.utils.data.Dataset` and `datasets.Dataset` are such."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
 # What `load_real` takes.
-Source = str | Path | Pair | Mapping[str, Pair] | RealSet
+Source = str | Path | RealSet | Mapping[str, Any] | Items
 
 
 def load_real(
@@ -180,16 +215,33 @@ def load_real(
     train_fraction: float = 1.0,
     classes: Sequence[str] | None = None,
     test_fraction: float | None = None,
+    test_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Sequence[str] | None = None,
+    skip_damaged: bool = False,
     seed: int = 0,
+    progress: Progress = None,
 ) -> RealSet:
-    """Loads a labelled image set.
+    """Loads a labelled image set, and says what was read.
+
+    A folder or file always comes before a data set of the same name. What a path is called changes nothing: the settings of
+    a known data set apply to local files only if these hold its classes and its training images.
 
     Args:
-        source: one of: a name listed by `dstill ls datasets`; another id on the Hugging Face hub (`owner/name`); the root of
-            an image folder (`train/<class>/*.png`, or `<class>/*.png` with `test_fraction`); a Parquet file, a folder of
-            Parquet files, or a pattern such as `data/cifar10-*.parquet`; an ImageNet subset drawn from your own copy
-            (`nette@/path`); a pair `(images, labels)`, or a mapping of split names to pairs. Images are `[N, C, H, W]`, uint8
-            or float in [0, 1].
+        source: one of:
+
+            - a name listed by `dstill ls datasets`, or another id on the Hugging Face hub (`owner/name`);
+            - a folder of images: `train/<class>/*.png`, `<class>/*.png` with `test_fraction`, or images beside a list of files
+              and labels (`metadata.csv`, `.jsonl`, another CSV or TSV file, `val_annotations.txt`); or the list itself;
+            - a Parquet file, a folder of Parquet files, or a pattern such as `data/cifar10-*.parquet`;
+            - an .npz file with `train_images`, `train_labels` and so on, or `x_train`, `y_train`;
+            - an ImageNet subset drawn from your own copy (`nette@/path`);
+            - in memory: a pair `(images, labels)`, a pair of such pairs for training and test, a list of `(image, label)`, a
+              map-style data set of PyTorch, a `datasets.Dataset` or `DatasetDict`, or a mapping of split names to these.
+
+            Arrays are `[N, C, H, W]`, `[N, H, W, C]` or, if grey, `[N, H, W]`; uint8, or float in [0, 1]. Labels are whole
+            numbers from 0, or words.
         image_size: side in pixels that every image is brought to. Needed if images differ in size.
         fit: how images are brought to `image_size`. `pad`: zeros around the centred image. `resize`: bilinear scaling to the
             exact square. `crop`: the shorter side is scaled to `image_size`, then the centre is cut out. `error`: images of
@@ -197,29 +249,61 @@ def load_real(
         train_fraction: share of the training images of each class to keep, above 0 and at most 1.
         classes: names (or ids) of the classes to keep, in this order.
         test_fraction: share of the training images to set aside as test images, for data without a test split.
+        test_split: name of the split to test on; `test` if there is one, else the one for validation.
+        image_column: column of a table or list that holds the images or names their files.
+        label_column: column of a table or list that holds the classes.
+        class_names: names of the classes in the order of their ids, for labels that are numbers; for labels that are words,
+            the same words in the order that their ids shall have.
+        skip_damaged: leave images out that cannot be read. Otherwise they are an error that names them all.
         seed: decides which images `train_fraction` and `test_fraction` pick.
+        progress: whether what was read is said; None says it on a terminal and in a notebook.
 
     Returns:
         The data as uint8 tensors.
 
     Raises:
-        DstillError: the name is unknown, the hub cannot be reached, a split is missing, there is only one class, an image
-            cannot be read (the message has its path), labels are out of range, or images differ in size and `image_size` is
-            not given.
+        DstillError: the name is unknown, the hub cannot be reached, a split or a column is missing or may be several, images
+            have several labels or none, there is only one class, images cannot be read, labels are out of range, the layout
+            of an array cannot be told, or images differ in size and `image_size` is not given. The message has the option or
+            the line of code that helps.
 
     Example:
         >>> images, labels = torch.zeros(6, 1, 4, 4), torch.tensor([0, 0, 0, 1, 1, 1])
-        >>> load_real((images, labels), test_fraction=0.34)
+        >>> real = load_real((images, labels), test_fraction=0.34, class_names=["cat", "dog"])
+        >>> real
         RealSet('in-memory', 4 + 2 images of 1x4x4, 2 classes)
+        >>> print(real.summary())
+        in-memory has 2 classes: cat, dog; 4 train, 2 test images of 1x4x4
     """
-    if image_size is not None and image_size < 1:
-        raise DstillError(f"image_size must be at least 1 pixel, got {image_size}")
-    if isinstance(source, RealSet):
-        real = source if image_size is None else _resized(source, image_size, fit or "resize")
-    else:
-        real = _assemble(sources.read(source, image_size=image_size, fit=fit), test_fraction, seed)
     if isinstance(classes, str):
         raise DstillError(f"classes must be a list of names, got the text {classes!r}")
+    if isinstance(class_names, str):
+        raise DstillError(f"class_names must be a list of names, got the text {class_names!r}")
+    if image_size is not None and image_size < 1:
+        raise DstillError(f"image_size must be at least 1 pixel, got {image_size}")
+    say = functools.cache(reporter_of(progress).note)  # what holds for both splits is said once
+    how = Reading(image_size, fit, image_column, label_column, test_split, class_names, skip_damaged, say)
+    if isinstance(source, RealSet):
+        if test_fraction is not None or how.asks_for_more_than_a_size:
+            raise DstillError(f"{source.name} is loaded already: pass the options of reading and splitting where it is loaded")
+        real = source if image_size is None else _resized(source, image_size, fit or "resize")
+        real = _reduced(real, classes, train_fraction, seed)
+        return source if real is source else replace(real, read_as={})
+    real = _assemble(read(source, how), test_fraction, seed, renumbered=bool(classes))
+    if real.known and real.known != real.name:
+        say(f"{real.name} holds the classes and training images of {real.known}, so it has the recipes of {real.known}")
+    real = _reduced(real, classes, train_fraction, seed)
+    say(real.summary())
+    if not isinstance(source, str | Path):
+        return real
+    chosen = {"classes": classes, "test_fraction": test_fraction, "seed": seed or None}
+    chosen |= {"train_fraction": train_fraction if train_fraction < 1 else None}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return replace(real, read_as={"source": str(source), **how.arguments(), **given})
+
+
+def _reduced(real: RealSet, classes: Sequence[str] | None, train_fraction: float, seed: int) -> RealSet:
+    """The classes to keep, and the share of their training images."""
     if classes:
         real = _keep_classes(real, classes)
     if not 0 < train_fraction <= 1:
@@ -232,58 +316,34 @@ def load_real(
     return real
 
 
-def _assemble(raw: sources.Raw, test_fraction: float | None, seed: int) -> RealSet:
-    """Aligns the classes of training and test split by name, and checks the labels."""
-    train = Split(raw.train.images, raw.train.labels)
-    if len(train) == 0:
-        raise DstillError(f"{raw.name} (train) has no images")
-    names = raw.train.class_names or tuple(str(c) for c in range(int(train.labels.max()) + 1))
-    if raw.test is None:
-        if test_fraction is None:
-            raise DstillError(
-                f"{raw.name} has no test split (found: {', '.join(raw.found)}): name one of its splits test, val or "
-                "validation, or pass --test-fraction 0.1 to set some of the training images aside"
-            )
-        _check_labels(raw.name, train, names)
-        rest, part = stratified(train.labels, names, test_fraction, seeding.generator(seed, "test-fraction"))
-        return RealSet(raw.name, train.take(rest), train.take(part), names)
+def _assemble(raw: Raw, test_fraction: float | None, seed: int, *, renumbered: bool) -> RealSet:
+    """The aligned splits of a source, or a part of its training images in place of a missing test split."""
+    train, test, names = aligned(raw, renumbered=renumbered)
+    counts = dict(zip(names, torch.bincount(train.labels, minlength=len(names)).tolist(), strict=True))
+    known = raw.known or recognised(train.images.shape[1], (train.images.shape[2], train.images.shape[3]), counts)
+    fitting, testing = Split(train.images, train.labels), None if test is None else Split(test.images, test.labels)
+    if testing is None and test_fraction is None:
+        raise DstillError(_without_test(raw))
+    if testing is None:
+        generator = seeding.generator(seed, "test-fraction")
+        rest, part = stratified(train.labels, names, test_fraction or 0.0, generator)
+        return RealSet(raw.name, fitting.take(rest), fitting.take(part), names, known=known)
     if test_fraction is not None:
         raise DstillError(f"{raw.name} has a test split of its own: leave out test_fraction (--test-fraction)")
-    test = Split(raw.test.images, raw.test.labels)
-    if raw.test.class_names and raw.test.class_names != names:
-        # Checked before the look-up: -1, which usually marks unlabelled images, would index the last class.
-        _check_labels(f"{raw.name} (test)", test, raw.test.class_names)
-        test = Split(test.images, _by_name(raw.test.class_names, names, raw.name)[test.labels])
-    for part_name, split in (("train", train), ("test", test)):
-        _check_labels(f"{raw.name} ({part_name})", split, names)
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise DstillError(
-            f"{raw.name}: training images are {tuple(train.images.shape[1:])} and test images "
-            f"{tuple(test.images.shape[1:])} (channels, height, width): pass --image-size"
-        )
-    return RealSet(raw.name, train, test, names)
+    return RealSet(raw.name, fitting, testing, names, known=known)
+
+
+def _without_test(raw: Raw) -> str:
+    found = f"(found: {', '.join(raw.found)})"
+    aside = "pass --test-fraction 0.1 (test_fraction=0.1) to set some of the training images aside"
+    if raw.hidden:
+        return f"{raw.name}: the labels of {' and '.join(raw.hidden)} are hidden, so nothing can be measured there: {aside}"
+    return f"{raw.name} has no test split {found}: name one of its splits test, val or validation, or {aside}"
 
 
 def _resized(real: RealSet, size: int, fit: str) -> RealSet:
-    train, test = (replace(split, images=sources.resize(split.images, size, fit)) for split in (real.train, real.test))
+    train, test = (replace(split, images=resize(split.images, size, fit)) for split in (real.train, real.test))
     return replace(real, train=train, test=test, fingerprint="")
-
-
-def _by_name(theirs: tuple[str, ...], ours: tuple[str, ...], name: str) -> Tensor:
-    unknown = sorted(set(theirs) - set(ours))
-    if unknown:
-        raise DstillError(f"{name}: test class {unknown[0]!r} is not a training class; {suggest(unknown[0], ours)}")
-    return torch.tensor([ours.index(c) for c in theirs])
-
-
-def _check_labels(where: str, split: Split, names: tuple[str, ...]) -> None:
-    if len(split) == 0:
-        raise DstillError(f"{where} has no images")
-    low, high = int(split.labels.min()), int(split.labels.max())
-    if low < 0 or high >= len(names):
-        raise DstillError(
-            f"{where} has labels from {low} to {high}, but {len(names)} classes: they must be 0 to {len(names) - 1}"
-        )
 
 
 def _keep_classes(real: RealSet, classes: Sequence[str]) -> RealSet:

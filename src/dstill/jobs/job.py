@@ -99,17 +99,17 @@ class Job:
             choice: the settings to use.
             seed: one seed for everything, or `Seeds`.
             place: where the work will be done.
-            shape: shape of the data if they are not to be loaded; `source` is then their name.
+            shape: shape of the data if they are not to be loaded; `source` is then their name in the catalogue.
 
         Raises:
             DstillError: the data cannot be read, or the settings are unknown or contradict each other.
         """
         if shape is None:
-            data = load_real(source)
-            name, shape = data.name, shape_of(data)
+            data = load_real(source, progress=place.reporter)
+            known, name, shape = data.known, data.name, shape_of(data)
         else:
-            data, name = None, str(source)
-        recipe, origin = resolved(choice, name, shape, place.device)
+            data, known, name = None, str(source), str(source)
+        recipe, origin = resolved(choice, known, shape, place.device, name)
         if not isinstance(choice.recipe, Recipe):
             place.reporter.note(f"{recipe.method}, {recipe.ipc} image(s) per class, {name}: {origin}")
         return cls(name, shape, data, recipe, origin, Seeds.of(seed), place)
@@ -241,7 +241,7 @@ class Task:
     recording: Recording = Recording()
 
 
-def resolved(choice: Choice, name: str, shape: Shape, device: torch.device) -> tuple[Recipe, str]:
+def resolved(choice: Choice, known: str, shape: Shape, device: torch.device, name: str = "") -> tuple[Recipe, str]:
     """The settings of a choice, and a sentence on where they come from; see `recipes.resolve`."""
     method = None if choice.method is None else name_of(choice.method, {n: i.path for n, i in METHODS.items()}, "method")
     changes = _changes(choice)
@@ -250,7 +250,8 @@ def resolved(choice: Choice, name: str, shape: Shape, device: torch.device) -> t
         ipc = [] if choice.ipc is None else [f"ipc={choice.ipc}"]
         return recipes.changed(choice.recipe, [*ipc, *changes], "recipe"), "the recipe that was passed"
     memory = total_memory(device)
-    return recipes.resolve(choice.recipe, name, shape, method=method, ipc=choice.ipc, changes=changes, memory=memory)
+    options: dict[str, Any] = {"method": method, "ipc": choice.ipc, "changes": changes, "memory": memory, "name": name}
+    return recipes.resolve(choice.recipe, known, shape, **options)
 
 
 def _changes(choice: Choice) -> list[str]:

@@ -149,8 +149,6 @@ class Recording:
         checkpoint_every: store the state every so many iterations; 0 for never.
         picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
         logs: where metrics go in addition, joined by commas on the command line: tensorboard, wandb.
-        source: how the real data were read, as arguments of `load_real`; the code in the report reads them again. A name or a
-            path that is passed as the data need not be repeated here. No option of the command line, which fills it in.
 
     Example:
         >>> Recording(validate_every=50).checkpoint_every
@@ -161,7 +159,6 @@ class Recording:
     checkpoint_every: Whole = 25
     picture_every: Whole = 0
     logs: Annotated[Names, Parameter(name="--log")] = ()
-    source: Annotated[Mapping[str, Any] | None, Parameter(parse=False)] = None
 
 
 @dataclass(frozen=True)

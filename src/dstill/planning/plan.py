@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dstill.config.settings import ExpertConfig, NetConfig, Passes, Protocol, Recipe, digest
 from dstill.data import formation
-from dstill.data.catalog import DATASETS, Shape
+from dstill.data.catalog import Shape, named
 from dstill.data.real import Source
 from dstill.errors import DstillError
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES
@@ -102,7 +102,8 @@ def plan(
 ) -> Plan:
     """Estimates what `run` with the same arguments would take on this machine, from a calibration of some seconds.
 
-    Data of a name that `dstill ls datasets` knows are not loaded; the plan then assumes that nothing is cached.
+    Data of a name that `dstill ls datasets` knows are not loaded, unless a path has that name; the plan then assumes that
+    nothing is cached.
 
     Args:
         source: see `run`, as for all that follow.
@@ -134,7 +135,8 @@ def plan(
     """
     choice = Choice(method, ipc, recipe, net, changes, distill, experts)
     place = Workplace.of(machine, progress)
-    known = DATASETS[source].shape if isinstance(source, str) and source in DATASETS and DATASETS[source].hub else None
+    entry = named(source) if isinstance(source, str) else None
+    known = entry.shape if entry is not None and entry.hub else None  # else they are loaded
     job, task = Job.resolve(source, choice, seed, place, shape=known), Task(sets, evaluation, recording)
     at_least_one(sets=sets, networks=evaluation.networks)
     formation.check_parts(job.shape.size, job.recipe.distill.parts)

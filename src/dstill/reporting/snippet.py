@@ -12,6 +12,8 @@ from dstill.data.catalog import DATASETS
 from dstill.nets.networks import NETWORKS
 from dstill.support.console import from_home
 
+_PYTHON_ONLY = ("class_names", "seed")  # arguments of `load_real` that are no options
+
 
 def python(distilled: DistilledSet, folder: Path, source: DataSource | None) -> str:
     """A Python script that trains a network on a set and, if it is known where the real data are, tests it on them.
@@ -76,7 +78,7 @@ def _untested() -> list[str]:
 
 
 def command(folder: Path, source: DataSource) -> str:
-    """The command that evaluates a set.
+    """The command that evaluates a set; empty if the command line cannot say how the real data are read.
 
     Args:
         folder: the folder of the set.
@@ -84,7 +86,11 @@ def command(folder: Path, source: DataSource) -> str:
     """
     words = ["dstill", "evaluate", from_home(str(folder)), source.source]
     for key, value in _options(source):
-        words += [f"--{key.replace('_', '-')}", ",".join(value) if isinstance(value, tuple) else str(value)]
+        if key in _PYTHON_ONLY:
+            return ""
+        words.append(f"--{key.replace('_', '-')}")
+        if value is not True:
+            words.append(",".join(value) if isinstance(value, tuple) else str(value))
     return " ".join(map(_quoted, words)) + "\n"
 
 

@@ -144,7 +144,8 @@ def reproduce(
     refuse_import("reproduce")
     place = Workplace.of(machine, progress)
     reproduction, settings, rows = _chosen(what, scale, only, sets)
-    reals = {case.data: load_real((sources or {}).get(case.data, case.data)) for case in settings.cases}
+    given = {case.data: (sources or {}).get(case.data, case.data) for case in settings.cases}
+    reals = {name: load_real(source, progress=place.reporter) for name, source in given.items()}
     silent = replace(place, reporter=Silent())
     cases = [_resolved(settings, row, case, reals[case.data], seed, silent) for case in settings.cases for row in rows]
     folder = Path(out) / what / scale
