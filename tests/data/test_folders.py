@@ -114,6 +114,22 @@ def test_lists_of_a_competition_name_the_splits_and_keep_test_labels_secret(tmp_
     assert by_value(real).items() <= WORDS.items() and len(real.train) == 2
 
 
+def test_a_list_may_name_paths_from_the_folder_of_its_split(tmp_path: Path) -> None:
+    images(tmp_path, [f"{split}/{part}/{name}" for split in ("train", "test") for part in "xy" for name in ("a.png", "b.png")])
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("path,label\nx/a.png,cat\nx/b.png,dog\ny/a.png,cat\ny/b.png,dog\n")
+    real = load_real(tmp_path / "train.csv", test_fraction=0.5)
+    assert by_value(real).items() <= WORDS.items()
+
+
+def test_the_column_file_name_comes_before_another_that_names_files(tmp_path: Path) -> None:
+    images(tmp_path, FOUR)
+    (tmp_path / "metadata.csv").write_text(
+        "mask,file_name,label\nd.png,a.png,cat\nc.png,b.png,dog\nb.png,c.png,cat\na.png,d.png,dog\n"
+    )
+    assert by_value(load_real(tmp_path, test_fraction=0.5)).items() <= WORDS.items()
+
+
 def test_the_zip_of_tiny_imagenet_is_read_as_it_unpacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids, lines = ("n01443537", "n01629819"), []
     for name in ids:
@@ -277,7 +293,7 @@ def test_a_linked_image_is_read_and_the_folder_itself_may_be_a_link(tmp_path: Pa
 
 
 def test_a_name_that_two_files_have_is_no_path(tmp_path: Path) -> None:
-    images(tmp_path, ["x/a.png", "y/a.png", "x/b.png", "y/c.png"])
+    images(tmp_path, ["all/x/a.png", "all/y/a.png", "all/x/b.png", "all/y/c.png"])
     (tmp_path / "labels.csv").write_text("file,label\na.png,x\nb.png,y\nc.png,x\n")
     with pytest.raises(DstillError, match=r"/a.png of .* cannot be read \(No such file or directory\)"):
         load_real(tmp_path, test_fraction=0.5)
