@@ -126,7 +126,7 @@ def _preprocessed(
         _check_look(images.float(), "pixels" if pixels else kind, real)
     if isinstance(told, Preprocess):
         fitted = told
-    elif pixels and (kind == "pixels" or (kind == "published" and real.name not in PUBLISHED_STATISTICS)):
+    elif pixels and (kind == "pixels" or (kind == "published" and real.known not in PUBLISHED_STATISTICS)):
         fitted = preprocessing.fit("standardise", real.train.images)
     else:
         fitted = published_preprocess(kind, real)
