@@ -284,14 +284,19 @@ class _Baselines:
 
     def whole(self) -> Score:
         """The whole training set under the protocol `whole`."""
-        return _cached(
-            self.place.cache / f"whole/{self._shared()}-{_named(load_protocol('whole'))}.json",
-            lambda: whole_set(self.net, self.like, self.real, self.test, seed=self.seed, tick=self._whole_passes),
-        )
-
-    def _whole_passes(self, done: float) -> None:
         protocol = load_protocol("whole")
-        self.place.reporter.progress("whole set", done, protocol.networks * protocol.passes)
+        total = protocol.networks * protocol.passes
+
+        def tell(done: float) -> None:
+            self.place.reporter.progress("whole set", done, total)
+
+        def measure() -> Score:
+            tell(0)
+            score = whole_set(self.net, self.like, self.real, self.test, seed=self.seed, tick=tell)
+            tell(total)
+            return score
+
+        return _cached(self.place.cache / f"whole/{self._shared()}-{_named(protocol)}.json", measure)
 
     def _shared(self) -> str:
         """A name for everything that the baselines depend on."""
