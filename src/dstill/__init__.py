@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from dstill.experts.trajectory import Trajectories
     from dstill.jobs.options import Evaluation, Machine, Recording, Seeds
     from dstill.methods.base import Method
-    from dstill.planning.plan import Plan, plan
+    from dstill.planning.plan import plan
+    from dstill.planning.stages import Plan
     from dstill.reporting.page import report
     from dstill.reproductions.run import reproduce
     from dstill.support.progress import Reporter
@@ -83,7 +84,7 @@ _HOME = {
     "Machine": "jobs.options",
     "Method": "methods.base",
     "MethodInfo": "config.registry",
-    "Plan": "planning.plan",
+    "Plan": "planning.stages",
     "RealSet": "data.real",
     "Recipe": "config.settings",
     "Recording": "jobs.options",

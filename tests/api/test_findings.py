@@ -86,7 +86,7 @@ def test_a_comparison_names_who_is_ahead_at_equal_bytes_and_at_equal_time() -> N
     failed = Row(method="dc", ipc=1, result=None, reason="no")
     rows = [row("random", 0.2, 0.0), row("dm", 0.5, 20.0), row("mtt", 0.7, 300.0), row("ast", 0.6, 200.0), failed]
     assert of_comparison([*rows, row("ftd", 0.65, 400.0)]) == [
-        "IPC 1, family raw (2 KiB): mtt is ahead with 70.0 ± 1.2 % (n = 4), 5.0 ± 0.8 points above ftd",
+        "IPC 1, family raw (2.0 KiB): mtt is ahead with 70.0 ± 1.2 % (n = 4), 5.0 ± 0.8 points above ftd",
         "at equal time of distilling: random from 0 s (20.0), dm from 20 s (50.0), ast from 3 min 20 s (60.0), "
         "mtt from 5 min 0 s (70.0)",
     ]

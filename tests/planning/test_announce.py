@@ -52,3 +52,39 @@ def test_nothing_is_measured_if_nobody_is_told(tiny_real: RealSet, tmp_path: Pat
     monkeypatch.setattr("dstill.planning.announce.plan_job", lambda *_: pytest.fail("a plan was made"))
     place = Workplace.of(dstill.Machine(cache=tmp_path), False)
     announce(Job.resolve(tiny_real, Choice("dm", recipe="smoke"), 0, place), Task())
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict[str, Any]:
+    return {"machine": dstill.Machine(cache=tmp_path / "cache")}
+
+
+def test_distilling_and_training_experts_announce_no_more_than_they_do(tiny_real: RealSet, options: dict[str, Any]) -> None:
+    for function, stages in ((dstill.train_experts, ["expert epochs"]), (dstill.distill, ["expert epochs", "distilling"])):
+        listener = Listener()
+        function(tiny_real, method="mtt", recipe="smoke", progress=listener, **options)  # type: ignore[operator]
+        assert [one.stage for one in listener.expected] == stages
+
+
+def test_an_evaluation_and_a_judgement_announce_all_their_networks(
+    tiny_real: RealSet, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dstill.planning.clock.Clock._time", lambda *_: 0.01)
+    syn = dstill.distill(tiny_real, method="frepo", recipe="smoke", progress=False, **options)
+    once, ways = Listener(), Listener()
+    quick: dict[str, Any] = {"protocol": "quick", "networks": 1, **options}
+    dstill.evaluate(syn, tiny_real, progress=once, **quick)
+    dstill.judge(syn, tiny_real, whole=False, progress=ways, **quick)
+    assert [one.stage for one in once.expected] == ["evaluation", "random images"]
+    assert ways.expected == [one._replace(seconds=4 * one.seconds, times=4) for one in once.expected], (
+        "2 labels, 2 augmentations"
+    )
+    for listener in (once, ways):
+        assert sum(note.startswith("this takes about ") for note in listener.notes) == 1
+
+
+def test_a_search_tells_its_minutes(tiny_real: RealSet, options: dict[str, Any], tmp_path: Path) -> None:
+    listener = Listener()
+    dstill.tune(tiny_real, budget=0.001, method="mtt", recipe="smoke", out=tmp_path / "t.yaml", progress=listener, **options)
+    assert "minutes of the search" in listener.came
+    assert any(note.startswith("searching for 0.001 minutes") for note in listener.notes)

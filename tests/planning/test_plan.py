@@ -18,7 +18,8 @@ from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.planning.clock import Clock
-from dstill.planning.plan import Plan, together
+from dstill.planning.plan import together
+from dstill.planning.stages import Plan
 
 SMALL: dict[str, Any] = {"recipe": "smoke", "changes": ["net.width=4"]}
 

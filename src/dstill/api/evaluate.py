@@ -25,6 +25,7 @@ from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Workplace
 from dstill.jobs.options import Evaluation, Machine, Names, Networks, at_least_one
 from dstill.nets.networks import evaluation_nets, network_class
+from dstill.planning.announce import announce_evaluation
 from dstill.support.console import Progress
 from dstill.support.progress import Pieces
 from dstill.version import __version__
@@ -85,7 +86,7 @@ def evaluate(
         distilled = set_file.read(distilled)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
     real, evaluation = load_real(source, progress=place.reporter), Evaluation(nets, networks, random, whole, also)
-    result = measure_sets(sets, real, place, evaluation, seed, protocol)
+    result = measure_sets(sets, real, place, evaluation, seed, protocol, announced=1)
     if target is not None:
         result.save(target)
     return result
@@ -98,17 +99,30 @@ def measure_sets(
     evaluation: Evaluation,
     seed: int,
     protocol: str | None = None,
+    announced: int = 0,
 ) -> Result:
-    """`evaluate`, resolved."""
+    """`evaluate`, resolved.
+
+    Args:
+        sets: sets of one method and IPC.
+        real: the real data.
+        place: where the work is done.
+        evaluation: what is measured.
+        seed: determines initial weights, order and augmentation.
+        protocol: name or file; the recipe's if left out.
+        announced: for how many evaluations like this one it is said how long they take; 0 if that was said before.
+    """
     started = time.perf_counter()
     _check_sets(sets, real, place)
     sets = [whitening.completed(one, real, place.cache) for one in sets]
     if len({(one.method, one.ipc, one.parts, _fitted(one)) for one in sets}) > 1:
         raise DstillError("several sets are evaluated together only if method, IPC, parts and preprocessing agree")
     first = sets[0]
-    chosen = load_protocol(protocol or (first.recipe.protocol if first.recipe else "ast"))
+    chosen = protocol_of(first, protocol)
     count, configs = evaluation.networks or chosen.networks, _networks(first, evaluation)
     others = [other for other in map(load_protocol, evaluation.also) if _id(other) != _id(chosen)]
+    if announced:
+        announce_evaluation(first, len(sets), real, chosen, evaluation, place, announced)
     test = prepared(real.test, first.preprocess, place.device)
     trainings = count * len(configs) + sum(evaluation.networks or other.networks for other in others)
     pieces = Pieces(place.reporter, "evaluation", len(sets) * trainings)
@@ -147,6 +161,11 @@ def measure_sets(
         stages=stages,
         dstill=__version__,
     )
+
+
+def protocol_of(distilled: DistilledSet, protocol: str | None) -> Protocol:
+    """The protocol of this name, or else that of a set's recipe."""
+    return load_protocol(protocol or (distilled.recipe.protocol if distilled.recipe else "ast"))
 
 
 def _id(protocol: Protocol) -> ProtocolId:
@@ -265,14 +284,19 @@ class _Baselines:
 
     def whole(self) -> Score:
         """The whole training set under the protocol `whole`."""
-        return _cached(
-            self.place.cache / f"whole/{self._shared()}-{_named(load_protocol('whole'))}.json",
-            lambda: whole_set(self.net, self.like, self.real, self.test, seed=self.seed, tick=self._whole_passes),
-        )
-
-    def _whole_passes(self, done: float) -> None:
         protocol = load_protocol("whole")
-        self.place.reporter.progress("whole set", done, protocol.networks * protocol.passes)
+        total = protocol.networks * protocol.passes
+
+        def tell(done: float) -> None:
+            self.place.reporter.progress("whole set", done, total)
+
+        def measure() -> Score:
+            tell(0)
+            score = whole_set(self.net, self.like, self.real, self.test, seed=self.seed, tick=tell)
+            tell(total)
+            return score
+
+        return _cached(self.place.cache / f"whole/{self._shared()}-{_named(protocol)}.json", measure)
 
     def _shared(self) -> str:
         """A name for everything that the baselines depend on."""

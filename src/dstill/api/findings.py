@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dstill.artifacts.record import Curve
 from dstill.artifacts.result import Result, Score
-from dstill.support.console import duration, size
+from dstill.support.console import duration
 
 if TYPE_CHECKING:
     from dstill.api.compare import Row
@@ -101,7 +101,7 @@ def of_comparison(rows: Sequence[Row]) -> list[str]:
 def _at_equal_bytes(group: Sequence[tuple[str, Result]], family: str, ipc: int) -> str:
     (winner, best), (second, next_best) = group[:2]
     points, error = difference(best.accuracy, next_best.accuracy)
-    where = f"IPC {ipc}, family {family} ({size(best.stored_bytes)}): {winner} is ahead with {best.accuracy}"
+    where = f"IPC {ipc}, family {family} ({best.stored_bytes / 1024:.1f} KiB): {winner} is ahead with {best.accuracy}"
     if points >= _CLEAR * error:
         return f"{where}, {points:.1f} ± {error:.1f} points above {second}"
     level = [method for method, one in group[1:] if (gap := difference(best.accuracy, one.accuracy))[0] < _CLEAR * gap[1]]

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from dstill.api import findings
-from dstill.api.evaluate import measure_sets, telling
+from dstill.api.evaluate import measure_sets, protocol_of, telling
 from dstill.artifacts import set_file, whitening
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import check_writable, write_text
@@ -19,7 +19,6 @@ from dstill.config.settings import NetConfig
 from dstill.data import siamese
 from dstill.data.real import RealSet, Source, load_real
 from dstill.evaluation.networks import measure, prepared, trials_of
-from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Workplace
 from dstill.jobs.options import Evaluation, Machine, Network, Networks, at_least_one
 from dstill.nets.networks import evaluation_nets, network_name
@@ -145,13 +144,14 @@ def judge(
     at_least_one(networks=networks)
     fewest = int(torch.bincount(real.train.labels, minlength=real.classes).min())
     held = real.holdout(seed) if fewest > 1 else None
-    rows = []
+    rows: list[Judged] = []
     chosen: list[list[Network]] = [[net] for net in nets] or [[]]  # if none, the set's own, whose import is checked
     for named, (labels, variant), strategy in itertools.product(chosen, variants.items(), strategies):
         net = network_name(named[0]) if named else one.net.name
         place.reporter.note(f"{net}, {labels} labels, augmentation {strategy}")
         way, evaluation = variant.with_augmentation(strategy), Evaluation(named, networks, True, whole)
-        result = measure_sets([way], real, place, evaluation, seed, protocol)
+        announced = 0 if rows else max(1, len(nets)) * len(variants) * len(strategies)
+        result = measure_sets([way], real, place, evaluation, seed, protocol, announced)
         validation = None
         if held is not None:
             validation = _on_validation(way, held, evaluation_nets(one.net, named)[0], seed, place, protocol)
@@ -166,7 +166,7 @@ def _on_validation(
     way: DistilledSet, held: RealSet, net: NetConfig, seed: int, place: Workplace, protocol: str | None
 ) -> Score:
     """The accuracy of a few networks on the validation part."""
-    chosen = load_protocol(protocol or (way.recipe.protocol if way.recipe else "ast"))
+    chosen = protocol_of(way, protocol)
     trials = trials_of(way, _LOOKS, net=net, seed=seed, stream=("judge",))
     tell = telling(Pieces(place.reporter, "validation", _LOOKS), chosen)
     test = prepared(held.test, way.preprocess, place.device)

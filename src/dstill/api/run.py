@@ -74,6 +74,7 @@ def train_experts(
     if job.recipe.experts is None and not job.method.needs_experts:
         raise DstillError(f"method {job.recipe.method!r} needs no experts")
     check_early(job)
+    announce(job, Task(), until="experts")
     return job.experts(only=only)
 
 
@@ -135,6 +136,7 @@ def distill(
     if out is not None:
         refuse_other_run(Path(out), job.identity(job.seeds.images))
         files.check_writable(Path(out))
+    announce(job, Task(recording=recording), until="distilling")
     trajectories = _trajectories(job, trained, describing=initial is None)
     return _distilled(job, job.seeds.images, trajectories, recording, None if out is None else Path(out), initial)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from dstill.artifacts.record import read_metrics
 from dstill.config import recipes
 from dstill.config.settings import Recipe, canonical, digest
 from dstill.data.real import Source
+from dstill.distillation.folder import Watcher
 from dstill.distillation.loop import run_method
 from dstill.errors import CollapseError, DstillError
 from dstill.experts.trajectory import Trajectories
@@ -25,7 +27,7 @@ from dstill.jobs.job import Job, Workplace
 from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network
 from dstill.support import seeding
 from dstill.support.console import Progress
-from dstill.support.progress import Silent
+from dstill.support.progress import Reporter, Silent
 
 
 def tune(
@@ -94,11 +96,13 @@ def tune(
     longest = _longest(base)
     trajectories = held.on(held.real, longest).experts() if held.method.needs_experts else None
     search = _Search(target, held, place.reporter.note)
-    silent = replace(held, place=replace(place, reporter=Silent(), workers=1))
+    clock = _Minutes(place.reporter, started, budget)
+    watched = replace(held, place=replace(place, reporter=clock, workers=1))
+    place.reporter.note(f"searching for {budget:g} minutes, and until the candidate under way is judged")
     for factors in _candidates(base.distill.search_factors, seed):
         if search.exhausted and time.monotonic() - started > 60 * budget:
             break
-        search.consider(factors, longest.distill.epochs_needed, lambda one: _judge(silent.on(held.real, one), trajectories))
+        search.consider(factors, longest.distill.epochs_needed, lambda one: _judge(watched.on(held.real, one), trajectories))
     search.finish()
     return target
 
@@ -108,6 +112,23 @@ def _longest(base: Recipe) -> Recipe:
     largest = {name: max(factors) for name, factors in base.distill.search_factors.items()}
     limit = base.experts.epochs if base.experts else None
     return base.model_copy(update={"distill": base.distill.scaled(largest, limit)})
+
+
+class _Minutes(Silent):
+    """Tells the minutes of the search, whatever a candidate tells of itself.
+
+    Args:
+        reporter: is told.
+        started: when the search began, by `time.monotonic`.
+        budget: its length in minutes.
+    """
+
+    def __init__(self, reporter: Reporter, started: float, budget: float) -> None:
+        self.reporter, self.started, self.budget = reporter, started, budget
+
+    def progress(self, stage: str, done: float, total: float, detail: str = "") -> None:
+        minutes = min(self.budget, (time.monotonic() - self.started) / 60)
+        self.reporter.progress("minutes of the search", minutes, self.budget, f"{stage} {math.floor(done)}/{math.ceil(total)}")
 
 
 class _Search:
@@ -212,7 +233,8 @@ def _judge(job: Job, trajectories: Trajectories | None) -> float | None:
         experts = Trajectories(trajectories.folder, len(trajectories), job.recipe.expert_config.epochs)
         check_experts(experts, job)
     try:
-        candidate = run_method(job.problem(job.seeds.images, experts))
+        problem = job.problem(job.seeds.images, experts)
+        candidate = run_method(problem, observer=Watcher(problem, job.place.reporter))
         if not bool(torch.isfinite(candidate.images).all()):
             return None
         return measure_sets([candidate], job.real, job.place, Evaluation(random=False), job.seeds.images).accuracy.mean

@@ -12,7 +12,7 @@ from rich.table import Table
 from dstill.api.compare import LEFT, Comparison
 from dstill.api.judge import Judgement
 from dstill.artifacts.result import Result
-from dstill.planning.plan import Plan
+from dstill.planning.stages import Plan
 from dstill.support.console import duration, printable, set_sizes, size
 
 _PIPED = 140  # piped output has no width, and a truncated number would be wrong

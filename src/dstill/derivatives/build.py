@@ -24,6 +24,8 @@ from torch import Tensor
 
 from dstill.artifacts.files import atomic
 from dstill.derivatives.unit import TensorUnit
+from dstill.errors import DstillError
+from dstill.support.cache import cache_folder
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-Wno-psabi")
 _SWITCHED_OFF = "these are switched off by DSTILL_NATIVE=0"
@@ -142,8 +144,7 @@ def _loaded(compiler: str) -> Kernels:
     """The kernels from the cache, compiled first if they are not in it. They also load if the cache cannot be written."""
     source = resources.files(__package__).joinpath("kernels.cpp").read_text(encoding="utf-8")
     digest = hashlib.sha256("\n".join([source, compiler, *_FLAGS, _processor()]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("DSTILL_CACHE") or Path.home() / ".cache" / "dstill").expanduser() / "native"
-    library = folder / f"kernels-{digest}.so"
+    library = cache_folder() / "native" / f"kernels-{digest}.so"
     if library.exists():
         with contextlib.suppress(OSError):  # damaged, or in a folder that code may not be loaded from: build it again
             return Kernels(library)
@@ -157,7 +158,7 @@ def _loaded(compiler: str) -> Kernels:
             with atomic(library) as temporary:  # two processes may build at once
                 shutil.copyfile(built, temporary)
             return Kernels(library)
-        except OSError:  # a full disk, for instance
+        except (OSError, DstillError):  # a full disk, or a file where the folder should be
             return Kernels(built)  # stays loaded after its file is deleted
 
 

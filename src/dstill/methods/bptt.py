@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.config.settings import Case, Count, DistillConfig, Momentum, Passes, Positive, Precision, Recipe
+from dstill.config.settings import Case, Count, Momentum, Passes, Positive, Recipe
 from dstill.data import siamese
 from dstill.data.catalog import Shape
 from dstill.methods.base import Method, Metrics, Problem, State, hand_written, library_bytes
@@ -28,6 +28,7 @@ from dstill.methods.batches import RealBatches, draw_steps, move_averages
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
 from dstill.methods.learned_labels import label_logits, one_hot_start, through_logits
+from dstill.methods.unrolled_config import UnrolledConfig
 from dstill.nets import networks as nets
 from dstill.unrolling.optimisers import Adam, optimiser
 from dstill.unrolling.student import Student
@@ -39,10 +40,9 @@ _NORM_DECAY = 0.9  # of the running norm that gradients are clipped by
 _SLOWEST = 0.01  # share of the step size at the end of the cosine
 
 
-class BpttConfig(DistillConfig):
+class BpttConfig(UnrolledConfig):
     """How a synthetic set is optimised through the training of a network on it. Defaults are those of Wang et al."""
 
-    optimises_images: ClassVar[bool] = True
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "lr_images": (0.3, 1.0, 3.0),
         "alpha_init": (0.3, 1.0, 3.0),
@@ -72,8 +72,6 @@ class BpttConfig(DistillConfig):
     """Whether α is fixed, learned, or learned for each step by itself."""
     lr_alpha: Annotated[float, Field(ge=0)] = 1e-3
     """Step size of Adam on ln α."""
-    batch_syn: Count | None = None
-    """Synthetic images per student step; left out: the whole set."""
     batch_real: Count = 1024
     """Real images of the outer loss, of all classes."""
     lr_images: Positive = 1e-2
@@ -89,17 +87,6 @@ class BpttConfig(DistillConfig):
     """Class ids; or non-negative labels that start one-hot and are learned."""
     lr_labels: Positive = 1e-3
     """Step size of Adam on learned labels."""
-    image_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of a moving average of images and labels, which becomes the result; left out: the last ones."""
-    memory: Literal["auto", "keep", "recompute"] = "auto"
-    """What the adjoint keeps of the forward sweep: as much as fits in half of the free memory, everything, or nothing. The
-    numbers are the same; keeping more is faster."""
-    precision: Precision = "float32"
-    """Exact; bfloat16 convolutions in the backward sweep; or bfloat16 everywhere. The last two are approximations."""
-    compile: bool = False
-    """torch.compile the student's step where native kernels do not run. It takes about a minute; then steps are faster."""
-    max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """The run stops with advice once more than this share of the steps, and at least 10, has been skipped."""
 
     @model_validator(mode="after")
     def _consistent(self) -> BpttConfig:
@@ -129,13 +116,11 @@ class BpttConfig(DistillConfig):
         """Reduces W so that the kept vectors fit into memory, and drops a `batch_syn` that covers the whole set."""
         vectors = optimiser(self.optimiser, momentum=self.student_momentum).vectors
         window, asked = max(1, case.steps_in_memory(self.differentiated, vectors)), self.differentiated
-        whole = case.ipc * self.parts**2 * case.shape.classes
-        batch = self.batch_syn if self.batch_syn is not None and self.batch_syn < whole else None
         cut = f"; W cut from {asked} to {window} to fit the memory" if window < asked else ""
-        return self.model_copy(update={"batch_syn": batch, "window": window if cut else self.window}), cut
+        return self.model_copy(update={"batch_syn": self.batch_below(case), "window": window if cut else self.window}), cut
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        batch = min(self.batch_syn or ipc * classes, ipc * classes)
+        batch = self.student_batch(ipc * classes)
         spare = self.total_steps - self.differentiated
         steps = self.differentiated + (spare / 2 if self.window_start == "random" else spare)
         return [
@@ -322,7 +307,7 @@ class Bptt(Method):
         assert isinstance(settings, BpttConfig)
         student = Student(nets.build(recipe.net, shape.channels, shape.classes, shape.size, torch.Generator()))
         count = recipe.decoded_ipc * shape.classes
-        batch = min(settings.batch_syn or count, count)
+        batch = settings.student_batch(count)
         vectors = optimiser(settings.optimiser, momentum=settings.student_momentum).vectors
         weights = 4 * student.numel * (settings.differentiated * vectors + 8)
         block = min(_BLOCK, settings.batch_real)

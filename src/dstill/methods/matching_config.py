@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dstill.config.settings import Case, Count, DistillConfig, Form, Momentum, Passes, Positive, Precision
+from dstill.config.settings import Case, Count, Form, Momentum, Passes, Positive
+from dstill.methods.unrolled_config import UnrolledConfig
 
 Initialisation = Literal["random", "representative", "representative-released", "classified", "noise"]
 SoftLabels = Literal["off", "expert", "expert-differentiated", "learned"]
@@ -16,11 +17,10 @@ StartEpochs = Literal["uniform", "growing"]
 Mode = Literal["adjoint", "graph", "tesla"]
 
 
-class MatchingConfig(DistillConfig):
+class MatchingConfig(UnrolledConfig):
     """How a synthetic set is optimised to reproduce expert segments (paper IV-C, IV-D, Algorithm 2). Defaults are MTT's."""
 
-    optimises_images: ClassVar[bool] = True
-    late: ClassVar[frozenset[str]] = DistillConfig.late | {
+    late: ClassVar[frozenset[str]] = UnrolledConfig.late | {
         *("start_epochs", "first_start_epochs", "grow_over", "lr_labels", "label_momentum", "skip_above")
     }
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {
@@ -45,8 +45,6 @@ class MatchingConfig(DistillConfig):
     """The growing limit at the start; left out: half of T+."""
     grow_over: Count = 1000
     """Iterations over which the limit grows to T+."""
-    batch_syn: Count | None = None
-    """Synthetic images per student step; left out: the whole set."""
     lr_images: Positive = 100.0
     """Step size of the images, in preprocessed units squared per unit of matching loss."""
     lr_alpha: Annotated[float, Field(ge=0)] = 1e-5
@@ -87,22 +85,11 @@ class MatchingConfig(DistillConfig):
     """Momentum of the SGD on learned labels."""
     skip_above: Positive | None = None
     """A segment whose matching loss is larger changes nothing (DATM); left out: no limit."""
-    image_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of a moving average of the images, which becomes the result (FTD); left out: the images themselves."""
     gradient: Mode = "adjoint"
     """Exact, with the memory of one step if need be; exact by plain autograd; or TESLA's approximation."""
-    memory: Literal["auto", "keep", "recompute"] = "auto"
-    """What the adjoint keeps of the forward sweep: as much as fits in half of the free memory, everything, or nothing. The
-    numbers are the same; keeping more is faster."""
-    precision: Precision = "float32"
-    """Exact; bfloat16 convolutions in the backward sweep; or bfloat16 everywhere. The last two are approximations."""
-    compile: bool = False
-    """torch.compile the student's step where native kernels do not run. It takes about a minute; then steps are faster."""
     guard: Literal["on", "off"] = "on"
     """Skip a step that is not finite or would make α non-positive, and reset the momentum that led to it. Turn this off only to
     study collapse."""
-    max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """The run stops with advice once more than this share of the steps, and at least 10, has been skipped."""
 
     @classmethod
     def expert_defaults(cls) -> dict[str, Any]:
@@ -149,17 +136,15 @@ class MatchingConfig(DistillConfig):
     def fitted(self, case: Case) -> tuple[Self, str]:
         """Reduces N so that the kept vectors fit into memory, and drops a `batch_syn` that covers the whole set."""
         steps = min(self.student_steps, max(self.expert_epochs, self._steps_in_memory(case)))
-        whole = case.ipc * self.parts**2 * case.shape.classes
-        batch = self.batch_syn if self.batch_syn is not None and self.batch_syn < whole else None
         cut = f"; N cut from {self.student_steps} to {steps} to fit the memory" if steps < self.student_steps else ""
-        return self.model_copy(update={"student_steps": steps, "batch_syn": batch}), cut
+        return self.model_copy(update={"student_steps": steps, "batch_syn": self.batch_below(case)}), cut
 
     def _steps_in_memory(self, case: Case) -> int:
         """The N at which the kept parameter vectors (two per step with momentum) take a quarter of the memory."""
         return case.steps_in_memory(self.student_steps, vectors=2 if self.student_momentum else 1)
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        batch = min(self.batch_syn or ipc * classes, ipc * classes)
+        batch = self.student_batch(ipc * classes)
         return [Passes(kind, self.student_steps, batch, precision=self.precision) for kind in ("gradient", "tangent")]
 
     def scaled(self, factors: Mapping[str, float], longest: int | None) -> Self:

@@ -185,7 +185,7 @@ class TrajectoryMatching(Method):
         assert isinstance(settings, MatchingConfig)
         student = Student(nets.build(recipe.net, shape.channels, shape.classes, shape.size, torch.Generator()))
         count = recipe.decoded_ipc * shape.classes
-        batch = min(settings.batch_syn or count, count)
+        batch = settings.student_batch(count)
         vectors = (settings.student_steps + settings.expert_epochs + 8) * (2 if settings.student_momentum else 1)
         weights = 4 * student.numel * vectors
         kept = unrolled_bytes(student, settings.student_steps, batch, settings.memory, device)

@@ -2,38 +2,73 @@
 
 from __future__ import annotations
 
-from dstill.jobs.job import Job, Task
+from collections.abc import Sequence
+from typing import Literal
+
+from dstill.artifacts.distilled import DistilledSet
+from dstill.config.settings import Protocol
+from dstill.data.real import RealSet
+from dstill.jobs.job import Job, Task, Workplace, shape_of
+from dstill.jobs.options import Evaluation
 from dstill.planning.clock import QUICK, Clock
-from dstill.planning.plan import Plan, plan_job
-from dstill.support.progress import Silent, expect
+from dstill.planning.evaluating import Measured, evaluation_stages
+from dstill.planning.plan import plan_job
+from dstill.planning.stages import Stage
+from dstill.support.progress import Reporter, Silent, expect
+from dstill.support.workers import most_workers
 
 _WORTH_NAMING = 0.01  # share of the whole time
 
 
-def announce(job: Job, task: Task) -> None:
-    """Says how long a run will take, stage by stage, and tells those who show progress what to expect.
+def announce(job: Job, task: Task, until: Literal["experts", "distilling", "evaluation"] = "evaluation") -> None:
+    """Says how long a run, or its stages up to one of them, will take, and tells those who show progress what to expect.
 
     Times come from a calibration of a few seconds. Nothing is measured if nobody is told.
     """
-    if type(job.place.reporter) is Silent:
+    if type(job.place.reporter) is not Silent:
+        _say(job.place.reporter, plan_job(job, task, Clock(job.shape, job.place.device, QUICK), until).stages)
+
+
+def announce_evaluation(
+    first: DistilledSet, sets: int, real: RealSet, protocol: Protocol, evaluation: Evaluation, place: Workplace, rounds: int = 1
+) -> None:
+    """Says how long an evaluation will take.
+
+    Args:
+        first: one of the sets.
+        sets: their number.
+        real: the real data.
+        protocol: how networks are trained.
+        evaluation: what is measured beside the sets.
+        place: where the work is done.
+        rounds: how often all of this is done.
+    """
+    if type(place.reporter) is Silent:
         return
-    plan = plan_job(job, task, Clock(job.shape, job.place.device, QUICK))
-    expect(job.place.reporter, plan.expectations)
-    job.place.reporter.note(sentence(plan))
+    measured = Measured(first.net, first.augmentation, first.ipc, first.ipc * first.parts**2, sets)
+    processes = most_workers(place.workers, place.device)
+    stages = evaluation_stages(measured, protocol, evaluation, Clock(shape_of(real), place.device, QUICK), processes)
+    _say(place.reporter, [one.model_copy(update={"seconds": rounds * one.seconds, "times": rounds}) for one in stages])
 
 
-def sentence(plan: Plan) -> str:
-    """How long a plan takes, in one line.
+def _say(reporter: Reporter, stages: Sequence[Stage]) -> None:
+    expect(reporter, [stage.expectation for stage in stages])
+    if stages:
+        reporter.note(sentence(stages))
+
+
+def sentence(stages: Sequence[Stage]) -> str:
+    """How long the stages of a plan take, in one line.
 
     Example:
-        >>> from dstill.planning.plan import Stage
         >>> sizes = {"peak_bytes": 0, "disk_bytes": 0}
         >>> stages = Stage(name="experts", seconds=600, **sizes), Stage(name="distilling", seconds=1200, **sizes)
-        >>> sentence(Plan(title="", stages=stages))
+        >>> sentence(stages)
         'this takes about 30 min: experts 10 min, distilling 20 min'
     """
-    parts = [f"{one.name} {rough(one.seconds)}" for one in plan.stages if one.seconds > _WORTH_NAMING * plan.seconds]
-    return f"this takes about {rough(plan.seconds)}" + (f": {', '.join(parts)}" if len(parts) > 1 else "")
+    whole = sum(stage.seconds for stage in stages)
+    parts = [f"{one.name} {rough(one.seconds)}" for one in stages if one.seconds > _WORTH_NAMING * whole]
+    return f"this takes about {rough(whole)}" + (f": {', '.join(parts)}" if len(parts) > 1 else "")
 
 
 def rough(seconds: float) -> str:

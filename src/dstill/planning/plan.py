@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
-from dstill.config.settings import ExpertConfig, NetConfig, Passes, Protocol, Recipe, digest
+from dstill.config.settings import ExpertConfig, NetConfig, Passes, Recipe, digest
 from dstill.data import formation
 from dstill.data.catalog import Shape, named
 from dstill.data.real import Source
 from dstill.errors import DstillError
-from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import expert_identity
 from dstill.experts.trajectory import missing_experts
@@ -24,63 +22,16 @@ from dstill.jobs.job import Job, Task, Workplace
 from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.methods.base import method_class
 from dstill.nets import networks as nets
-from dstill.nets.networks import evaluation_nets
 from dstill.planning.clock import Clock
+from dstill.planning.evaluating import Measured, evaluation_stages
+from dstill.planning.stages import Plan, Stage
 from dstill.support.console import Progress
 from dstill.support.devices import available_memory
-from dstill.support.progress import Expectation
-from dstill.support.workers import cores, threads_each
+from dstill.support.workers import most_workers, threads_each
 
 _FLOATS = 4  # bytes
 _GIB = 2**30
 _BASE = 32 * 2**20  # memory that the libraries take once they run
-
-
-class Stage(BaseModel):
-    """What one stage of a run takes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    seconds: float
-    peak_bytes: float
-    """Growth of memory during the stage."""
-    disk_bytes: float
-    """Size of the files that remain."""
-    note: str = ""
-    told: str = ""
-    """Name of the stage where its progress is told, see `Reporter`; left out: `name`."""
-    times: int = 1
-    """How often it is gone through: once for each set."""
-    makes: str = ""
-    """Names the product of the stage if other runs can reuse it."""
-
-
-class Plan(BaseModel):
-    """The stages of a run, in order, and warnings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    title: str
-    stages: tuple[Stage, ...]
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages)
-
-    @property
-    def expectations(self) -> list[Expectation]:
-        """The stages as those who show progress need them."""
-        return [Expectation(stage.told or stage.name, stage.seconds, stage.times) for stage in self.stages]
-
-    @property
-    def disk_bytes(self) -> float:
-        return sum(stage.disk_bytes for stage in self.stages)
-
-    @property
-    def peak_bytes(self) -> float:
-        return max((stage.peak_bytes for stage in self.stages), default=0.0)
 
 
 def plan(
@@ -148,13 +99,6 @@ def plan(
     return plan_job(job, task, Clock(job.shape, place.device))
 
 
-def _processes(job: Job) -> int:
-    """Number of processes for work that is worth sharing."""
-    if job.place.workers == "auto":
-        return cores() if job.place.device.type == "cpu" else 1
-    return job.place.workers
-
-
 def together(plans: Sequence[Plan], title: str) -> Plan:
     """Several runs as one plan, one stage per run. What they share is counted once."""
     made: set[str] = set()
@@ -168,14 +112,13 @@ def together(plans: Sequence[Plan], title: str) -> Plan:
     return Plan(title=title, stages=tuple(stages), warnings=tuple(warnings))
 
 
-def plan_job(job: Job, task: Task, clock: Clock) -> Plan:
-    """The plan of a resolved run. Its data need not be loaded."""
-    stages = [
-        *_experts(job, clock),
-        *_trained(job, clock),
-        *_distilling(job, task, clock),
-        *_evaluating(job, task, clock),
-    ]
+def plan_job(job: Job, task: Task, clock: Clock, until: Literal["experts", "distilling", "evaluation"] = "evaluation") -> Plan:
+    """The plan of a resolved run, or of its stages up to one of them. Its data need not be loaded."""
+    stages = _experts(job, clock)
+    if until != "experts":
+        stages += [*_trained(job, clock), *_distilling(job, task, clock)]
+    if until == "evaluation":
+        stages += _evaluating(job, task, clock)
     title = f"{job.recipe.method} on {job.recipe.data}, {job.recipe.ipc} image(s) per class"
     return Plan(title=title, stages=tuple(stages), warnings=tuple(_warnings(stages, job)))
 
@@ -190,7 +133,7 @@ def _experts(job: Job, clock: Clock) -> list[Stage]:
     if longer is not None and longer.epochs is not None:
         epochs[0] = longer.epochs
     missing = _missing(job, config, epochs)
-    processes = max(1, min(_processes(job), len(missing)))
+    processes = max(1, min(most_workers(job.place.workers, job.place.device), len(missing)))
     rounds = max(sum(missing) / processes, max(missing, default=0))  # epochs one after another
     # The records, and the network with its optimiser's buffers, from which training resumes.
     state = {"adam": 3, "sgd": 2 if config.momentum else 1}[config.optimiser]
@@ -289,39 +232,15 @@ def _distilling(job: Job, task: Task, clock: Clock) -> list[Stage]:
 
 
 def _evaluating(job: Job, task: Task, clock: Clock) -> list[Stage]:
-    shape, recipe, protocol, evaluation = job.shape, job.recipe, load_protocol(job.recipe.protocol), task.evaluation
-    each = evaluation.networks or protocol.networks
-    memory = shape.test * _image_bytes(shape)
-
-    def trainings(net: NetConfig, number: int, ipc: int = recipe.decoded_ipc, protocol: Protocol = protocol) -> float:
-        count = ipc * shape.classes
-        processes = max(1, min(_processes(job), number))
-        threads = threads_each(processes)
-        step = clock.training(net, min(count, protocol.batch_size), recipe.augmentation, threads)
-        one = protocol.passes * math.ceil(count / protocol.batch_size) * step
-        return number * (one + clock.passes(net, Passes("forward", 1, shape.test))) / processes
-
-    configs = evaluation_nets(recipe.net, evaluation.nets)
-    seconds = sum(trainings(config, task.sets * each) for config in configs)
-    number = task.sets * each * len(configs)
-    for other in map(load_protocol, evaluation.also):
-        more = task.sets * (evaluation.networks or other.networks)
-        seconds, number = seconds + trainings(configs[0], more, protocol=other), number + more
-    note = f"{number} networks"
-    stages = [Stage(name="evaluation", seconds=seconds, peak_bytes=memory, disk_bytes=0, note=note)]
-    if evaluation.random:
-        number = RANDOM_DRAWS * each + len(RANDOM_RATES)
-        seconds, note = trainings(configs[0], number, recipe.ipc), f"{number} networks, none if they are cached"
-        makes = _named("random", recipe, [recipe.ipc, recipe.protocol, each])
-        stages.append(Stage(name="random images", seconds=seconds, peak_bytes=memory, disk_bytes=0, note=note, makes=makes))
-    if evaluation.whole:
-        full = load_protocol("whole")
-        step = clock.training(configs[0], full.batch_size, recipe.augmentation, torch.get_num_threads())
-        seconds = full.networks * full.passes * math.ceil(shape.train / full.batch_size) * step
-        held = (shape.train + shape.test) * _image_bytes(shape)
-        makes, note = _named("whole", recipe), "none if it is cached"
-        stages.append(Stage(name="whole set", seconds=seconds, peak_bytes=held, disk_bytes=0, note=note, makes=makes))
-    return stages
+    recipe, protocol = job.recipe, load_protocol(job.recipe.protocol)
+    measured = Measured(recipe.net, recipe.augmentation, recipe.ipc, recipe.decoded_ipc, task.sets)
+    stages = evaluation_stages(measured, protocol, task.evaluation, clock, most_workers(job.place.workers, job.place.device))
+    each = task.evaluation.networks or protocol.networks
+    shared = {
+        "random images": _named("random", recipe, [recipe.ipc, recipe.protocol, each]),
+        "whole set": _named("whole", recipe),
+    }
+    return [one.model_copy(update={"makes": shared.get(one.name, "")}) for one in stages]
 
 
 def _parameters(net: NetConfig, shape: Shape) -> int:
@@ -339,7 +258,7 @@ def _warnings(stages: Sequence[Stage], job: Job) -> list[str]:
     disk, free = sum(stage.disk_bytes for stage in stages) / _GIB, shutil.disk_usage(folder).free / _GIB
     if disk > free:
         found.append(f"{disk:.1f} GiB of disk are needed, {free:.1f} GiB are free at {folder}: pass another --cache")
-    memory, at_hand = max(stage.peak_bytes for stage in stages) / _GIB, available_memory(job.place.device) / _GIB
+    memory, at_hand = max((stage.peak_bytes for stage in stages), default=0) / _GIB, available_memory(job.place.device) / _GIB
     if memory > at_hand:
         found.append(f"{memory:.1f} GiB of memory are needed, {at_hand:.1f} GiB are free: lower batch_syn, width or workers")
     return found

@@ -26,7 +26,8 @@ from dstill.experts.trajectory import Trajectories
 from dstill.jobs.job import Job, Task, Workplace
 from dstill.jobs.options import Choice, Evaluation, Machine, Recording, Seeds, at_least_one
 from dstill.planning.clock import Clock
-from dstill.planning.plan import Plan, plan_job, together
+from dstill.planning.plan import plan_job, together
+from dstill.planning.stages import Plan
 from dstill.reporting import figures
 from dstill.reproductions.following import accumulated_error
 from dstill.reproductions.page import Entries, Entry, Sets, page

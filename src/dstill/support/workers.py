@@ -51,6 +51,13 @@ def check_workers(asked: Workers) -> None:
         raise DstillError(f"workers must be at least 1, or auto, got {asked}")
 
 
+def most_workers(asked: Workers, device: torch.device) -> int:
+    """Processes that `choose_workers` takes for many items that are worth it."""
+    if asked != "auto":
+        return asked
+    return cores() if device.type == "cpu" else 1
+
+
 def choose_workers(asked: Workers, items: int, device: torch.device, seconds: float) -> int:
     """How many processes to use.
 
@@ -69,11 +76,8 @@ def choose_workers(asked: Workers, items: int, device: torch.device, seconds: fl
         (1, 2)
     """
     check_workers(asked)
-    if asked != "auto":
-        return min(asked, max(items, 1))
-    if device.type != "cpu" or seconds < _WORTH_SECONDS:
-        return 1
-    return max(1, min(items, cores()))
+    worth = asked != "auto" or seconds >= _WORTH_SECONDS
+    return max(1, min(items, most_workers(asked, device))) if worth else 1
 
 
 def spread(
