@@ -429,4 +429,4 @@ def test_judging_on_other_data_than_the_set_was_made_of_is_said(
     watch = Watch()
     for data in (tiny_real, tiny_real.holdout(0)):
         dstill.evaluate(tmp_path / "set-0", data, networks=1, random=False, progress=watch)
-    assert [note for note in watch.notes if "the set was not distilled from" in note] == watch.notes[-1:]
+    assert ["the set was not distilled from" in note for note in watch.notes if not note.startswith("this takes")] == [True]
