@@ -206,7 +206,7 @@ def drawn(reports: Sequence[dict[str, Any]], title: str) -> Figure:
         )
     axes.set(xscale="log", xlabel="minutes of one core, experts counted", ylabel="test accuracy %", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(loc="outside lower center", fontsize=7, ncols=3)
     return figure
 
 
