@@ -40,6 +40,8 @@ def test_a_run_that_random_images_equal_is_said_to_be_so() -> None:
     (line,) = of_run(result(around(0.5), random=around(0.495)), None)
     assert "no better than random real images (+0.5 points)" in line
     assert "(-10.0 points)" in of_run(result(around(0.4), random=around(0.5)), None)[0]
+    assert of_run(result(Score.of([[0.5]]), random=around(0.4)), None) == [], "one network, whose spread is not known"
+    assert "(-10.0 points)" in of_run(result(Score.of([[0.4]]), random=around(0.5)), None)[0]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,7 @@ from dstill.config.settings import NetConfig, Protocol, canonical, digest
 from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import DstillError
 from dstill.evaluation.baselines import random_baseline, random_trainings, whole_set
-from dstill.evaluation.networks import Measured, Trial, learning_rate, measure, prepared, trials_of
-from dstill.evaluation.networks import Progress as Told
+from dstill.evaluation.networks import Measured, Trial, TrialProgress, learning_rate, measure, prepared, trials_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Workplace
 from dstill.jobs.options import Evaluation, Machine, Names, Networks, at_least_one
@@ -234,7 +233,7 @@ def _measured(
     return [measured[i * count : (i + 1) * count] for i in range(len(sets))]
 
 
-def telling(pieces: Pieces, protocol: Protocol) -> Told:
+def telling(pieces: Pieces, protocol: Protocol) -> TrialProgress:
     """Tells the progress of networks that are trained under a protocol, with the accuracy of the last one."""
 
     def tell(trial: Trial, share: float, accuracy: float | None) -> None:

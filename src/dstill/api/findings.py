@@ -46,7 +46,7 @@ def of_run(result: Result, validation: Curve | None) -> list[str]:
     found = []
     if result.random is not None:
         points, error = difference(result.accuracy, result.random)
-        if points < _CLEAR * error:
+        if points < (_CLEAR * error if math.isfinite(error) else 0):  # one network alone has no spread
             found.append(
                 f"no better than random real images ({points:+.1f} points): distil for longer, or take another method "
                 "(dstill compare shows several)"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dstill.artifacts.card import safe_name
 from dstill.data.real import RealSet
+from dstill.data.walking import readable
 from dstill.errors import DstillError, suggest
 
 LARGEST_BYTES = 4 * 2**30
@@ -143,8 +144,7 @@ def _pictures(folder: Path, real: RealSet) -> Found:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = [file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.suffix.lower() in readable]
+    found = [file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.suffix.lower() in readable()]
     hidden = [file for file in found if any(part.startswith(".") for part in file.relative_to(folder).parts)]
     files = sorted(set(found) - set(hidden))
     inside = [file for file in files if file.parent != folder]

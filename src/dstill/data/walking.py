@@ -45,7 +45,7 @@ def visible(path: Path) -> bool:
 
 def is_image(file: Path) -> bool:
     """Whether a file is an image, even one that cannot be read: by its suffix or, if that tells nothing, by its content."""
-    if file.suffix.lower() in _readable() or is_foreign(file):
+    if file.suffix.lower() in readable() or is_foreign(file):
         return True
     return mimetypes.guess_type(file.name)[0] is None and _opens(file)
 
@@ -53,11 +53,12 @@ def is_image(file: Path) -> bool:
 def is_foreign(file: Path) -> bool:
     """Whether a file is, by its suffix, an image in a format that cannot be read."""
     suffix, kind = file.suffix.lower(), mimetypes.guess_type(file.name)[0] or ""
-    return suffix not in _readable() and (suffix in _UNREADABLE or kind.startswith("image/"))
+    return suffix not in readable() and (suffix in _UNREADABLE or kind.startswith("image/"))
 
 
 @functools.cache
-def _readable() -> frozenset[str]:
+def readable() -> frozenset[str]:
+    """The suffixes of image files that can be read, in lower case."""
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 

@@ -13,7 +13,7 @@ from dstill.artifacts.result import Score
 from dstill.config.settings import NetConfig, Protocol
 from dstill.data.preprocess import from_bytes
 from dstill.data.real import RealSet, Split
-from dstill.evaluation.networks import Progress, Trial, measure, prepared, train_and_measure, trials_of
+from dstill.evaluation.networks import Trial, TrialProgress, measure, prepared, train_and_measure, trials_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.methods.initialisation import random_rows
 from dstill.support import seeding
@@ -67,7 +67,7 @@ def random_baseline(
     seed: int,
     workers: Workers = 1,
     note: Callable[[str], None] = lambda _: None,
-    progress: Progress | None = None,
+    progress: TrialProgress | None = None,
 ) -> Score:
     """The accuracy of random real images under a protocol: `RANDOM_DRAWS` draws, with several networks each.
 

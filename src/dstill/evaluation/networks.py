@@ -114,7 +114,7 @@ class Trial:
 
 
 # Called with a trial, the share of its training that is done, and its accuracy once it is known.
-Progress = Callable[[Trial, float, float | None], None]
+TrialProgress = Callable[[Trial, float, float | None], None]
 
 
 def learning_rate(distilled: DistilledSet, protocol: Protocol) -> float:
@@ -142,7 +142,7 @@ def measure(
     protocol: Protocol,
     *,
     workers: Workers = 1,
-    progress: Progress | None = None,
+    progress: TrialProgress | None = None,
 ) -> list[Measured]:
     """Trains and measures the network of each trial.
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from dstill.config.settings import NetConfig, Passes, Protocol
+from dstill.data.catalog import Shape
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES
 from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.options import Evaluation
@@ -16,7 +17,10 @@ from dstill.planning.clock import Clock
 from dstill.planning.stages import Stage
 from dstill.support.workers import threads_each
 
-_FLOATS = 4  # bytes
+
+def image_bytes(shape: Shape) -> int:
+    """Bytes of an image in float32."""
+    return 4 * shape.numbers
 
 
 class Measured(NamedTuple):
@@ -50,8 +54,7 @@ def evaluation_stages(
         processes: most processes that train networks.
     """
     shape, each, sets = clock.shape, evaluation.networks or protocol.networks, measured.sets
-    image_bytes = _FLOATS * shape.numbers
-    sizes = {"peak_bytes": shape.test * image_bytes, "disk_bytes": 0}
+    sizes = {"peak_bytes": shape.test * image_bytes(shape), "disk_bytes": 0}
 
     def trainings(net: NetConfig, number: int, ipc: int, protocol: Protocol) -> float:
         count, used = ipc * shape.classes, max(1, min(processes, number))
@@ -75,7 +78,7 @@ def evaluation_stages(
         full = load_protocol("whole")
         step = clock.training(configs[0], full.batch_size, measured.augmentation, torch.get_num_threads())
         seconds = full.networks * full.passes * math.ceil(shape.train / full.batch_size) * step
-        held = (shape.train + shape.test) * image_bytes
+        held = (shape.train + shape.test) * image_bytes(shape)
         note = "none if it is cached"
         stages.append(Stage(name="whole set", seconds=seconds, peak_bytes=held, disk_bytes=0, note=note))
     return stages

@@ -23,13 +23,12 @@ from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network, R
 from dstill.methods.base import method_class
 from dstill.nets import networks as nets
 from dstill.planning.clock import Clock
-from dstill.planning.evaluating import Measured, evaluation_stages
+from dstill.planning.evaluating import Measured, evaluation_stages, image_bytes
 from dstill.planning.stages import Plan, Stage
 from dstill.support.console import Progress
 from dstill.support.devices import available_memory
 from dstill.support.workers import most_workers, threads_each
 
-_FLOATS = 4  # bytes
 _GIB = 2**30
 _BASE = 32 * 2**20  # memory that the libraries take once they run
 
@@ -142,7 +141,7 @@ def _experts(job: Job, clock: Clock) -> list[Stage]:
         name="experts",
         told="expert epochs",
         seconds=rounds * _seconds_per_epoch(job, config, clock, threads_each(processes)) if missing else 0.0,
-        peak_bytes=processes * (shape.train + shape.test) * _image_bytes(shape) if missing else 0,
+        peak_bytes=processes * (shape.train + shape.test) * image_bytes(shape) if missing else 0,
         disk_bytes=disk * _parameters(recipe.net, shape),
         note=_expert_note(config, longer, epochs, missing),
         makes=_named("experts", recipe, [epochs[0], config.model_dump(exclude={"count"})]),
@@ -185,7 +184,7 @@ def _trained(job: Job, clock: Clock) -> list[Stage]:
     step = clock.training(recipe.net, config.batch_size, "none", torch.get_num_threads())
     count = recipe.distill.network_count
     seconds = count * config.epochs * math.ceil(shape.train / config.batch_size) * step
-    memory, disk = shape.train * _image_bytes(shape), count * (4 * _parameters(recipe.net, shape) + 8 * shape.train)
+    memory, disk = shape.train * image_bytes(shape), count * (4 * _parameters(recipe.net, shape) + 8 * shape.train)
     many = f"{count} of {config.epochs} epochs, none if they are cached"
     note = many if count > 1 else f"{config.epochs} epochs, none if it is cached"
     makes = _named("network", recipe, [count, config.model_dump()])
@@ -210,7 +209,7 @@ def _named(kind: str, recipe: Recipe, settings: Any = None) -> str:
 
 def _distilling(job: Job, task: Task, clock: Clock) -> list[Stage]:
     distill, shape, recipe, sets = job.recipe.distill, job.shape, job.recipe, task.sets
-    count, stored = recipe.decoded_ipc * shape.classes, recipe.ipc * shape.classes * _image_bytes(shape)
+    count, stored = recipe.decoded_ipc * shape.classes, recipe.ipc * shape.classes * image_bytes(shape)
     stages: list[Stage] = []
     if distill.iterations:
         work = distill.work(ipc=recipe.decoded_ipc, classes=shape.classes)
@@ -224,7 +223,7 @@ def _distilling(job: Job, task: Task, clock: Clock) -> list[Stage]:
         step = clock.training(recipe.net, min(count, 256), recipe.augmentation, torch.get_num_threads())
         one = load_protocol("quick").passes * math.ceil(count / 256) * step
         judging = clock.passes(recipe.net, Passes("forward", 1, shape.train // 10))
-        held = shape.train // 10 * _image_bytes(shape)
+        held = shape.train // 10 * image_bytes(shape)
         seconds = sets * looks * (one + judging)
         note = f"measured {looks} times per set"
         stages.append(Stage(name="validation", seconds=seconds, peak_bytes=held, disk_bytes=0, note=note))
@@ -246,10 +245,6 @@ def _evaluating(job: Job, task: Task, clock: Clock) -> list[Stage]:
 def _parameters(net: NetConfig, shape: Shape) -> int:
     network = nets.build(net, shape.channels, shape.classes, shape.size, torch.Generator())
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-def _image_bytes(shape: Shape) -> int:
-    return _FLOATS * shape.numbers
 
 
 def _warnings(stages: Sequence[Stage], job: Job) -> list[str]:
