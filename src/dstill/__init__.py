@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dstill.data.real import RealSet, Source, load_real
     from dstill.experts.importing import import_experts
     from dstill.experts.trajectory import Trajectories
-    from dstill.jobs.options import Evaluation, Machine, Recording, Seeds
+    from dstill.jobs.options import Budget, Evaluation, Machine, Recording, Seeds
     from dstill.methods.base import Method
     from dstill.planning.plan import plan
     from dstill.planning.stages import Plan
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dstill.unrolling.unroll import unroll
 
 __all__ = [
+    "Budget",
     "Comparison",
     "DistilledSet",
     "DstillError",
@@ -78,6 +79,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Budget": "jobs.options",
     "Comparison": "api.compare",
     "DistilledSet": "artifacts.distilled",
     "Evaluation": "jobs.options",

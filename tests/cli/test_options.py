@@ -28,13 +28,13 @@ RECORDING = Recording(6, 7, 8, ("wandb", "tensorboard"))
 COMMANDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "run": (
         "api.run",
-        f"digits {CHOICE} {PLACE} {JUDGED} {RECORDED} -o o --sets 9 --expert-seed 4",
+        f"digits --minutes 2.5 {CHOICE} {PLACE} {JUDGED} {RECORDED} -o o --sets 9 --expert-seed 4",
         CHOSEN | MACHINE | {"out": Path("o"), "sets": 9, "evaluation": EVALUATION, "recording": RECORDING, "seed": Seeds(5, 4)},
     ),
     "train-experts": ("api.run", f"digits {CHOICE} {PLACE} --only 1,2", CHOSEN | MACHINE | {"only": [1, 2]}),
     "distill": (
         "api.run",
-        f"digits {CHOICE} {PLACE} {RECORDED} -o o --experts e --init i --expert-seed 0",
+        f"digits --minutes 2.5 {CHOICE} {PLACE} {RECORDED} -o o --experts e --init i --expert-seed 0",
         CHOSEN
         | MACHINE
         | {"out": Path("o"), "experts": Path("e"), "init": Path("i"), "recording": RECORDING, "seed": Seeds(5, 0)},
@@ -54,7 +54,7 @@ COMMANDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "compare": (
         "api.compare",
         f"digits {PLACE} --methods dm,mtt --ipc 1,10 --recipe smoke --set a=1 -o o --sets 2 --networks 4 --protocol p "
-        "--no-whole --checkpoint-every 7",
+        "--no-whole --checkpoint-every 7 --minutes 2.5",
         MACHINE
         | {"methods": ["dm", "mtt"], "ipc": [1, 10], "recipe": "smoke", "changes": ("a=1",), "out": Path("o"), "sets": 2}
         | {"networks": 4, "protocol": "p", "whole": False, "checkpoint_every": 7},
@@ -94,6 +94,8 @@ def test_every_option_reaches_its_argument(command: str, monkeypatch: pytest.Mon
     call = called(monkeypatch, module, command, text)
     progress = call.named.pop("progress")
     assert isinstance(progress, ConsoleReporter) and progress.console.quiet
+    budget = call.named.pop("minutes", None)
+    assert (budget and budget.minutes) == (2.5 if "--minutes" in text else None)
     assert call.named == expected
     source = call.positional[-1]
     assert source == "table8" or (isinstance(source, RealSet) and source.name == "digits")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 
 from dstill.data.real import RealSet
 from dstill.distillation import loop
-from dstill.distillation.loop import run_method
+from dstill.distillation.loop import Cadence, run_method
 from dstill.errors import CollapseError
 from dstill.jobs.job import Job, Workplace
 from dstill.jobs.options import Choice, Machine
@@ -30,3 +33,24 @@ def test_images_that_run_away_end_the_run_with_advice(
     with pytest.raises(CollapseError, match=f"after {named} iterations a pixel lies .* lower distill.lr_images"):
         run_method(problem(tiny_real, tmp_path, 1e9, iterations))
     assert bool(torch.isfinite(run_method(problem(tiny_real, tmp_path, 1.0, iterations)).images).all())
+
+
+def test_no_iteration_begins_after_the_end(tiny_real: RealSet, tmp_path: Path) -> None:
+    seen, painted = list[tuple[int, int]](), list[int]()
+    some = problem(tiny_real, tmp_path, 1.0, 7)
+    cadence = Cadence(validate=5, picture=5, until=time.perf_counter())
+    rows = list[dict[str, float]]()
+    run_method(
+        some,
+        cadence=cadence,
+        observer=lambda iteration, total, row: (seen.append((iteration, total)), rows.append(row)),  # type: ignore[func-returns-value]
+        painter=lambda done, _: painted.append(done),
+    )
+    assert seen == [(0, 7)], "the iteration under way is finished"
+    assert painted == [1], "and its images are shown and measured"
+    assert "validation_accuracy" in rows[0]
+    seen.clear()
+    run_method(
+        some, cadence=replace(cadence, until=math.inf), observer=lambda iteration, total, _: seen.append((iteration, total))
+    )
+    assert len(seen) == 7

@@ -13,6 +13,7 @@ from dstill.data.real import RealSet
 from dstill.jobs.job import Job, Task, Workplace
 from dstill.jobs.options import Choice
 from dstill.planning.announce import announce
+from dstill.planning.stages import Plan, Stage
 from dstill.support.progress import Expectation, Silent
 
 
@@ -46,6 +47,20 @@ def test_the_stages_that_come_are_those_that_were_expected(tiny_real: RealSet, t
     assert [stage for stage in dict.fromkeys(listener.came) if stage in expected] == expected, "in this order"
     assert [one.times for one in listener.expected if one.stage == "distilling"] in ([2], [])
     assert sum(note.startswith("this takes about ") for note in listener.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("until", "seconds", "offered"), [("evaluation", 1e5, True), ("evaluation", 1.0, False), ("experts", 1e5, False)]
+)
+def test_a_budget_is_offered_where_a_run_is_long(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Any, seconds: float, offered: bool
+) -> None:
+    stage = Stage(name="distilling", seconds=seconds, peak_bytes=0, disk_bytes=0)
+    monkeypatch.setattr("dstill.planning.announce.plan_job", lambda *_: Plan(title="", stages=(stage,)))
+    listener = Listener()
+    place = Workplace.of(dstill.Machine(cache=tmp_path), listener)
+    announce(Job.resolve(tiny_real, Choice("dm", recipe="smoke"), 0, place), Task(), until)
+    assert any("--minutes 10" in note for note in listener.notes) == offered
 
 
 def test_nothing_is_measured_if_nobody_is_told(tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

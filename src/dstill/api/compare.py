@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import reason_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Job, Task, Workplace
-from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Recording, Seeds
+from dstill.jobs.options import Budget, Changes, Choice, Evaluation, Machine, Recording, Seeds
 from dstill.reporting.page import REPORT_NAME, report
 from dstill.support.console import Progress
 from dstill.support.plugins import name_of
@@ -157,7 +158,8 @@ def compare(
     protocol: str = "ast",
     sets: int = 1,
     networks: int | None = None,
-    whole: bool = True,
+    whole: bool | None = None,
+    minutes: float | Budget | None = None,
     out: str | Path | None = None,
     seed: int = 0,
     checkpoint_every: int = 25,
@@ -180,7 +182,8 @@ def compare(
         protocol: evaluation protocol of every row, whatever the recipes say.
         sets: synthetic sets per row.
         networks: fresh networks per set; the protocol's number if left out.
-        whole: also measure the whole training set.
+        whole: also measure the whole training set; left out: yes, unless there is a budget.
+        minutes: time of the whole table, shared equally by its rows. Each row then chooses what is not set to fit, see `run`.
         out: folder of the tables and of a run folder for each row; `runs/<data>-compare-seed<s>` if left out.
         seed: determines everything random.
         checkpoint_every: store the state every so many iterations; 0 for never.
@@ -210,12 +213,18 @@ def compare(
         method_info(name)
     folder = Path(out) if out else Path("runs") / f"{real.name}-compare-seed{seed}"
     check_writable(folder)
+    budget, asked = Budget.of(minutes), list(dict.fromkeys([ipc] if isinstance(ipc, int) else ipc))
+    whole = budget is None if whole is None else whole
     task = Task(sets, Evaluation(networks=networks, whole=whole), Recording(checkpoint_every=checkpoint_every))
-    options = {"sets": sets, "networks": networks, "whole": whole, "seed": seed}
+    options: dict[str, Any] = {"sets": sets, "networks": networks, "whole": whole, "seed": seed}
+    if budget is not None:
+        options["minutes"] = share = budget.minutes / (len(asked) * len(chosen))
     assignments = [*recipes.assignments(changes), f"protocol={protocol}"]
     table = Comparison(data=real.name, protocol=protocol, rows=())
-    for images in dict.fromkeys([ipc] if isinstance(ipc, int) else ipc):
+    for images in asked:
         for name in chosen:
+            if budget is not None:
+                task = replace(task, budget=Budget.of(share))
             choice = Choice(name, images, recipe, changes=assignments)
             row = _row(real, choice, Seeds.of(seed), place, folder, task, options)
             table = table.model_copy(update={"rows": (*table.rows, row)})

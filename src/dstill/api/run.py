@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dstill.api import findings
+from dstill.api.budgeted import Budgeted, within
 from dstill.api.evaluate import measure_sets
+from dstill.api.rivals import best_of, can_compete, candidate
 from dstill.artifacts import files, set_file, whitening
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import METRICS_NAME, RESULT_NAME, Curve, DataSource, read_metrics
@@ -22,7 +25,7 @@ from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
 from dstill.jobs.checks import check_early, check_experts
 from dstill.jobs.job import Job, Task, Workplace
-from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
+from dstill.jobs.options import Budget, Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.planning.announce import announce
 from dstill.reporting.page import REPORT_NAME, report
 from dstill.support.console import Progress
@@ -90,6 +93,7 @@ def distill(
     changes: Changes = (),
     init: DistilledSet | str | Path | None = None,
     out: str | Path | None = None,
+    minutes: float | Budget | None = None,
     seed: int | Seeds = 0,
     recording: Recording = Recording(),
     machine: Machine = Machine(),
@@ -109,6 +113,7 @@ def distill(
         changes: changes to the recipe.
         init: a set, its file, its folder or the folder of its run, to start from instead of the recipe's initialisation.
         out: folder for metrics, checkpoints, pictures and the set. A call with the same arguments resumes there.
+        minutes: time of the whole call, see `run`.
         seed: determines the initial images and all draws.
         recording: what is recorded while distilling.
         machine: where the work is done.
@@ -126,19 +131,28 @@ def distill(
         DistilledSet('random' of 'digits', 10 images of 1x8x8, 10 classes)
     """
     settings, trained = (experts, None) if isinstance(experts, Mapping) else (None, experts)
-    choice = Choice(method, ipc, recipe, net, changes, distill, settings)
-    job = Job.resolve(source, choice, seed, Workplace.of(machine, progress))
+    choice, budget = Choice(method, ipc, recipe, net, changes, distill, settings), Budget.of(minutes)
+    job = Job.resolve(source, within(choice, budget), seed, Workplace.of(machine, progress))
     initial = set_file.read(init) if isinstance(init, str | Path) else init
     initial = None if initial is None else whitening.completed(initial, job.real, job.place.cache)
     validates = recording.validate_every > 0
     check_early(job, logs=recording.logs, own_experts=trained is None, validates=validates, initial=initial)
     files.check_writable(job.place.cache)
-    if out is not None:
-        refuse_other_run(Path(out), job.identity(job.seeds.images))
-        files.check_writable(Path(out))
-    announce(job, Task(recording=recording), until="distilling")
+    task, folder, until = Task(recording=recording), None if out is None else Path(out), math.inf
+    if folder is not None:
+        files.check_writable(folder)
+    budgeted = None if budget is None else Budgeted(job, budget, task, folder, "distilling")
+    if budgeted is not None:
+        job = job.on(job.real, budgeted.recipe)
+    else:
+        announce(job, task, until="distilling")
+    if folder is not None:
+        refuse_other_run(folder, job.identity(job.seeds.images))
     trajectories = _trajectories(job, trained, describing=initial is None)
-    return _distilled(job, job.seeds.images, trajectories, recording, None if out is None else Path(out), initial)
+    if budgeted is not None:
+        job = job.on(job.real, budgeted.settle(job.problem(job.seeds.images, trajectories, initial)))
+        until = budgeted.until(1)
+    return _distilled(job, job.seeds.images, trajectories, recording, folder, initial, until)
 
 
 def _trajectories(job: Job, given: Trajectories | str | Path | None, *, describing: bool = True) -> Trajectories | None:
@@ -157,11 +171,13 @@ def _distilled(
     recording: Recording,
     out: Path | None,
     initial: DistilledSet | None = None,
+    until: float = math.inf,
 ) -> DistilledSet:
     """Distils one set, with or without a folder."""
     problem, reporter = job.problem(seed, trajectories, initial), job.place.reporter
     pictures = recording.picture_every if out else 0
-    cadence = Cadence(checkpoint=recording.checkpoint_every, validate=recording.validate_every, picture=pictures)
+    every = {"checkpoint": recording.checkpoint_every, "validate": recording.validate_every, "picture": pictures}
+    cadence = Cadence(**every, until=until)
     if out is None:
         return run_method(problem, cadence=cadence, observer=Watcher(problem, reporter))
     distilled = distill_into(out, problem, job.identity(seed), cadence, reporter, recording.logs)
@@ -182,6 +198,7 @@ def run(
     changes: Changes = (),
     out: str | Path | None = None,
     sets: int = 1,
+    minutes: float | Budget | None = None,
     seed: int | Seeds = 0,
     evaluation: Evaluation = Evaluation(),
     recording: Recording = Recording(),
@@ -206,6 +223,9 @@ def run(
         out: run folder; `runs/<data>-<method>-ipc<k>-seed<s>` if left out. It gets `result.json`, `report.html`, and in
             `set-<k>/` the distilled set, its picture, its metrics and its curves.
         sets: synthetic sets to distil, with seeds `seed`, `seed + 1` …, from the same experts.
+        minutes: time of the whole call. Whatever is not set is then chosen so that it ends in time: method, network, experts,
+            iterations, evaluation. If no method is named, coresets compete with the set on a part of the training images
+            that is set aside, and the best is handed out. The choice is stored in the run folder.
         seed: determines everything random; `Seeds` if the experts have another one.
         evaluation: how the sets are measured.
         recording: what is recorded while distilling.
@@ -227,9 +247,12 @@ def run(
         ('random', 1, 1)
     """
     started = time.perf_counter()
+    budget = Budget.of(minutes)
     choice = Choice(method, ipc, recipe, net, changes, distill, experts)
-    job = Job.resolve(source, choice, seed, Workplace.of(machine, progress))
-    return run_job(job, job.folder if out is None else Path(out), Task(sets, evaluation, recording), started)
+    job = Job.resolve(source, within(choice, budget), seed, Workplace.of(machine, progress))
+    rivals = budget is not None and sets == 1 and method is None and recipe is None and can_compete(job)
+    folder = job.folder if budget is None else job.folder.with_name(f"{job.folder.name}-{budget.minutes:g}min")
+    return run_job(job, folder if out is None else Path(out), Task(sets, evaluation, recording, budget, rivals), started)
 
 
 def run_job(job: Job, folder: Path, task: Task, started: float | None = None) -> Result:
@@ -242,21 +265,55 @@ def run_job(job: Job, folder: Path, task: Task, started: float | None = None) ->
         started: when the call began, so that loading the data counts.
     """
     started = time.perf_counter() if started is None else started
-    evaluation, recording, reporter = task.evaluation, task.recording, job.place.reporter
+    evaluation, recording = task.evaluation, task.recording
     at_least_one(sets=task.sets, networks=evaluation.networks)
     check_early(job, evaluation, recording.logs, validates=recording.validate_every > 0)
-    seeds = [job.seeds.images + k for k in range(task.sets)]
+    if task.budget is not None:
+        return _run_within(job, folder, task, task.budget, started)
+    seeds = _set_seeds(job, task)
     for k, seed in enumerate(seeds):
         refuse_other_run(folder / f"set-{k}", job.identity(seed))
-    files.check_writable(folder)
-    files.check_writable(job.place.cache)
-    reporter.note(f"run folder: {folder}")
+    _open(folder, job)
     announce(job, task)
     trajectories = _trajectories(job, None)
     trained = time.perf_counter()
     sets = [_distilled(job, seed, trajectories, recording, folder / f"set-{k}") for k, seed in enumerate(seeds)]
-    matched = time.perf_counter()
-    result = measure_sets(sets, job.real, job.place, evaluation, job.seeds.images)
+    return _concluded(sets, job, folder, task, started, trained)
+
+
+def _set_seeds(job: Job, task: Task) -> list[int]:
+    return [job.seeds.images + k for k in range(task.sets)]
+
+
+def _open(folder: Path, job: Job) -> None:
+    files.check_writable(folder)
+    files.check_writable(job.place.cache)
+    job.place.reporter.note(f"run folder: {folder}")
+
+
+def _run_within(job: Job, folder: Path, task: Task, budget: Budget, started: float) -> Result:
+    """A run within a budget. If coresets compete, they are compared on training images that are set aside before."""
+    _open(folder, job)
+    budgeted = Budgeted(job, budget, task, folder)
+    chosen, competes = job.on(job.real, budgeted.recipe), bool(budgeted.chosen.offer.rivals.methods)
+    work = chosen.on(job.real.holdout(job.seeds.images)) if competes else chosen
+    trajectories = _trajectories(work, None)
+    work = work.on(work.real, budgeted.settle(work.problem(job.seeds.images, trajectories)))
+    trained, sets = time.perf_counter(), list[DistilledSet]()
+    for k, seed in enumerate(_set_seeds(job, task)):
+        target = candidate(folder, work.recipe.method) if competes else folder / f"set-{k}"
+        until = budgeted.until(task.sets - k)
+        sets.append(_distilled(work, seed, trajectories, task.recording, target, until=until))
+        budgeted.tell_if_cut(target)
+    if competes:
+        sets = [best_of(sets[0], work, budgeted.rivals(), folder, job.real)]
+    return _concluded(sets, chosen, folder, budgeted.task(), started, trained)
+
+
+def _concluded(sets: list[DistilledSet], job: Job, folder: Path, task: Task, started: float, trained: float) -> Result:
+    """Measures the sets, stores them with the claim that results, and writes the report."""
+    matched, reporter = time.perf_counter(), job.place.reporter
+    result = measure_sets(sets, job.real, job.place, task.evaluation, job.seeds.images)
     stages = {"experts": trained - started, "distill": matched - trained, **result.stages}
     cost = Cost.load(folder / "set-0")
     sets = [one.with_accuracy(Claim.of(result)) for one in sets]

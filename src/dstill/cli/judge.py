@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from dstill.cli.app import app
 from dstill.cli.options import Choice, Common, Data, OptionalOut, Out, Set, assignments, numbers
-from dstill.jobs.options import Evaluation, Flag, Machine, Recording, Whole, names
+from dstill.jobs.options import Budget, Evaluation, Flag, Machine, Recording, Whole, names
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
 _EVALUATION, _RECORDING, _MACHINE = Evaluation(), Recording(), Machine()
@@ -137,7 +137,8 @@ def compare(
     sets: Whole = 1,
     networks: Whole | None = None,
     protocol: str = "ast",
-    whole: bool = True,
+    whole: bool | None = None,
+    minutes: float | None = None,
     checkpoint_every: Whole = 25,
     data: Data = _DATA,
     machine: Machine = _MACHINE,
@@ -157,7 +158,8 @@ def compare(
         sets: synthetic sets per row.
         networks: fresh networks per set (default: the protocol's).
         protocol: ast, mtt, frepo, quick, or a YAML file, for every row.
-        whole: also train on the whole training set.
+        whole: also train on the whole training set (default: unless there are --minutes).
+        minutes: time of the whole table, shared equally by its rows; whatever is not set is chosen to fit.
         checkpoint_every: store the state every so many iterations.
         data: how the real data are read.
         machine: where the work is done.
@@ -166,8 +168,9 @@ def compare(
     from dstill.api.compare import compare
     from dstill.cli import summary
 
+    budget = Budget.of(minutes)  # before the data are read
     rows = {"methods": names(methods), "ipc": numbers(ipc, "--ipc"), "recipe": recipe, "changes": changes, "sets": sets}
-    judging = {"networks": networks, "protocol": protocol, "whole": whole}
+    judging = {"networks": networks, "protocol": protocol, "whole": whole, "minutes": budget}
     options = {"out": out, "checkpoint_every": checkpoint_every, **common.arguments(machine)}
     comparison = compare(data.load(source, common, out or Path("runs")), **rows, **judging, **options)  # type: ignore[arg-type]
     summary.print_comparison(comparison)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dstill.cli.app import app
 from dstill.cli.options import Choice, Common, Data, OptionalOut, Out, numbers
-from dstill.jobs.options import Evaluation, Machine, Recording, Whole
+from dstill.jobs.options import Budget, Evaluation, Machine, Recording, Whole
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
 _EVALUATION, _RECORDING, _MACHINE = Evaluation(), Recording(), Machine()
@@ -19,6 +19,7 @@ def run(
     choice: Choice = _CHOICE,
     out: OptionalOut = None,
     sets: Whole = 1,
+    minutes: float | None = None,
     evaluation: Evaluation = _EVALUATION,
     recording: Recording = _RECORDING,
     expert_seed: Whole | None = None,
@@ -33,6 +34,7 @@ def run(
         choice: which settings it takes.
         out: run folder (default runs/DATA-METHOD-ipcK-seedS).
         sets: synthetic sets to distil and evaluate.
+        minutes: time of the whole command, evaluation included; whatever is not set is chosen to fit, the method too.
         evaluation: how the sets are measured.
         recording: what is recorded while distilling.
         expert_seed: seed of the experts (default: --seed), for sets of other seeds from the same experts.
@@ -43,9 +45,10 @@ def run(
     from dstill.api.run import run
     from dstill.cli import summary
 
+    budget = Budget.of(minutes)  # before the data are read
     options = {"sets": sets, "evaluation": evaluation, "recording": recording, **common.arguments(machine, expert_seed)}
     real = data.load(source, common, out or Path("runs"))
-    summary.print_result(run(real, out=out, **choice.arguments(), **options))
+    summary.print_result(run(real, out=out, minutes=budget, **choice.arguments(), **options))
 
 
 @app.command
@@ -82,6 +85,7 @@ def distill(
     experts: Path | None = None,
     init: Path | None = None,
     out: Out = Path("distilled"),
+    minutes: float | None = None,
     recording: Recording = _RECORDING,
     expert_seed: Whole | None = None,
     data: Data = _DATA,
@@ -96,6 +100,7 @@ def distill(
         experts: folder of trajectories (default: the recipe's, trained if the cache lacks them).
         init: a distilled set to start from, instead of the recipe's initialisation.
         out: folder for the set, its picture, its metrics and its checkpoints.
+        minutes: time of the whole command; whatever is not set is chosen to fit.
         recording: what is recorded while distilling.
         expert_seed: seed of the experts (default: --seed), for sets of other seeds from the same experts.
         data: how the real data are read.
@@ -104,6 +109,7 @@ def distill(
     """
     from dstill.api.run import distill
 
+    budget = Budget.of(minutes)  # before the data are read
     options = {"experts": experts, "init": init, "recording": recording, **common.arguments(machine, expert_seed)}
-    distill(data.load(source, common, out), out=out, **choice.arguments(), **options)
+    distill(data.load(source, common, out), out=out, minutes=budget, **choice.arguments(), **options)
     print(out)

@@ -171,6 +171,10 @@ class DistillConfig(Settings):
     late: ClassVar[frozenset[str]] = frozenset({"parts"})
     """Settings that were added later. Where one has its default, files do not mention it, so that runs and caches from before
     stay what they are."""
+    worthwhile: ClassVar[int] = 300
+    """Iterations that a budget must leave for the recipe's own form and width to be kept."""
+    fewest: ClassVar[int] = 50
+    """Iterations that a budget must leave, or else the quickest forms of the settings are tried, however much they lose."""
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {}
     """Settings that `tune` searches, with the factors to multiply them by; if empty, the method cannot be tuned."""
 
@@ -236,6 +240,10 @@ class DistillConfig(Settings):
     def scaled(self, factors: Mapping[str, float], longest: int | None) -> Self:
         """These settings with those in `search_factors` multiplied; T+ stays within experts of `longest` epochs."""
         return self.model_copy(update={name: getattr(self, name) * factor for name, factor in factors.items()})
+
+    def quicker(self) -> Self | None:
+        """The next quicker form of these settings, for a budget that does not allow for them; None if there is none."""
+        return None
 
     def smoke(self) -> Self:
         """These settings reduced to a run of seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,11 +33,13 @@ class Cadence:
             (half a second or more), less often, so that it takes at most a twentieth of the time.
         validate: train a network on the set so far, under the protocol `quick`, and measure it on the validation part.
         picture: pass the set so far to the painter, also after the last iteration.
+        until: after this moment, by `time.perf_counter`, no iteration begins, and the set so far is the result.
     """
 
     checkpoint: int = 25
     validate: int = 0
     picture: int = 0
+    until: float = math.inf
 
 
 class _Due:
@@ -101,9 +104,10 @@ def run_method(
             metrics = method.step(state, iteration, seeding.generator(problem.seed, "step", iteration))
             row: Metrics = {"iteration": iteration, **metrics, "seconds": time.perf_counter() - started}
             done = iteration + 1
-            if done % _CHECK_EVERY == 0 or done == total:
+            last = done == total or time.perf_counter() > cadence.until
+            if done % _CHECK_EVERY == 0 or last:
                 _refuse_runaway(method.result(state), done)
-            if cadence.validate and (done % cadence.validate == 0 or done == total):
+            if cadence.validate and (done % cadence.validate == 0 or last):
                 row["validation_accuracy"] = validate(method.result(state))
             if folder:
                 folder.log(row)
@@ -113,12 +117,14 @@ def run_method(
                     due.stored(time.perf_counter() - stored)
             if observer is not None:
                 observer(iteration, total, row)
-            if painter is not None and cadence.picture and (done % cadence.picture == 0 or done == total):
+            if painter is not None and cadence.picture and (done % cadence.picture == 0 or last):
                 painter(done, method.result(state))
             stopped = asked_to_stop()
             if stopped:
                 if folder:
                     folder.checkpoint(done, state)
+                break
+            if last:
                 break
     if stopped:
         raise KeyboardInterrupt  # if the signal itself did not end the process

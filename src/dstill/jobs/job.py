@@ -23,7 +23,7 @@ from dstill.errors import DstillError
 from dstill.experts.train import ExpertTask, train_missing
 from dstill.experts.trained import NetworkTask, TrainedNetwork, trained_network
 from dstill.experts.trajectory import Trajectories, expert_path, recorded_epochs
-from dstill.jobs.options import Choice, Evaluation, Machine, Recording, Seeds, at_least_one
+from dstill.jobs.options import Budget, Choice, Evaluation, Machine, Recording, Seeds, at_least_one
 from dstill.methods.base import Problem
 from dstill.nets.networks import network_name
 from dstill.support.cache import cache_folder
@@ -80,6 +80,7 @@ class Job:
         origin: where the settings come from, in a sentence.
         seeds: seeds of images and experts.
         place: where the work is done.
+        changes: what the user has set in the recipe, as assignments.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Job:
     origin: str
     seeds: Seeds
     place: Workplace
+    changes: tuple[str, ...] = ()
 
     @classmethod
     def resolve(cls, source: Source, choice: Choice, seed: int | Seeds, place: Workplace, *, shape: Shape | None = None) -> Job:
@@ -112,7 +114,7 @@ class Job:
         recipe, origin = resolved(choice, known, shape, place.device, name)
         if not isinstance(choice.recipe, Recipe):
             place.reporter.note(f"{recipe.method}, {recipe.ipc} image(s) per class, {name}: {origin}")
-        return cls(name, shape, data, recipe, origin, Seeds.of(seed), place)
+        return cls(name, shape, data, recipe, origin, Seeds.of(seed), place, tuple(_changes(choice)))
 
     def on(self, data: RealSet, recipe: Recipe | None = None) -> Job:
         """The same job on other data of the same shape, such as a hold-out, or with other settings."""
@@ -234,11 +236,15 @@ class Task:
         sets: number of synthetic sets; their seeds count up from the job's.
         evaluation: how they are measured.
         recording: what is recorded while distilling.
+        budget: the time of the whole command, which then decides what the user has not set.
+        rivals: whether coresets compete with the set within the budget.
     """
 
     sets: int = 1
     evaluation: Evaluation = Evaluation()
     recording: Recording = Recording()
+    budget: Budget | None = None
+    rivals: bool = False
 
 
 def resolved(choice: Choice, known: str, shape: Shape, device: torch.device, name: str = "") -> tuple[Recipe, str]:

@@ -6,6 +6,8 @@ option, such as `--device cuda`.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +88,40 @@ class Seeds(NamedTuple):
     def of(cls, seed: int | Seeds) -> Seeds:
         """Turns a single seed into `Seeds` with the same seed for both."""
         return seed if isinstance(seed, Seeds) else cls(seed, seed)
+
+
+class Budget(NamedTuple):
+    """The time of a whole command.
+
+    Attributes:
+        minutes: how long it may take.
+        began: when it began, by `time.perf_counter`.
+
+    Example:
+        >>> Budget.of(10).left <= 600
+        True
+    """
+
+    minutes: float
+    began: float
+
+    @classmethod
+    def of(cls, minutes: float | Budget | None) -> Budget | None:
+        """A number of minutes from now on.
+
+        Raises:
+            DstillError: it is not above 0.
+        """
+        if minutes is None or isinstance(minutes, Budget):
+            return minutes
+        if not 0 < minutes < math.inf:
+            raise DstillError(f"minutes must be above 0, got {minutes}")
+        return cls(minutes, time.perf_counter())
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left; below 0 once they are up."""
+        return 60 * self.minutes - (time.perf_counter() - self.began)
 
 
 @Parameter(name="*")

@@ -23,6 +23,7 @@ class MatchingConfig(UnrolledConfig):
     late: ClassVar[frozenset[str]] = UnrolledConfig.late | {
         *("start_epochs", "first_start_epochs", "grow_over", "lr_labels", "label_momentum", "skip_above")
     }
+    worthwhile: ClassVar[int] = 200
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "lr_images": (0.1, 0.3, 1.0, 3.0, 10.0),
         "max_start_epoch": (0.5, 1.0, 2.0),
@@ -146,6 +147,15 @@ class MatchingConfig(UnrolledConfig):
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
         batch = self.student_batch(ipc * classes)
         return [Passes(kind, self.student_steps, batch, precision=self.precision) for kind in ("gradient", "tangent")]
+
+    def quicker(self) -> Self | None:
+        """Experts no longer than matching needs; then half as long ones."""
+        if self.describing_epochs is not None:
+            return self.model_copy(update={"feature_epochs": None})
+        start = self.max_start_epoch // 2
+        if start <= max(1, self.min_start_epoch):
+            return None
+        return self.model_copy(update={"max_start_epoch": start, "first_start_epochs": None})
 
     def scaled(self, factors: Mapping[str, float], longest: int | None) -> Self:
         """T+ stays an integer above the lowest start epoch and within experts of `longest` epochs."""

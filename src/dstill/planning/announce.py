@@ -18,6 +18,7 @@ from dstill.support.progress import Reporter, Silent, expect
 from dstill.support.workers import most_workers
 
 _WORTH_NAMING = 0.01  # share of the whole time
+_LONG = 30 * 60.0  # seconds, above which a budget is offered
 
 
 def announce(job: Job, task: Task, until: Literal["experts", "distilling", "evaluation"] = "evaluation") -> None:
@@ -25,8 +26,12 @@ def announce(job: Job, task: Task, until: Literal["experts", "distilling", "eval
 
     Times come from a calibration of a few seconds. Nothing is measured if nobody is told.
     """
-    if type(job.place.reporter) is not Silent:
-        _say(job.place.reporter, plan_job(job, task, Clock(job.shape, job.place.device, QUICK), until).stages)
+    if type(job.place.reporter) is Silent:
+        return
+    stages = plan_job(job, task, Clock(job.shape, job.place.device, QUICK), until).stages
+    _say(job.place.reporter, stages)
+    if until != "experts" and sum(stage.seconds for stage in stages) > _LONG:
+        job.place.reporter.note("--minutes 10 (minutes=10 in Python) chooses settings that end in ten minutes")
 
 
 def announce_evaluation(

@@ -1,0 +1,275 @@
+"""What a budget buys: the settings of a run that ends in time.
+
+The choice follows from the shape of the data, the speed of the machine and the minutes, and from nothing else. Settings are
+tried from the fullest to the quickest: narrower networks, and for each width the recipe's own form and the method's next
+quicker one. The first that leave time for a worthwhile number of iterations are taken, and iterations fill what is left. If
+none do, the narrowest network is taken, in the first form that leaves time for the fewest iterations that make sense. Of the
+whole time, at most a quarter goes to the evaluation, and a seventh to coresets as rivals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from dstill.config.recipes import changed
+from dstill.config.settings import Passes, Recipe, TrainingConfig
+from dstill.data.catalog import Shape
+from dstill.errors import DstillError
+from dstill.evaluation.protocols import load_protocol
+from dstill.jobs.job import Job, Task
+from dstill.nets.networks import evaluation_nets
+from dstill.planning.announce import rough
+from dstill.planning.clock import Clock
+from dstill.planning.evaluating import Measured, evaluation_stages
+from dstill.planning.plan import plan_job
+from dstill.planning.stages import Stage
+from dstill.support.workers import most_workers, threads_each
+
+METHOD = "rat-bptt"
+"""The method of a budget for which none is named: in `results/budget` no other reaches its accuracy in the same time."""
+PREPROCESS = "standardise"
+RIVALS = ("random", "herding", "kmeans")
+"""The coresets that a set is compared with on the validation part, unless its method was named."""
+
+_WIDTHS = (64, 32)  # narrower networks that are tried; wider ones than the recipe's are not
+_EXPERTS = (50, 20, 10, 5, 3, 2, 1)  # numbers of experts that are tried
+_FOR_EXPERTS, _FOR_EVALUATION, _FOR_RIVALS = 0.45, 0.25, 0.14  # most of the budget that each may take
+_QUICK = "quick"  # protocol of short budgets, and of the comparison with rivals
+
+Until = Literal["distilling", "evaluation"]
+
+
+class Rivals(BaseModel):
+    """The coresets that a set is compared with.
+
+    Attributes:
+        methods: how they are chosen; empty for no comparison.
+        epochs: of the network whose features choose them.
+        networks: fresh networks that measure each set on the validation part.
+        seconds: what all of this takes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    methods: tuple[str, ...] = ()
+    epochs: int = 1
+    networks: int = 1
+    seconds: float = 0.0
+
+    @property
+    def stage(self) -> list[Stage]:
+        note = f"{', '.join(self.methods)}: compared on the validation part"
+        named = Stage(name="coresets", seconds=self.seconds, peak_bytes=0, disk_bytes=0, note=note)
+        return [named] if self.methods else []
+
+
+class Offer(BaseModel):
+    """What a budget buys.
+
+    Attributes:
+        recipe: the settings, with as many iterations as fit.
+        networks: fresh networks of the evaluation.
+        random: whether random images are measured on the test set too.
+        rivals: the coresets that the set is compared with.
+        stages: what each part is expected to take.
+        most: iterations of the recipe; more are never chosen.
+        spare: seconds that are left; below 0 if the offer does not fit.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe
+    networks: int
+    random: bool
+    rivals: Rivals
+    stages: tuple[Stage, ...]
+    most: int
+    spare: float
+
+    @property
+    def iterations(self) -> int:
+        return self.recipe.distill.iterations
+
+
+def offered(job: Job, task: Task, seconds: float, clock: Clock, until: Until = "evaluation") -> Offer:
+    """The fullest settings that leave time for a worthwhile number of iterations; else the quickest.
+
+    Args:
+        job: the job, with the recipe to start from. What the user has set in it stays.
+        task: how many sets, how they are measured, and whether coresets compete.
+        seconds: time from now to the end of the command.
+        clock: how long a batch takes.
+        until: whether the sets are measured.
+
+    Raises:
+        DstillError: not even one iteration fits.
+    """
+    for recipe, wanted in _ladder(job.recipe):
+        offer = _priced(job.on(job.real, _kept(job, recipe)), task, seconds, clock, until)
+        if offer.spare >= 0 and offer.iterations >= min(wanted, offer.most):
+            return offer
+    if offer.spare < 0:
+        raise DstillError(
+            f"{rough(seconds)} are not enough, {rough(2 * (seconds - offer.spare))} would be: allow more, or make the task "
+            "smaller, with --image-size, --networks 1 or --set net.width=16"
+        )
+    return offer
+
+
+def _kept(job: Job, recipe: Recipe) -> Recipe:
+    """The recipe with what the user has set."""
+    return changed(recipe, job.changes, "--set")
+
+
+def _ladder(recipe: Recipe) -> Iterator[tuple[Recipe, int]]:
+    """Settings from the fullest to the quickest, and the number of iterations from which on they are taken."""
+    own, form = recipe.net.width, recipe.distill
+    quicker = form.quicker()
+    for width in [own, *[one for one in _WIDTHS if own is not None and one < own]]:
+        narrow = recipe.model_copy(update={"net": recipe.net.model_copy(update={"width": width})})
+        yield narrow, form.worthwhile
+        if quicker is not None:
+            yield narrow.model_copy(update={"distill": quicker}), form.worthwhile
+    while quicker is not None:
+        yield narrow.model_copy(update={"distill": quicker}), form.fewest
+        quicker = quicker.quicker()
+
+
+def _priced(job: Job, task: Task, seconds: float, clock: Clock, until: Until) -> Offer:
+    """The offer of these settings: what stands beside the distillation is chosen first, and iterations fill the rest."""
+    job = _with_experts(job, _FOR_EXPERTS * seconds, clock)
+    if until == "evaluation":
+        job, task = _evaluated(job, task, _FOR_EVALUATION * seconds, clock)
+    rivals = _rivals(job, _FOR_RIVALS * seconds, clock) if task.rivals else Rivals()
+    stages = list(plan_job(job, task, clock, until).stages)
+    first = next((i for i, stage in enumerate(stages) if stage.name == "evaluation"), len(stages))
+    stages[first:first] = rivals.stage
+    most, left = job.recipe.distill.iterations, seconds - sum(stage.seconds for stage in stages)
+    iterations = with_iterations(job, math.floor(_fitting(most, stages, left))).recipe.distill.iterations
+    if most:
+        share = iterations / most
+        left += sum((1 - share) * stage.seconds for stage in stages if stage.name == "distilling")
+        stages = [_scaled(one, share, iterations) if one.name == "distilling" else one for one in stages]
+        job = with_iterations(job, iterations)
+    return Offer(
+        recipe=job.recipe,
+        networks=task.evaluation.networks or load_protocol(job.recipe.protocol).networks,
+        random=task.evaluation.random,
+        rivals=rivals,
+        stages=tuple(stages),
+        most=most,
+        spare=left,
+    )
+
+
+def _fitting(most: int, stages: Sequence[Stage], left: float) -> float:
+    """Iterations that fit if the stages, with `most` of them, leave so many seconds."""
+    distilling = sum(stage.seconds for stage in stages if stage.name == "distilling")
+    return min(most, max(1, most * (1 + left / distilling))) if distilling else most
+
+
+def with_iterations(job: Job, iterations: int) -> Job:
+    """The job with another number of iterations, unless the user has set it."""
+    distill = job.recipe.distill.model_copy(update={"iterations": iterations})
+    return job.on(job.real, _kept(job, job.recipe.model_copy(update={"distill": distill})))
+
+
+def _scaled(stage: Stage, share: float, iterations: int) -> Stage:
+    return stage.model_copy(update={"seconds": share * stage.seconds, "note": f"{iterations} iterations"})
+
+
+def _with_experts(job: Job, most: float, clock: Clock) -> Job:
+    """As many experts as may be trained in this time, at least one."""
+    if not job.method.needs_experts:
+        return job
+    config = job.recipe.experts or job.recipe.expert_config
+    for count in [config.count, *[one for one in _EXPERTS if one < config.count]]:
+        experts = config.model_copy(update={"count": count})
+        job = job.on(job.real, _kept(job, job.recipe.model_copy(update={"experts": experts})))
+        if plan_job(job, Task(), clock, "experts").seconds <= most:
+            break
+    return job
+
+
+def _evaluated(job: Job, task: Task, most: float, clock: Clock) -> tuple[Job, Task]:
+    """The most thorough evaluation that may be made in this time, or else the quickest."""
+    asked, own = task.evaluation, job.recipe.protocol
+    counts = [asked.networks] if asked.networks else [None, 3, 2]
+    choices = [(own, count, random) for count in counts for random in ([True, False] if asked.random else [False])]
+    choices += [(_QUICK, count, False) for count in ([asked.networks] if asked.networks else [2, 1])]
+    processes = most_workers(job.place.workers, job.place.device)
+    for protocol, count, random in choices:
+        job = job.on(job.real, _kept(job, job.recipe.model_copy(update={"protocol": protocol})))
+        recipe, evaluation = job.recipe, replace(asked, networks=count, random=random)
+        measured = Measured(recipe.net, recipe.augmentation, recipe.ipc, recipe.decoded_ipc, task.sets)
+        stages = evaluation_stages(measured, load_protocol(recipe.protocol), evaluation, clock, processes)
+        if sum(stage.seconds for stage in stages) <= most:
+            break
+    return job, replace(task, evaluation=evaluation)
+
+
+def _rivals(job: Job, most: float, clock: Clock) -> Rivals:
+    """The best coresets that may be made and compared in this time; none if there is no time."""
+    choices: list[tuple[tuple[str, ...], int, int]] = [
+        (RIVALS, epochs, networks) for networks in (2, 1) for epochs in (10, 3, 1)
+    ]
+    choices += [(RIVALS[:1], 0, networks) for networks in (2, 1)]
+    for methods, epochs, networks in choices:
+        seconds = _rivals_seconds(job, len(methods), epochs, networks, clock)
+        if seconds <= most:
+            return Rivals(methods=methods, epochs=epochs, networks=networks, seconds=seconds)
+    return Rivals()
+
+
+def _rivals_seconds(job: Job, methods: int, epochs: int, networks: int, clock: Clock) -> float:
+    shape, recipe, quick = clock.shape, job.recipe, load_protocol(_QUICK)
+    batch = TrainingConfig().batch_size
+    training = epochs * math.ceil(shape.train / batch) * clock.training(recipe.net, batch, "none", torch.get_num_threads())
+    describing = 2 * clock.passes(recipe.net, Passes("forward", 1, shape.train)) if epochs else 0.0
+    held = Shape(shape.channels, shape.size, shape.classes, shape.train, max(1, shape.train // 10))
+    number, images = (methods + 1) * networks, recipe.decoded_ipc * shape.classes
+    used = max(1, min(most_workers(job.place.workers, job.place.device), number))
+    (net,) = evaluation_nets(recipe.net, ())
+    step = clock.training(net, min(images, quick.batch_size), recipe.augmentation, threads_each(used))
+    one = quick.passes * math.ceil(images / quick.batch_size) * step + clock.passes(net, Passes("forward", 1, held.test))
+    return training + describing + number * one / used
+
+
+def described(offer: Offer, name: str, minutes: float, more: Offer | None, longer: float) -> list[str]:
+    """What a budget buys, in a few lines.
+
+    Args:
+        offer: the offer.
+        name: what the data are called.
+        minutes: the budget.
+        more: the offer of a longer budget, if there is one.
+        longer: the longer budget in minutes.
+    """
+    recipe = offer.recipe
+    lines = [f"in {rough(60 * minutes)}, {name} at {recipe.ipc} image(s) per class: {_choice(offer)}"]
+    lines.append(f"of this, {', '.join(f'{one.name} {rough(one.seconds)}' for one in offer.stages if one.seconds)}")
+    measured = f"{offer.networks} networks by protocol {recipe.protocol}"
+    beside = ["random images"] if offer.random else []
+    lines.append(f"the set is measured with {measured}" + (f", beside {', '.join(beside)}" if beside else ""))
+    if offer.rivals.methods:
+        lines.append(
+            f"it is first compared with {', '.join(offer.rivals.methods)} on images set aside, and the best is handed out"
+        )
+    if more is not None:
+        lines.append(f"{rough(60 * longer)} would buy {_choice(more)}")
+    return lines
+
+
+def _choice(offer: Offer) -> str:
+    recipe, parts = offer.recipe, [offer.recipe.method]
+    parts += [f"{recipe.net.name} of width {recipe.net.width}" if recipe.net.width else recipe.net.name]
+    if recipe.experts is not None:
+        parts += [f"{recipe.experts.count} expert(s) of {recipe.expert_config.epochs} epochs"]
+    parts += [f"{recipe.distill.iterations:,} iterations"] if recipe.distill.iterations else []
+    return ", ".join(parts)

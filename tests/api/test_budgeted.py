@@ -1,0 +1,260 @@
+"""A call with `minutes` chooses settings that fit, stores them, and ends in time."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.steady import Steady
+
+import dstill
+from dstill.api import budgeted
+from dstill.api.rivals import best_of, candidate
+from dstill.artifacts import set_file
+from dstill.artifacts.record import METRICS_NAME, read_metrics
+from dstill.data.preprocess import from_bytes
+from dstill.data.real import RealSet
+from dstill.distillation.folder import distill_into
+from dstill.distillation.loop import Cadence
+from dstill.jobs.job import Job, Workplace
+from dstill.jobs.options import Budget, Choice
+from dstill.planning.budget import Rivals
+from dstill.support.progress import Silent
+
+PROTOCOL = "{name: tiny, version: 1, passes: 4, batch_size: 8, momentum: 0.9, weight_decay: 5e-4, lr: 0.05, networks: 2}"
+STEPS = 6  # iterations that the budget buys at the pace below
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def have(self, text: str) -> bool:
+        return any(text in note for note in self.notes)
+
+
+@pytest.fixture(autouse=True)
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of known speed, so that nothing here depends on that of the real one."""
+    monkeypatch.setattr(budgeted, "Clock", lambda shape, device, pains: Steady(shape, 1e-4))
+    monkeypatch.setattr(budgeted, "_pace", lambda problem, most: 3600 / (STEPS + 0.5))
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict[str, Any]:
+    """An hour, in which nothing takes long."""
+    (tmp_path / "tiny.yaml").write_text(PROTOCOL)
+    steps = {"total_steps": 4, "window": 2, "batch_real": 16, "initialisation": "random"}
+    changes = {"net.width": 4, "protocol": str(tmp_path / "tiny.yaml"), "distill": steps}
+    return {"minutes": 60, "changes": changes, "machine": dstill.Machine(cache=tmp_path / "cache"), "progress": Notes()}
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / budgeted.NAME).read_text()))
+
+
+def done(folder: Path) -> int:
+    return len(read_metrics(folder / METRICS_NAME))
+
+
+def test_a_run_within_a_budget_chooses_competes_and_measures(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    out, notes = tmp_path / "run", options["progress"]
+    result = dstill.run(tiny_real, out=out, **options)
+    offer = stored(out)["offer"]
+    assert (result.accuracy.n, result.random is not None) == (offer["networks"], offer["random"])
+    assert notes.have("image(s) per class: rat-bptt, convnet of width 4")
+    assert notes.have(f"an iteration takes 5.5e+02 s here: {STEPS} iterations")
+    assert notes.have("on 6 images set aside: rat-bptt ")
+    assert done(out / "candidates" / "rat-bptt") == STEPS
+    syn = dstill.DistilledSet.load(out)
+    assert syn.data_fingerprint == result.data_fingerprint == tiny_real.fingerprint
+    assert syn.accuracy is not None
+    assert syn.accuracy.mean == result.accuracy.mean
+    assert {path.name for path in (out / "candidates").iterdir()} == {"rat-bptt", "random", "herding", "kmeans"}
+    assert (out / "report.html").exists()
+
+
+def test_the_same_call_goes_on_with_the_choice_of_the_first(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    first = dstill.run(tiny_real, out=out, **options)
+    images = dstill.DistilledSet.load(out).images
+    for name in ("offered", "_pace"):
+        monkeypatch.setattr(budgeted, name, lambda *_: pytest.fail("chosen again"))
+    again = dstill.run(tiny_real, out=out, **options)
+    assert options["progress"].have("chosen in an earlier call are used again")
+    assert again.accuracy == first.accuracy
+    assert torch.equal(dstill.DistilledSet.load(out).images, images)
+    with pytest.raises(dstill.DstillError, match=r"another request \(minutes: 60 there, 61 now\)"):
+        dstill.run(tiny_real, out=out, **{**options, "minutes": 61})
+    (out / budgeted.NAME).write_text("{")
+    with pytest.raises(dstill.DstillError, match="is damaged: remove the folder"):
+        dstill.run(tiny_real, out=out, **options)
+
+
+def test_a_choice_that_was_not_settled_is_settled_by_the_next_call(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(budgeted, "_pace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            dstill.distill(tiny_real, out=tmp_path / "out", **options)
+    assert not stored(tmp_path / "out")["settled"]
+    dstill.distill(tiny_real, out=tmp_path / "out", **options)
+    assert stored(tmp_path / "out")["settled"]
+    assert done(tmp_path / "out") == STEPS
+
+
+def test_several_sets_share_the_time(tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]) -> None:
+    result = dstill.run(tiny_real, sets=2, out=tmp_path / "run", **options)
+    assert result.sets == 2
+    assert [done(tmp_path / "run" / f"set-{k}") for k in (0, 1)] == [STEPS // 2, STEPS // 2]
+
+
+def test_time_that_passed_before_the_call_counts(tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]) -> None:
+    begun = Budget.of(60)
+    assert begun is not None
+    late = begun._replace(began=begun.began - 1800)
+    dstill.distill(tiny_real, out=tmp_path, **{**options, "minutes": late})
+    assert done(tmp_path) == STEPS // 2
+
+
+def test_a_distillation_that_is_too_slow_is_ended(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgeted.Budgeted, "until", lambda self, sets_left: time.perf_counter())
+    changes = {"net.width": 4, "protocol": str(tmp_path / "tiny.yaml")}
+    dstill.run(tiny_real, method="dm", out=tmp_path / "run", **{**options, "changes": changes})
+    assert done(tmp_path / "run" / "set-0") == 1
+    assert options["progress"].have(f"ended after 1 of {STEPS} iterations")
+
+
+def test_the_end_of_a_distillation_leaves_time_for_what_follows(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = list[float]()
+    until = budgeted.Budgeted.until
+    monkeypatch.setattr(budgeted.Budgeted, "until", lambda self, left: ends.append(until(self, left)) or ends[-1])  # type: ignore[func-returns-value]
+    begun = time.perf_counter()
+    dstill.run(tiny_real, out=tmp_path / "run", **options)
+    stages = {one["name"]: one["seconds"] for one in stored(tmp_path / "run")["offer"]["stages"]}
+    after = sum(seconds for name, seconds in stages.items() if name not in ("distilling",))
+    assert after > 0
+    assert ends[0] - begun == pytest.approx(3600 - after + 0.05 * 3600, abs=30)
+
+
+def test_what_follows_a_late_distillation_is_cut(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgeted, "Clock", lambda shape, device, pains: Steady(shape, 1.0))
+    distilled = dstill.api.run._distilled
+
+    def late(*arguments: Any, **named: Any) -> Any:
+        """Distils, and passes all but the last moments of the budget."""
+        monkeypatch.setattr(Budget, "left", property(lambda self: 0.01))
+        return distilled(*arguments, **named)
+
+    monkeypatch.setattr("dstill.api.run._distilled", late)
+    dstill.run(tiny_real, out=tmp_path / "run", **{**options, "minutes": 1e5})
+    offer, notes = stored(tmp_path / "run")["offer"], options["progress"]
+    assert len(offer["rivals"]["methods"]) > 1
+    assert offer["networks"] > 1
+    assert notes.have("time is short: only random images compete")
+    assert notes.have("time is short: the set is measured with 1 network(s)")
+    assert {path.name for path in (tmp_path / "run" / "candidates").iterdir()} == {"rat-bptt", "random"}
+    result = dstill.Result.load(tmp_path / "run" / "result.json")
+    assert (result.accuracy.n, result.random) == (1, None)
+
+
+def test_experts_are_trained_within_a_budget(tiny_real: RealSet, options: dict[str, Any]) -> None:
+    syn = dstill.distill(tiny_real, method="mtt", **{**options, "changes": {"net.width": 4, "experts.count": 1}})
+    assert syn.recipe is not None
+    assert syn.recipe.distill.iterations == STEPS
+
+
+def test_the_pace_is_that_of_iterations_after_the_first(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    place = Workplace.of(dstill.Machine(device="cpu", cache=tmp_path), False)
+    problem = Job.resolve(tiny_real, Choice("dm", recipe="smoke", changes=["distill.iterations=9"]), 0, place).problem(0, None)
+    asked = list[int]()
+    ticks = iter(range(0, 10_000, 4))
+    monkeypatch.setattr("dstill.api.budgeted.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(
+        "dstill.methods.distribution_matching.DistributionMatching.step", lambda self, state, i, generator: asked.append(i)
+    )
+    assert budgeted._pace(problem, 10) == 4
+    assert asked == [0, 0, 1, 2], "one to warm up, then until ten seconds have passed"
+    asked.clear()
+    budgeted._pace(problem, 1e9)
+    assert len(asked) == 1 + 9, "no more than there are"
+
+
+@pytest.mark.parametrize("better", ["random", "rat-bptt"])
+def test_the_best_on_images_set_aside_is_handed_out(tiny_real: RealSet, tmp_path: Path, better: str) -> None:
+    notes = Notes()
+    place = Workplace.of(dstill.Machine(device="cpu", cache=tmp_path / "cache"), notes)
+    job = Job.resolve(tiny_real, Choice("rat-bptt", recipe="smoke", changes=["preprocess=standardise"]), 0, place)
+    held = job.on(tiny_real.holdout(0))
+    distilled = distill_into(candidate(tmp_path, "rat-bptt"), held.problem(0, None), held.identity(0), Cadence(), Silent())
+    if better == "rat-bptt":
+        distilled = replace(distilled, images=_means(held, tiny_real))
+    else:
+        distilled = replace(distilled, labels=distilled.labels.roll(1, 0))
+    winner = best_of(distilled, held, Rivals(methods=("random",), epochs=0, networks=2), tmp_path, tiny_real)
+    assert winner.method == better
+    assert winner.data_fingerprint == tiny_real.fingerprint
+    assert set_file.read(tmp_path).method == better
+    assert notes.have("images set aside: rat-bptt ")
+    assert notes.have("is handed out") == (better == "random")
+
+
+def _means(job: Job, real: RealSet) -> torch.Tensor:
+    """The mean image of each class, which is better than any single one."""
+    pixels = from_bytes(job.preprocess(), real.train.images, torch.device("cpu"))
+    return torch.stack([pixels[rows].mean(0) for rows in real.train.by_class(real.classes)])
+
+
+def test_no_candidate_has_seen_the_images_set_aside(tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]) -> None:
+    out = tmp_path / "run"
+    dstill.run(tiny_real, out=out, **options)
+    held = tiny_real.holdout(0)
+    for method in ("random", "herding", "kmeans"):
+        coreset = set_file.read(out / "candidates" / method)
+        real = from_bytes(coreset.preprocess, held.train.images, torch.device("cpu"))
+        assert all((real - image).abs().amax((1, 2, 3)).min() < 1e-5 for image in coreset.images)
+    settings = json.loads((out / "candidates" / "rat-bptt" / "settings.json").read_text())
+    assert settings["data"] == held.fingerprint != tiny_real.fingerprint
+
+
+def test_a_class_too_small_to_set_images_aside_is_no_obstacle(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    first = torch.cat([rows[:1] for rows in tiny_real.train.by_class(3)])
+    lonely = dstill.RealSet("lonely", tiny_real.train.take(first), tiny_real.test, tiny_real.class_names)
+    result = dstill.run(lonely, out=tmp_path / "run", **options)
+    assert result.method == "rat-bptt"
+    assert stored(tmp_path / "run")["offer"]["rivals"]["methods"] == []
+
+
+def test_the_rows_of_a_comparison_share_a_budget(tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]) -> None:
+    changes = {"net.width": 4, "distill.iterations": 3}
+    call = {**options, "changes": changes, "out": tmp_path, "protocol": str(tmp_path / "tiny.yaml"), "methods": ["dc", "dm"]}
+    table = dstill.compare(tiny_real, **call)
+    assert [row.reason for row in table.rows] == ["", ""]
+    assert all(row.result is not None and row.result.whole is None for row in table.rows)
+    assert [stored(tmp_path / f"{method}-ipc1")["asked"]["minutes"] for method in ("dc", "dm")] == [30, 30]
+    assert dstill.compare(tiny_real, **call) == table
+    assert sum("is finished: reused" in note for note in options["progress"].notes) == 2
