@@ -63,6 +63,24 @@ def test_a_budget_is_offered_where_a_run_is_long(
     assert any("--minutes 10" in note for note in listener.notes) == offered
 
 
+def test_what_an_earlier_call_has_done_is_not_announced_again(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dstill.planning.clock.Clock._time", lambda *_: 0.01)
+    call: dict[str, Any] = {"method": "dm", "recipe": "smoke", "machine": dstill.Machine(cache=tmp_path / "cache"), "sets": 2}
+    call["evaluation"] = dstill.Evaluation(networks=1, random=False)
+    first, half, again = Listener(), Listener(), Listener()
+    dstill.run(tiny_real, out=tmp_path / "run", progress=first, **call)
+    (tmp_path / "run" / "set-1" / "distilled.safetensors").unlink()
+    (tmp_path / "run" / "set-1" / "metrics.jsonl").unlink()
+    dstill.run(tiny_real, out=tmp_path / "run", progress=half, **call)
+    dstill.run(tiny_real, out=tmp_path / "run", progress=again, **call)
+    times = [{one.stage: one.seconds for one in listener.expected} for listener in (first, half, again)]
+    assert times[1]["distilling"] == pytest.approx(times[0]["distilling"] / 2)
+    assert times[2]["distilling"] == 0
+    assert times[2]["evaluation"] == times[0]["evaluation"]
+
+
 def test_nothing_is_measured_if_nobody_is_told(tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dstill.planning.announce.plan_job", lambda *_: pytest.fail("a plan was made"))
     place = Workplace.of(dstill.Machine(cache=tmp_path), False)
@@ -91,9 +109,11 @@ def test_an_evaluation_and_a_judgement_announce_all_their_networks(
     dstill.evaluate(syn, tiny_real, progress=once, **quick)
     dstill.judge(syn, tiny_real, whole=False, progress=ways, **quick)
     assert [one.stage for one in once.expected] == ["evaluation", "random images"]
-    assert ways.expected == [one._replace(seconds=4 * one.seconds, times=4) for one in once.expected], (
-        "2 labels, 2 augmentations"
-    )
+    four = [one._replace(seconds=4 * one.seconds, times=4) for one in once.expected]
+    assert ways.expected[:-1] == four, "2 labels, 2 augmentations"
+    validation, evaluation = ways.expected[-1], four[0]
+    assert validation == ("validation", pytest.approx(3 * evaluation.seconds), 4), "three networks each time"
+    assert set(ways.came) == {"evaluation", "random images", "validation"}
     for listener in (once, ways):
         assert sum(note.startswith("this takes about ") for note in listener.notes) == 1
 

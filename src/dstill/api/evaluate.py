@@ -85,7 +85,7 @@ def evaluate(
         distilled = set_file.read(distilled)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
     real, evaluation = load_real(source, progress=place.reporter), Evaluation(nets, networks, random, whole, also)
-    result = measure_sets(sets, real, place, evaluation, seed, protocol, announced=1)
+    result = measure_sets(sets, real, place, evaluation, seed, protocol, announced=True)
     if target is not None:
         result.save(target)
     return result
@@ -98,7 +98,7 @@ def measure_sets(
     evaluation: Evaluation,
     seed: int,
     protocol: str | None = None,
-    announced: int = 0,
+    announced: bool = False,
 ) -> Result:
     """`evaluate`, resolved.
 
@@ -109,7 +109,7 @@ def measure_sets(
         evaluation: what is measured.
         seed: determines initial weights, order and augmentation.
         protocol: name or file; the recipe's if left out.
-        announced: for how many evaluations like this one it is said how long they take; 0 if that was said before.
+        announced: whether it is said how long this takes.
     """
     started = time.perf_counter()
     _check_sets(sets, real, place)
@@ -121,7 +121,7 @@ def measure_sets(
     count, configs = evaluation.networks or chosen.networks, _networks(first, evaluation)
     others = [other for other in map(load_protocol, evaluation.also) if _id(other) != _id(chosen)]
     if announced:
-        announce_evaluation(first, len(sets), real, chosen, evaluation, place, announced)
+        announce_evaluation(first, len(sets), real, chosen, evaluation, place)
     test = prepared(real.test, first.preprocess, place.device)
     trainings = count * len(configs) + sum(evaluation.networks or other.networks for other in others)
     pieces = Pieces(place.reporter, "evaluation", len(sets) * trainings)

@@ -22,6 +22,7 @@ from dstill.evaluation.networks import measure, prepared, trials_of
 from dstill.jobs.job import Workplace
 from dstill.jobs.options import Evaluation, Machine, Network, Networks, at_least_one
 from dstill.nets.networks import evaluation_nets, network_name
+from dstill.planning.announce import announce_evaluation
 from dstill.support.console import Progress
 from dstill.support.progress import Pieces
 from dstill.support.tables import bulleted, markdown
@@ -150,8 +151,10 @@ def judge(
         net = network_name(named[0]) if named else one.net.name
         place.reporter.note(f"{net}, {labels} labels, augmentation {strategy}")
         way, evaluation = variant.with_augmentation(strategy), Evaluation(named, networks, True, whole)
-        announced = 0 if rows else max(1, len(nets)) * len(variants) * len(strategies)
-        result = measure_sets([way], real, place, evaluation, seed, protocol, announced)
+        if not rows:
+            rounds, looks = max(1, len(nets)) * len(variants) * len(strategies), _LOOKS if held else 0
+            announce_evaluation(way, 1, real, protocol_of(way, protocol), evaluation, place, rounds, looks)
+        result = measure_sets([way], real, place, evaluation, seed, protocol)
         validation = None
         if held is not None:
             validation = _on_validation(way, held, evaluation_nets(one.net, named)[0], seed, place, protocol)

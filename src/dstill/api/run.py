@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from dstill.api.budgeted import Budgeted, within
 from dstill.api.evaluate import measure_sets
 from dstill.api.rivals import best_of, can_compete, candidate
 from dstill.artifacts import files, set_file, whitening
-from dstill.artifacts.distilled import DistilledSet
+from dstill.artifacts.distilled import FILE_NAME, DistilledSet
 from dstill.artifacts.record import METRICS_NAME, RESULT_NAME, Curve, DataSource, read_metrics
 from dstill.artifacts.result import Claim, Cost, Result
 from dstill.artifacts.run_folder import refuse_other_run
@@ -145,7 +146,7 @@ def distill(
     if budgeted is not None:
         job = job.on(job.real, budgeted.recipe)
     else:
-        announce(job, task, until="distilling")
+        announce(job, task, until="distilling", done=_done(folder, job))
     if folder is not None:
         refuse_other_run(folder, job.identity(job.seeds.images))
     trajectories = _trajectories(job, trained, describing=initial is None)
@@ -274,11 +275,19 @@ def run_job(job: Job, folder: Path, task: Task, started: float | None = None) ->
     for k, seed in enumerate(seeds):
         refuse_other_run(folder / f"set-{k}", job.identity(seed))
     _open(folder, job)
-    announce(job, task)
+    announce(job, task, done=statistics.fmean(_done(folder / f"set-{k}", job) for k in range(task.sets)))
     trajectories = _trajectories(job, None)
     trained = time.perf_counter()
     sets = [_distilled(job, seed, trajectories, recording, folder / f"set-{k}") for k, seed in enumerate(seeds)]
     return _concluded(sets, job, folder, task, started, trained)
+
+
+def _done(folder: Path | None, job: Job) -> float:
+    """The share of a distillation that an earlier call has done."""
+    if folder is None or not job.recipe.distill.iterations:
+        return 0.0
+    finished = (folder / FILE_NAME).exists()
+    return 1.0 if finished else min(1.0, len(read_metrics(folder / METRICS_NAME)) / job.recipe.distill.iterations)
 
 
 def _set_seeds(job: Job, task: Task) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from dstill.data.walking import is_foreign
 from dstill.errors import DstillError
 
 _GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
+_TICK = 200  # images
 _NAMED = 20  # damaged images that an error names
 
 
@@ -50,13 +51,16 @@ class Pictures:
         """Whether every image that can be read is grey. Stops at the first image with colour."""
         return all(_is_grey(cell) for cell in self.cells)
 
-    def decode(self, mode: str, size: int | None, fit: str) -> tuple[Tensor, list[Fault]]:
+    def decode(
+        self, mode: str, size: int | None, fit: str, tick: Callable[[int], None] = lambda _: None
+    ) -> tuple[Tensor, list[Fault]]:
         """Decodes the images one by one, so that damaged ones can be named.
 
         Args:
             mode: `L` or `RGB`.
             size: side in pixels to bring them to; None to keep their size.
             fit: how, see `load_real`.
+            tick: called now and then with the number of images that are decoded, and at the end.
 
         Returns:
             uint8 `[N, C, H, W]`, and the damaged images, whose place in the tensor is not filled.
@@ -67,6 +71,8 @@ class Pictures:
         decoded: np.ndarray | None = None
         faults: list[Fault] = []
         for row, cell in enumerate(self.cells):
+            if row % _TICK == 0:
+                tick(row)
             try:
                 opened = _upright(cell)
                 image = _opaque(_eight_bit(opened)).convert(mode)
@@ -82,6 +88,7 @@ class Pictures:
                     f"{array.shape[0]}: {_path(cell) or f'row {row}'}): pass --image-size, and --fit pad, resize or crop"
                 )
             decoded[row] = array
+        tick(len(self.cells))
         if decoded is None:
             return torch.empty(len(self.cells), 3 if mode == "RGB" else 1, 0, 0, dtype=torch.uint8), faults
         tensor = torch.from_numpy(decoded)

@@ -256,7 +256,7 @@ def load_real(
             the same words in the order that their ids shall have.
         skip_damaged: leave images out that cannot be read. Otherwise they are an error that names them all.
         seed: decides which images `train_fraction` and `test_fraction` pick.
-        progress: whether what was read is said; None says it on a terminal and in a notebook.
+        progress: whether progress and what was read are shown; None shows them on a terminal and in a notebook.
 
     Returns:
         The data as uint8 tensors.
@@ -281,8 +281,10 @@ def load_real(
         raise DstillError(f"class_names must be a list of names, got the text {class_names!r}")
     if image_size is not None and image_size < 1:
         raise DstillError(f"image_size must be at least 1 pixel, got {image_size}")
-    say = functools.cache(reporter_of(progress).note)  # what holds for both splits is said once
-    how = Reading(image_size, fit, image_column, label_column, test_split, class_names, skip_damaged, say)
+    reporter = reporter_of(progress)
+    say = functools.cache(reporter.note)  # what holds for both splits is said once
+    tell = functools.partial(reporter.progress, "reading")
+    how = Reading(image_size, fit, image_column, label_column, test_split, class_names, skip_damaged, say, tell)
     if isinstance(source, RealSet):
         if test_fraction is not None or how.asks_for_more_than_a_size:
             raise DstillError(f"{source.name} is loaded already: pass the options of reading and splitting where it is loaded")

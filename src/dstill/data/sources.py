@@ -65,6 +65,8 @@ def _decoded(name: str, path: str | None, entry: Entry, how: Reading) -> Raw:
     def decode(parts: Parts) -> Raw:
         return decoded(name, parts, how, usual=entry.test, size=entry.size, fit=entry.fit)
 
+    if entry.hub or path is not None:
+        how.tell(0, 1)  # opening the files takes a while, too
     if path is None:
         return decode(_hub(name, entry, how) if entry.hub else _digits())
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ TEST_NAMES = ("test", "eval", "evaluation", *VALIDATION_NAMES)
 SPLITS = {name: name for name in ("train", *TEST_NAMES)} | {"training": "train", "testing": "test"}
 
 
-def _nobody(_: str) -> None:
+def _nobody(*_: object) -> None:
     pass
 
 
@@ -37,6 +38,7 @@ class Reading:
         class_names: names of the classes, in the order of their ids.
         skip_damaged: leave images out that cannot be read.
         say: is told what the user should know of how the data were read.
+        tell: is told how many of all images have been decoded, now and then.
     """
 
     image_size: int | None = None
@@ -47,11 +49,12 @@ class Reading:
     class_names: Sequence[str] | None = None
     skip_damaged: bool = False
     say: Callable[[str], None] = field(default=_nobody)
+    tell: Callable[[int, int], None] = field(default=_nobody)
 
     def arguments(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, by name; `say` is none of them."""
-        usual = Reading()
-        return {name: value for name, value in vars(self).items() if name != "say" and value != getattr(usual, name)}
+        """The fields that differ from their defaults, by name; `say` and `tell` are none of them."""
+        usual = vars(Reading())
+        return {name: value for name, value in vars(self).items() if not callable(value) and value != usual[name]}
 
     @property
     def asks_for_columns(self) -> bool:
@@ -162,11 +165,13 @@ def _decode(name: str, parts: Sequence[Part], how: Reading, size: int | None, fi
     grey = all(_are_grey(part.images) for part in parts)
     found: list[RawSplit] = []
     faults: list[Fault] = []
-    for part in parts:
+    counts = [len(part.images) if isinstance(part.images, Pictures) else 0 for part in parts]
+    for i, part in enumerate(parts):
         if isinstance(part.images, Tensor):
             images, bad = part.images if size is None else resize(part.images, size, fit), list[Fault]()
         else:
-            images, bad = part.images.decode("L" if grey else "RGB", size, fit)
+            before, total = sum(counts[:i]), sum(counts)
+            images, bad = part.images.decode("L" if grey else "RGB", size, fit, functools.partial(_add, how, before, total))
         faults += bad
         labels = torch.from_numpy(part.labels.ids)
         if bad and how.skip_damaged:
@@ -179,6 +184,10 @@ def _decode(name: str, parts: Sequence[Part], how: Reading, size: int | None, fi
     if faults:
         how.say(f"left out: {damaged(name, faults)}")
     return found
+
+
+def _add(how: Reading, before: int, total: int, done: int) -> None:
+    how.tell(before + done, total)
 
 
 def _are_grey(images: Tensor | Pictures) -> bool:

@@ -21,21 +21,39 @@ _WORTH_NAMING = 0.01  # share of the whole time
 _LONG = 30 * 60.0  # seconds, above which a budget is offered
 
 
-def announce(job: Job, task: Task, until: Literal["experts", "distilling", "evaluation"] = "evaluation") -> None:
+def announce(
+    job: Job, task: Task, until: Literal["experts", "distilling", "evaluation"] = "evaluation", done: float = 0.0
+) -> None:
     """Says how long a run, or its stages up to one of them, will take, and tells those who show progress what to expect.
 
     Times come from a calibration of a few seconds. Nothing is measured if nobody is told.
+
+    Args:
+        job: the job.
+        task: what is done with it.
+        until: the last stage.
+        done: share of the distillation that an earlier call has done.
     """
     if type(job.place.reporter) is Silent:
         return
-    stages = plan_job(job, task, Clock(job.shape, job.place.device, QUICK), until).stages
+    stages = [
+        one.model_copy(update={"seconds": (1 - done) * one.seconds}) if one.name in ("distilling", "validation") else one
+        for one in plan_job(job, task, Clock(job.shape, job.place.device, QUICK), until).stages
+    ]
     _say(job.place.reporter, stages)
     if until != "experts" and sum(stage.seconds for stage in stages) > _LONG:
         job.place.reporter.note("--minutes 10 (minutes=10 in Python) chooses settings that end in ten minutes")
 
 
 def announce_evaluation(
-    first: DistilledSet, sets: int, real: RealSet, protocol: Protocol, evaluation: Evaluation, place: Workplace, rounds: int = 1
+    first: DistilledSet,
+    sets: int,
+    real: RealSet,
+    protocol: Protocol,
+    evaluation: Evaluation,
+    place: Workplace,
+    rounds: int = 1,
+    looks: int = 0,
 ) -> None:
     """Says how long an evaluation will take.
 
@@ -47,12 +65,18 @@ def announce_evaluation(
         evaluation: what is measured beside the sets.
         place: where the work is done.
         rounds: how often all of this is done.
+        looks: networks that are trained each time to be measured on a validation part.
     """
     if type(place.reporter) is Silent:
         return
     measured = Measured(first.net, first.augmentation, first.ipc, first.ipc * first.parts**2, sets)
     processes = most_workers(place.workers, place.device)
-    stages = evaluation_stages(measured, protocol, evaluation, Clock(shape_of(real), place.device, QUICK), processes)
+    clock = Clock(shape_of(real), place.device, QUICK)
+    stages = evaluation_stages(measured, protocol, evaluation, clock, processes)
+    if looks:
+        beside = Evaluation(nets=evaluation.nets[:1], networks=looks, random=False)
+        (validation,) = evaluation_stages(measured, protocol, beside, clock, processes)
+        stages.append(validation.model_copy(update={"name": "validation"}))
     _say(place.reporter, [one.model_copy(update={"seconds": rounds * one.seconds, "times": rounds}) for one in stages])
 
 
