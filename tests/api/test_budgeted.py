@@ -52,8 +52,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 def options(tmp_path: Path) -> dict[str, Any]:
     """An hour, in which nothing takes long."""
     (tmp_path / "tiny.yaml").write_text(PROTOCOL)
-    steps = {"total_steps": 4, "window": 2, "batch_real": 16, "initialisation": "random"}
-    changes = {"net.width": 4, "protocol": str(tmp_path / "tiny.yaml"), "distill": steps}
+    changes = {"net.width": 4, "protocol": str(tmp_path / "tiny.yaml"), "distill.batch_real": 16}
     return {"minutes": 60, "changes": changes, "machine": dstill.Machine(cache=tmp_path / "cache"), "progress": Notes()}
 
 
@@ -72,15 +71,15 @@ def test_a_run_within_a_budget_chooses_competes_and_measures(
     result = dstill.run(tiny_real, out=out, **options)
     offer = stored(out)["offer"]
     assert (result.accuracy.n, result.random is not None) == (offer["networks"], offer["random"])
-    assert notes.have("image(s) per class: rat-bptt, convnet of width 4")
+    assert notes.have("image(s) per class: dm, convnet of width 4")
     assert notes.have(f"an iteration takes 5.5e+02 s here: {STEPS} iterations")
-    assert notes.have("on 6 images set aside: rat-bptt ")
-    assert done(out / "candidates" / "rat-bptt") == STEPS
+    assert notes.have("on 6 images set aside: dm ")
+    assert done(out / "candidates" / "dm") == STEPS
     syn = dstill.DistilledSet.load(out)
     assert syn.data_fingerprint == result.data_fingerprint == tiny_real.fingerprint
     assert syn.accuracy is not None
     assert syn.accuracy.mean == result.accuracy.mean
-    assert {path.name for path in (out / "candidates").iterdir()} == {"rat-bptt", "random", "herding", "kmeans"}
+    assert {path.name for path in (out / "candidates").iterdir()} == {"dm", "random", "herding", "kmeans"}
     assert (out / "report.html").exists()
 
 
@@ -172,7 +171,7 @@ def test_what_follows_a_late_distillation_is_cut(
     assert offer["networks"] > 1
     assert notes.have("time is short: only random images compete")
     assert notes.have("time is short: the set is measured with 1 network(s)")
-    assert {path.name for path in (tmp_path / "run" / "candidates").iterdir()} == {"rat-bptt", "random"}
+    assert {path.name for path in (tmp_path / "run" / "candidates").iterdir()} == {"dm", "random"}
     result = dstill.Result.load(tmp_path / "run" / "result.json")
     assert (result.accuracy.n, result.random) == (1, None)
 
@@ -235,7 +234,7 @@ def test_no_candidate_has_seen_the_images_set_aside(tiny_real: RealSet, tmp_path
         coreset = set_file.read(out / "candidates" / method)
         real = from_bytes(coreset.preprocess, held.train.images, torch.device("cpu"))
         assert all((real - image).abs().amax((1, 2, 3)).min() < 1e-5 for image in coreset.images)
-    settings = json.loads((out / "candidates" / "rat-bptt" / "settings.json").read_text())
+    settings = json.loads((out / "candidates" / "dm" / "settings.json").read_text())
     assert settings["data"] == held.fingerprint != tiny_real.fingerprint
 
 
@@ -245,7 +244,7 @@ def test_a_class_too_small_to_set_images_aside_is_no_obstacle(
     first = torch.cat([rows[:1] for rows in tiny_real.train.by_class(3)])
     lonely = dstill.RealSet("lonely", tiny_real.train.take(first), tiny_real.test, tiny_real.class_names)
     result = dstill.run(lonely, out=tmp_path / "run", **options)
-    assert result.method == "rat-bptt"
+    assert result.method == "dm"
     assert stored(tmp_path / "run")["offer"]["rivals"]["methods"] == []
 
 

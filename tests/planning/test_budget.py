@@ -31,7 +31,8 @@ def place(tmp_path: Path) -> Workplace:
 
 def job_of(real: RealSet, place: Workplace, shape: Shape = CIFAR, **choice: Any) -> Job:
     """A job on the tiny images that claims another shape, since a choice depends on nothing else."""
-    job = Job.resolve(real, within(Choice(**choice), Budget.of(1)), 0, place)
+    choice = {"method": choice.pop("method", None) or budgets.method_for(shape), **choice} if "recipe" not in choice else choice
+    job = Job.resolve(real, Choice(**choice), 0, place)
 
     class Shaped(Job):
         def on(self, data: RealSet, recipe: Any = None) -> Job:
@@ -145,11 +146,13 @@ def test_rivals_are_the_better_the_more_time_there_is(tiny_real: RealSet, place:
 
 def test_a_method_is_chosen_only_if_none_is_named(tiny_real: RealSet, place: Workplace) -> None:
     budget = Budget.of(5)
-    assert within(Choice(), budget).method == budgets.METHOD
-    assert within(Choice(), None).method is None
-    assert within(Choice("dm"), budget) == Choice("dm")
-    assert within(Choice(recipe="smoke"), budget) == Choice(recipe="smoke")
-    assert list(within(Choice(changes={"preprocess": "zca"}), budget).changes)[-1] == 'preprocess="zca"', "the user's is last"
+    assert within(Choice(), budget, tiny_real, place)[0].method == "dm", "images of 8 pixels"
+    assert within(Choice(), budget, "digits", place)[1].name == "digits"  # type: ignore[union-attr]
+    assert within(Choice(), None, "digits", place) == (Choice(), "digits")
+    for named in (Choice("dm"), Choice(recipe="smoke")):
+        assert within(named, budget, "digits", place) == (named, "digits")
+    changes = within(Choice(changes={"preprocess": "zca"}), budget, tiny_real, place)[0].changes
+    assert list(changes)[-1] == 'preprocess="zca"', "the user's is last"
 
 
 def test_the_lines_say_what_was_chosen_and_what_more_would_buy(tiny_real: RealSet, place: Workplace) -> None:

@@ -14,12 +14,13 @@ from dstill.artifacts.files import write_text
 from dstill.artifacts.record import METRICS_NAME, read_metrics
 from dstill.config import recipes
 from dstill.config.settings import Recipe, canonical
+from dstill.data.real import Source, load_real
 from dstill.distillation.loop import make_method
 from dstill.errors import DamagedFileError, DstillError
-from dstill.jobs.job import Job, Task
+from dstill.jobs.job import Job, Task, Workplace, shape_of
 from dstill.jobs.options import Budget, Choice
 from dstill.methods.base import Problem
-from dstill.planning.budget import METHOD, PREPROCESS, Offer, Rivals, Until, described, offered, with_iterations
+from dstill.planning.budget import PREPROCESS, Offer, Rivals, Until, described, method_for, offered, with_iterations
 from dstill.planning.clock import QUICK, Clock
 from dstill.support import seeding
 from dstill.support.progress import expect
@@ -181,11 +182,13 @@ class Budgeted:
             self.job.place.reporter.note(f"ended after {done:,} of {wanted:,} iterations, {slower}")
 
 
-def within(choice: Choice, budget: Budget | None) -> Choice:
-    """The choice, with the method of a budget if there is one and no method is named."""
+def within(choice: Choice, budget: Budget | None, source: Source, place: Workplace) -> tuple[Choice, Source]:
+    """The choice, with a method that suits the data if there is a budget and none is named, and the data, loaded for that."""
     if budget is None or choice.method is not None or choice.recipe is not None:
-        return choice
-    return replace(choice, method=METHOD, changes=[f"preprocess={PREPROCESS}", *recipes.assignments(choice.changes)])
+        return choice, source
+    real = load_real(source, progress=place.reporter)
+    changes = [f"preprocess={PREPROCESS}", *recipes.assignments(choice.changes)]
+    return replace(choice, method=method_for(shape_of(real)), changes=changes), real
 
 
 def _pace(problem: Problem, most: float) -> float:

@@ -132,8 +132,9 @@ def distill(
         DistilledSet('random' of 'digits', 10 images of 1x8x8, 10 classes)
     """
     settings, trained = (experts, None) if isinstance(experts, Mapping) else (None, experts)
-    choice, budget = Choice(method, ipc, recipe, net, changes, distill, settings), Budget.of(minutes)
-    job = Job.resolve(source, within(choice, budget), seed, Workplace.of(machine, progress))
+    budget, place = Budget.of(minutes), Workplace.of(machine, progress)
+    choice, source = within(Choice(method, ipc, recipe, net, changes, distill, settings), budget, source, place)
+    job = Job.resolve(source, choice, seed, place)
     initial = set_file.read(init) if isinstance(init, str | Path) else init
     initial = None if initial is None else whitening.completed(initial, job.real, job.place.cache)
     validates = recording.validate_every > 0
@@ -248,9 +249,9 @@ def run(
         ('random', 1, 1)
     """
     started = time.perf_counter()
-    budget = Budget.of(minutes)
-    choice = Choice(method, ipc, recipe, net, changes, distill, experts)
-    job = Job.resolve(source, within(choice, budget), seed, Workplace.of(machine, progress))
+    budget, place = Budget.of(minutes), Workplace.of(machine, progress)
+    choice, source = within(Choice(method, ipc, recipe, net, changes, distill, experts), budget, source, place)
+    job = Job.resolve(source, choice, seed, place)
     rivals = budget is not None and sets == 1 and method is None and recipe is None and can_compete(job)
     folder = job.folder if budget is None else job.folder.with_name(f"{job.folder.name}-{budget.minutes:g}min")
     return run_job(job, folder if out is None else Path(out), Task(sets, evaluation, recording, budget, rivals), started)
