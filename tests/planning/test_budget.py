@@ -158,16 +158,17 @@ def test_a_method_is_chosen_only_if_none_is_named(tiny_real: RealSet, place: Wor
 def test_the_lines_say_what_was_chosen_and_what_more_would_buy(tiny_real: RealSet, place: Workplace) -> None:
     job, clock = job_of(tiny_real, place), Steady(CIFAR, 2e-3)
     offer, longer = (offered(job, Task(rivals=True), 60.0 * minutes, clock) for minutes in (10, 30))
-    lines = described(offer, "photos", 10, longer, 30)
+    lines = described(offer, "photos", CIFAR, 10, longer, 30)
     assert len(lines) == 5
     assert lines[0].startswith("in 10 min, photos at 1 image(s) per class: rat-bptt, convnet of width 32, ")
     assert f"{offer.iterations:,} iterations" in lines[0]
     assert "distilling" in lines[1]
     assert "coresets" in lines[1]
     assert f"{offer.networks} networks by protocol {offer.recipe.protocol}" in lines[2]
-    assert "random, herding, kmeans" in lines[3]
-    assert lines[4].startswith("30 min would buy rat-bptt")
-    assert f"{longer.iterations:,} iterations" in lines[4]
+    assert "competes with random, herding, kmeans" in lines[2]
+    assert lines[3].startswith("30 min would buy rat-bptt")
+    assert f"{longer.iterations:,} iterations" in lines[3]
+    assert lines[4].startswith("so far measured: cifar10 at IPC 1, on one core: ")
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("inf"), float("nan")])

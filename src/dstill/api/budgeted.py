@@ -93,7 +93,7 @@ class Budgeted:
         else:
             offer, longer = self._offers()
             self._keep(Chosen(asked=self._asked(), offer=offer))
-            for line in described(offer, job.name, budget.minutes, longer, _LONGER * budget.minutes):
+            for line in described(offer, job.name, job.shape, budget.minutes, longer, _LONGER * budget.minutes):
                 reporter.note(line)
         expect(reporter, [stage.expectation for stage in self.chosen.offer.stages])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dstill.config import recipes
+from dstill.config.measured import reached
 from dstill.config.registry import methods
 from dstill.data.catalog import DATASETS
 from dstill.evaluation.protocols import load_protocol, protocol_names
@@ -20,7 +21,18 @@ def table(kind: str) -> list[str]:
     keys = _SHOWN.get(kind, ("name", "note"))
     cells = [[str(row[key]) for key in keys] for row in rows(kind)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(keys))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return lines + (_budgets() if kind == "methods" else [])
+
+
+def _budgets() -> list[str]:
+    """What runs with --minutes have reached, in lines."""
+    known = [
+        f"{one.data}, {one.side} pixels, {one.classes} classes, IPC {one.ipc}: {one.minutes:g} min of one core  {one.method} "
+        f"{one.accuracy:.1f} %  (coresets {one.coreset:.1f} %)"
+        for one in reached()
+    ]
+    return ["", "`dstill run SOURCE --minutes N` chooses by data, machine and time. So far measured:", *known]
 
 
 def rows(kind: str) -> list[dict[str, Any]]:

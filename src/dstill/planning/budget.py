@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from dstill.config.measured import reached_nearby
 from dstill.config.recipes import changed
 from dstill.config.settings import Passes, Recipe, TrainingConfig
 from dstill.data.catalog import Shape
@@ -251,12 +252,13 @@ def _rivals_seconds(job: Job, methods: int, epochs: int, networks: int, clock: C
     return training + describing + number * one / used
 
 
-def described(offer: Offer, name: str, minutes: float, more: Offer | None, longer: float) -> list[str]:
+def described(offer: Offer, name: str, shape: Shape, minutes: float, more: Offer | None, longer: float) -> list[str]:
     """What a budget buys, in a few lines.
 
     Args:
         offer: the offer.
         name: what the data are called.
+        shape: their shape.
         minutes: the budget.
         more: the offer of a longer budget, if there is one.
         longer: the longer budget in minutes.
@@ -264,15 +266,19 @@ def described(offer: Offer, name: str, minutes: float, more: Offer | None, longe
     recipe = offer.recipe
     lines = [f"in {rough(60 * minutes)}, {name} at {recipe.ipc} image(s) per class: {_choice(offer)}"]
     lines.append(f"of this, {', '.join(f'{one.name} {rough(one.seconds)}' for one in offer.stages if one.seconds)}")
-    measured = f"{offer.networks} networks by protocol {recipe.protocol}"
-    beside = ["random images"] if offer.random else []
-    lines.append(f"the set is measured with {measured}" + (f", beside {', '.join(beside)}" if beside else ""))
+    measured = f"the set is measured with {offer.networks} networks by protocol {recipe.protocol}"
+    measured += ", beside random images" if offer.random else ""
     if offer.rivals.methods:
-        lines.append(
-            f"it is first compared with {', '.join(offer.rivals.methods)} on images set aside, and the best is handed out"
-        )
+        rivals = ", ".join(offer.rivals.methods)
+        measured += f"; first it competes with {rivals} on images set aside, and the best is handed out"
+    lines.append(measured)
     if more is not None:
         lines.append(f"{rough(60 * longer)} would buy {_choice(more)}")
+    known = reached_nearby(shape.side, shape.classes, recipe.ipc)
+    told = ", ".join(f"{one.accuracy:.0f} % in {rough(60 * one.minutes)}" for one in known)
+    lines.append(
+        f"so far measured: {known[0].data} at IPC {known[0].ipc}, on one core: {told}; coresets {known[-1].coreset:.0f} %"
+    )
     return lines
 
 
