@@ -19,7 +19,7 @@ from dstill.unrolling.student import Student
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "reproducing.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
-REAL = {"cifar10", "path/to/folder", "data/cifar10-*.parquet"}
+REAL = {"cifar10", "path/to/folder", "path/to/photos", "data/cifar10-*.parquet"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")
 
@@ -87,7 +87,7 @@ COMMANDS = [(page.stem, tokens) for page in PAGES for tokens in documented(page)
 
 
 def test_the_pages_have_commands() -> None:
-    assert len(COMMANDS) == 43
+    assert len(COMMANDS) == 47
     assert {"run", "judge", "export", "import", "plan", "report", "reproduce", "compare"} <= {c[0] for _, c in COMMANDS}
 
 

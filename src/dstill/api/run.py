@@ -178,8 +178,7 @@ def _distilled(
     """Distils one set, with or without a folder."""
     problem, reporter = job.problem(seed, trajectories, initial), job.place.reporter
     pictures = recording.picture_every if out else 0
-    every = {"checkpoint": recording.checkpoint_every, "validate": recording.validate_every, "picture": pictures}
-    cadence = Cadence(**every, until=until)
+    cadence = Cadence(checkpoint=recording.checkpoint_every, validate=recording.validate_every, picture=pictures, until=until)
     if out is None:
         return run_method(problem, cadence=cadence, observer=Watcher(problem, reporter))
     distilled = distill_into(out, problem, job.identity(seed), cadence, reporter, recording.logs)
