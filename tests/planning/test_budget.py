@@ -89,11 +89,12 @@ def test_more_time_buys_no_less(tiny_real: RealSet, place: Workplace, method: st
 
 def test_the_quicker_forms_of_a_method_are_taken_in_turn(tiny_real: RealSet, place: Workplace) -> None:
     job, clock = job_of(tiny_real, place, recipe="cifar10/rat-bptt-ipc10"), Steady(CIFAR, 2e-3)
-    lengths = [offered(job, Task(), 60.0 * minutes, clock).recipe.distill for minutes in (0.5, 2, 1000, 100_000)]
-    steps = [one.total_steps for one in lengths]  # type: ignore[attr-defined]
+    offers = [offered(job, Task(), 60.0 * minutes, clock) for minutes in (0.5, 3, 1000, 100_000)]
+    steps = [one.recipe.distill.total_steps for one in offers]  # type: ignore[attr-defined]
     assert steps == sorted(steps)
     assert steps[0] < 40
-    assert 40 in steps
+    assert steps[1] == 40
+    assert 60 <= offers[1].iterations < 2000, "few, but enough not to shorten the trainings further"
     assert steps[-1] == 200
 
 
@@ -117,6 +118,26 @@ def test_what_the_user_has_set_stays(tiny_real: RealSet, place: Workplace) -> No
     assert recipe.experts is not None
     assert recipe.experts.count == 3
     assert recipe.expert_config.epochs == 5
+
+
+def test_a_width_that_the_user_has_set_stays_however_little_time_there_is(tiny_real: RealSet, place: Workplace) -> None:
+    job = job_of(tiny_real, place, changes=["net.width=96"])
+    assert offered(job, Task(), 600, Steady(CIFAR, 2e-3)).recipe.net.width == 96
+
+
+def test_a_network_is_never_widened(tiny_real: RealSet, place: Workplace) -> None:
+    recipe = dstill.load_recipe("cifar10/rat-bptt-ipc10")
+    narrow = recipe.model_copy(update={"net": recipe.net.model_copy(update={"width": 16})})
+    for minutes in (1, 10_000):
+        assert (
+            offered(job_of(tiny_real, place, recipe=narrow), Task(), 60.0 * minutes, Steady(CIFAR, 2e-3)).recipe.net.width == 16
+        )
+
+
+def test_a_recipe_of_few_iterations_is_kept_whole_if_all_of_them_fit(tiny_real: RealSet, place: Workplace) -> None:
+    job = job_of(tiny_real, place, changes=["distill.iterations=50"])
+    recipe = offered(job, Task(), 36_000, Steady(CIFAR, 1e-4)).recipe
+    assert (recipe.net.width, recipe.distill.iterations) == (128, 50)
 
 
 def test_iterations_that_do_not_fit_are_refused(tiny_real: RealSet, place: Workplace) -> None:

@@ -152,6 +152,12 @@ def test_large_batches_lie_on_the_line_through_two_small_ones() -> None:
     assert clock._scaled(4, seconds) == pytest.approx(1.5)
 
 
+def test_a_busy_moment_does_not_make_large_batches_cheap() -> None:
+    clock = Clock(Shape(1, (8, 8), 2, 10, 10), torch.device("cpu"))
+    times = {4: 0.2, 12: 0.1}  # the machine was busy during the first of them
+    assert clock._scaled(256, lambda images: times[images]) == pytest.approx(0.2 + 252 * 0.5 * 0.2 / 4)
+
+
 def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dstill.jobs.job.load_real", lambda source: pytest.fail(f"{source} was loaded"))
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)

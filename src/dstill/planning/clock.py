@@ -19,6 +19,7 @@ from dstill.nets import networks as nets
 from dstill.training.fit import Batch, cross_entropy_objective, fit, predictions
 from dstill.unrolling.student import Student
 
+_LEAST_SLOPE = 0.5  # of the time of a batch that is measured, the share that grows with its size at least
 _PROBES = (4, 32, 256)  # images; for larger batches, time is assumed proportional to size
 
 
@@ -91,11 +92,12 @@ class Clock:
             found = seconds(small)
             if small == images:
                 return found
-            if found > self.pains.seconds / 4:
+            if found > self.pains.seconds / 2:
                 break
         larger = min(images, 3 * small)
-        # Both include costs that do not grow with the batch, such as the transforms of the filters.
-        slope = max(0.0, seconds(larger) - found) / (larger - small)
+        # Both include costs that do not grow with the batch, such as the transforms of the filters. But if a batch takes so long,
+        # its images take the larger part of it; a slope below that is one of the moments that the machine was busy.
+        slope = max(_LEAST_SLOPE * found / small, (seconds(larger) - found) / (larger - small))
         return found + slope * (images - small)
 
     def training(self, net: NetConfig, images: int, augmentation: str, threads: int) -> float:
