@@ -309,3 +309,18 @@ def test_rat_bptt_has_the_published_settings() -> None:
     assert (settings.total_steps, settings.window, settings.window_start) == (200, 60, "random")
     assert (settings.optimiser, settings.alpha_init, settings.lr_images, settings.clip) == ("adam", 1e-3, 1e-3, 2.0)
     assert (settings.batch_real, settings.initialisation, settings.learn_alpha) == (5000, "unit-noise", "off")
+
+
+def test_quicker_forms_start_where_little_time_goes_furthest() -> None:
+    published = RatBpttConfig()
+    one, ten = published.quicker(1), published.quicker(10)
+    assert one is not None
+    assert ten is not None
+    assert (one.total_steps, one.window, one.batch_real, one.soft_labels) == (40, 20, 1024, "off")
+    assert (one.initialisation, one.lr_images) == ("unit-noise", 5e-3)
+    assert (ten.initialisation, ten.lr_images) == ("random", 3e-2)
+    forms = [one]
+    while (quicker := forms[-1].quicker(1)) is not None:
+        forms.append(quicker)
+    assert [(form.total_steps, form.window, form.batch_real) for form in forms] == [(40, 20, 1024), (20, 10, 512), (10, 5, 256)]
+    assert all(type(form).model_validate(form.model_dump()) == form for form in forms), "each is a form that a recipe may have"

@@ -241,8 +241,12 @@ class DistillConfig(Settings):
         """These settings with those in `search_factors` multiplied; T+ stays within experts of `longest` epochs."""
         return self.model_copy(update={name: getattr(self, name) * factor for name, factor in factors.items()})
 
-    def quicker(self) -> Self | None:
-        """The next quicker form of these settings, for a budget that does not allow for them; None if there is none."""
+    def quicker(self, ipc: int) -> Self | None:
+        """The next quicker form of these settings, for a budget that does not allow for them; None if there is none.
+
+        Args:
+            ipc: images per class that networks are trained on.
+        """
         return None
 
     def smoke(self) -> Self:

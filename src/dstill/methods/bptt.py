@@ -41,11 +41,15 @@ _SHORT: Mapping[str, Any] = {  # chosen at width 32 on the validation part of CI
     "total_steps": 40,
     "window": 20,
     "batch_real": 1024,
-    "lr_images": 5e-3,
     "schedule": "cosine",
     "clip": 1.5,
     "soft_labels": "off",
 }
+_FROM_NOISE, _FROM_REAL = (
+    {"initialisation": "unit-noise", "lr_images": 5e-3},
+    {"initialisation": "random", "lr_images": 3e-2},
+)
+_MANY = 5  # images per class
 _SHORTEST = 10  # steps of the shortest trainings
 _SLOWEST = 0.01  # share of the step size at the end of the cosine
 
@@ -141,11 +145,13 @@ class BpttConfig(UnrolledConfig):
             Passes("gradient", self.draws, self.batch_real, precision=self.precision),
         ]
 
-    def quicker(self) -> Self | None:
-        """Short trainings on fewer real images, with larger steps that fall along a cosine; then half as long ones."""
+    def quicker(self, ipc: int) -> Self | None:
+        """Short trainings on fewer real images, with larger steps that fall along a cosine; then half as long ones.
+
+        In little time, one image of each class becomes better from noise, and ten from real images (`docs/howto/budget.md`).
+        """
         if self.total_steps > _SHORT["total_steps"]:
-            start = {} if self.initialisation == "random" else {"initialisation": "unit-noise"}
-            return self.model_copy(update={**_SHORT, **start})
+            return self.model_copy(update={**_SHORT, **(_FROM_REAL if ipc >= _MANY else _FROM_NOISE)})
         if self.total_steps < 2 * _SHORTEST:
             return None
         halved = {"total_steps": self.total_steps // 2, "batch_real": max(1, self.batch_real // 2)}

@@ -148,7 +148,7 @@ class MatchingConfig(UnrolledConfig):
         batch = self.student_batch(ipc * classes)
         return [Passes(kind, self.student_steps, batch, precision=self.precision) for kind in ("gradient", "tangent")]
 
-    def quicker(self) -> Self | None:
+    def quicker(self, ipc: int) -> Self | None:
         """Experts no longer than matching needs; then half as long ones."""
         if self.describing_epochs is not None:
             return self.model_copy(update={"feature_epochs": None})

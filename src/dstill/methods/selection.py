@@ -25,7 +25,7 @@ class SelectionConfig(DistillConfig):
     def network_training(self) -> TrainingConfig:
         return self.training
 
-    def quicker(self) -> Self | None:
+    def quicker(self, ipc: int) -> Self | None:
         """Half as many epochs."""
         if self.training.epochs < 2:
             return None

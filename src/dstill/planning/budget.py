@@ -140,8 +140,8 @@ def _kept(job: Job, recipe: Recipe) -> Recipe:
 
 def _ladder(recipe: Recipe) -> Iterator[tuple[Recipe, int]]:
     """Settings from the fullest to the quickest, and the number of iterations from which on they are taken."""
-    own, form = recipe.net.width, recipe.distill
-    quicker = form.quicker()
+    own, form, ipc = recipe.net.width, recipe.distill, recipe.decoded_ipc
+    quicker = form.quicker(ipc)
     for width in [own, *[one for one in _WIDTHS if own is not None and one < own]]:
         narrow = recipe.model_copy(update={"net": recipe.net.model_copy(update={"width": width})})
         yield narrow, form.worthwhile
@@ -149,7 +149,7 @@ def _ladder(recipe: Recipe) -> Iterator[tuple[Recipe, int]]:
             yield narrow.model_copy(update={"distill": quicker}), form.worthwhile
     while quicker is not None:
         yield narrow.model_copy(update={"distill": quicker}), form.fewest
-        quicker = quicker.quicker()
+        quicker = quicker.quicker(ipc)
 
 
 def _priced(job: Job, task: Task, seconds: float, clock: Clock, until: Until) -> Offer:

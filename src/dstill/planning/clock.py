@@ -95,8 +95,8 @@ class Clock:
             if found > self.pains.seconds / 2:
                 break
         larger = min(images, 3 * small)
-        # Both include costs that do not grow with the batch, such as the transforms of the filters. But if a batch takes so long,
-        # its images take the larger part of it; a slope below that is one of the moments that the machine was busy.
+        # Both include costs that do not grow with the batch, such as the transforms of the filters. But if a batch takes so
+        # long, its images take the larger part; a lower slope means that the machine was busy during the first.
         slope = max(_LEAST_SLOPE * found / small, (seconds(larger) - found) / (larger - small))
         return found + slope * (images - small)
 
