@@ -154,6 +154,7 @@ def test_the_evaluation_is_as_thorough_as_fits(tiny_real: RealSet, place: Workpl
         ("rat", 5, True),
     ]
     assert [one.networks for one in offers] == sorted(one.networks for one in offers)
+    assert not offered(job, Task(evaluation=Evaluation(random=False)), 3600, clock).random, "the user wants none"
 
 
 def test_rivals_are_the_better_the_more_time_there_is(tiny_real: RealSet, place: Workplace) -> None:
@@ -163,6 +164,8 @@ def test_rivals_are_the_better_the_more_time_there_is(tiny_real: RealSet, place:
     assert (rivals[-1].epochs, rivals[-1].networks) == (10, 2)
     assert len(rivals[0].methods) < 3
     assert offered(job, Task(), 36_000, clock).rivals.methods == ()
+    stages = [stage.name for stage in offered(job, Task(rivals=True), 36_000, clock).stages]
+    assert stages == ["distilling", "coresets", "evaluation", "random images"], "in the order of the work"
 
 
 def test_a_method_is_chosen_only_if_none_is_named(tiny_real: RealSet, place: Workplace) -> None:
