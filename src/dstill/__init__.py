@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dstill.api.tune import tune
     from dstill.artifacts.distilled import DistilledSet
     from dstill.artifacts.exporting import export
+    from dstill.artifacts.hub import push_to_hub
     from dstill.artifacts.result import Result
     from dstill.config.recipes import load_recipe
     from dstill.config.registry import MethodInfo
@@ -70,6 +71,7 @@ __all__ = [
     "load_real",
     "load_recipe",
     "plan",
+    "push_to_hub",
     "report",
     "reproduce",
     "run",
@@ -108,6 +110,7 @@ _HOME = {
     "load_real": "data.real",
     "load_recipe": "config.recipes",
     "plan": "planning.plan",
+    "push_to_hub": "artifacts.hub",
     "report": "reporting.page",
     "reproduce": "reproductions.run",
     "run": "api.run",

@@ -291,6 +291,20 @@ class DistilledSet:
 
         return export(self, kind, folder, stored=stored)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        endpoint: str | None = None,
+    ) -> str:
+        """Uploads the set to the Hugging Face hub, see `dstill.push_to_hub`, and returns the address."""
+        from dstill.artifacts.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, private=private, token=token, revision=revision, endpoint=endpoint)
+
     def with_accuracy(self, accuracy: Claim) -> DistilledSet:
         """The same set with the accuracy that it claims."""
         return replace(self, accuracy=accuracy)

@@ -46,6 +46,33 @@ def export(
     print(f"{out}\n{kept}")
 
 
+@app.command
+def push(
+    distilled: Path,
+    repo: str,
+    *,
+    private: Flag = False,
+    revision: str | None = None,
+    source: str | None = None,
+    data: Data = _DATA,
+) -> None:
+    """Upload a set to the Hugging Face hub, with the login of its client or the token in HF_TOKEN. Prints the address.
+
+    Args:
+        distilled: distilled.safetensors, its folder, or the folder of a run with one set.
+        repo: OWNER/NAME of the data set, which is made if it is missing.
+        private: make it visible to its owner only.
+        revision: branch to write to, made if missing (default: main).
+        source: the real data that the set was distilled from; needed only if its whitening is not found.
+        data: how the real data are read.
+    """
+    from dstill.artifacts.distilled import DistilledSet
+    from dstill.artifacts.hub import push_to_hub
+
+    one = DistilledSet.load(distilled, real=data.load(source, Common()) if source else None)
+    print(push_to_hub(one, repo, private=private, revision=revision))
+
+
 @app.command(name="import")
 def import_(
     path: Path,
