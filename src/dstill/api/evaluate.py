@@ -51,7 +51,7 @@ def evaluate(
         distilled: a set, its file or folder, the folder of a run with one set, or several sets of one method and IPC.
         source: the real data, see `load_real`.
         protocol: name or file; the recipe's if left out.
-        nets: evaluation networks; the set's own if left out. The first gives `accuracy`.
+        nets: evaluation networks, `timm:NAME` for those of timm; the set's own if left out. The first gives `accuracy`.
         networks: fresh networks per set; the protocol's number if left out.
         random: also measure random real images of the same IPC, with the first network (cached like the whole set).
         whole: also measure the whole training set with the first network (cached by data, network and preprocessing).

@@ -215,8 +215,8 @@ def run(
         ipc: images per class; the recipe's if left out, or 1 without a recipe.
         recipe: a name of `dstill ls recipes`, a YAML file, or a `Recipe`; `smoke` for a run of seconds. Left out: the data
             set's own recipe, or else settings derived from the nearest one.
-        net: a network instead of the recipe's, with its own defaults: a name of `dstill ls networks`, a class or a function
-            that makes one, your `package.module:Class`, or a mapping with `name` and options.
+        net: a network instead of the recipe's, with its own defaults: a name of `dstill ls networks`, `timm:NAME`, a class
+            or a function that makes one, your `package.module:Class`, or a mapping with `name` and options.
         distill: changes to the section `distill` of the recipe, such as `{"iterations": 300}`.
         experts: changes to the section `experts`, such as `{"count": 4}`.
         changes: changes to any part of the recipe: a mapping, nested or with dotted keys, such as

@@ -111,7 +111,7 @@ class Choice:
         method: a name of `dstill ls methods` or your package.module:Class (default ast).
         ipc: synthetic images per class (default 1).
         recipe: name of `dstill ls recipes`, a YAML file, or `smoke`.
-        net: network instead of the recipe's: a name of `dstill ls networks` or your package.module:Class.
+        net: network instead of the recipe's: a name of `dstill ls networks`, timm:NAME, or your package.module:Class.
         changes: section.key=value, for example `--set distill.iterations=300 experts.count=4`.
     """
 

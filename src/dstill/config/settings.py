@@ -41,7 +41,8 @@ class NetConfig(Settings):
     """A network by name; options left out take the network's own defaults."""
 
     name: str = "convnet"
-    """A name of `dstill ls networks`, or your own `package.module:Class`, which takes (channels, classes, size, **options)."""
+    """A name of `dstill ls networks`, `timm:NAME` for a network of timm, or your own `package.module:Class`, which takes
+    (channels, classes, size, **options)."""
     width: Count | None = None
     """Channels of each convolution (ConvNet)."""
     depth: Count | None = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import NetConfig, Protocol
 from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import Split
-from dstill.errors import CollapseError
+from dstill.errors import CollapseError, DstillError
 from dstill.nets import networks as nets
 from dstill.support import seeding
 from dstill.support.workers import Workers, choose_workers, spread
@@ -74,24 +75,45 @@ def train_and_measure(
     else:
         optimiser = torch.optim.SGD(network.parameters(), lr=lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
     step = protocol.schedule == "step"
-    fit(
-        network,
-        images,
-        labels,
-        epochs=protocol.passes,
-        batch_size=protocol.batch_size,
-        optimiser=optimiser,
-        generator=generator,
-        augmentation=augmentation,
-        objective=squared_objective if protocol.loss == "squared" else None,
-        schedule=step_at(protocol.passes // 2, protocol.lr_factor)
-        if step
-        else warm_cosine(lr, protocol.warmup, protocol.passes),
-        tick=tick,
-    )
+    with _drawing(net, generator, images, protocol.batch_size):
+        fit(
+            network,
+            images,
+            labels,
+            epochs=protocol.passes,
+            batch_size=protocol.batch_size,
+            optimiser=optimiser,
+            generator=generator,
+            augmentation=augmentation,
+            objective=squared_objective if protocol.loss == "squared" else None,
+            schedule=step_at(protocol.passes // 2, protocol.lr_factor)
+            if step
+            else warm_cosine(lr, protocol.warmup, protocol.passes),
+            tick=tick,
+        )
     predicted, true = predictions(network, test[0]), test[1]
     counts = torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
     return Measured(float((predicted == true).cpu().double().mean()), counts.tolist())
+
+
+@contextlib.contextmanager
+def _drawing(net: NetConfig, generator: torch.Generator, images: Tensor, batch_size: int) -> Iterator[None]:
+    """What a training needs of layers that are not dstill's own.
+
+    Dropout and the like draw from torch's global generators, which are seeded here and restored afterwards. Seeding takes
+    nothing from `generator`. A batch norm over maps of a single pixel fails on a batch of a single image.
+    """
+    with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
+        torch.manual_seed(generator.initial_seed())
+        try:
+            yield
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise DstillError(
+                f"network {net.name} has a batch norm over maps of one pixel, and of {len(images)} images in batches of "
+                f"{batch_size} one stays alone: take a protocol with another batch_size, larger images, or another network"
+            ) from error
 
 
 @dataclass(frozen=True)

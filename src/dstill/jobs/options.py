@@ -156,8 +156,8 @@ class Evaluation:
     """How the sets of a run are measured.
 
     Attributes:
-        nets: evaluation networks, joined by commas on the command line; the recipe's own if left out. The first one gives
-            the accuracy.
+        nets: evaluation networks, joined by commas on the command line, `timm:NAME` for those of timm; the recipe's own if left
+            out. The first one gives the accuracy.
         networks: fresh networks per set; the protocol's number if left out.
         random: also measure random real images.
         whole: also train on the whole training set.

@@ -6,11 +6,12 @@ Importing this module does not import torch, so that `dstill ls networks` answer
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dstill.config.settings import NetConfig
 from dstill.errors import DstillError, suggest
+from dstill.nets import timm_models
 from dstill.support.plugins import load_class, name_of
 
 if TYPE_CHECKING:
@@ -28,19 +29,23 @@ NETWORKS: dict[str, str] = {
 }
 
 
-def network_class(name: str) -> type[nn.Module]:
-    """The class of a network.
+def network_class(name: str) -> Callable[..., nn.Module]:
+    """The class of a network, or what makes one in the same way.
 
     Args:
-        name: a name in `NETWORKS`, or `package.module:Class` for a class of the user's own.
+        name: a name in `NETWORKS`, `timm:NAME`, or `package.module:Class` for a class of the user's own.
 
     Raises:
         DstillError: the name is unknown, or the module or class cannot be imported.
     """
+    if name.startswith(timm_models.PREFIX):
+        return timm_models.factory(name)
     path = NETWORKS.get(name, name)
     if ":" not in path:
-        raise DstillError(f"unknown network {name!r}; {suggest(name, NETWORKS)} (or your own package.module:Class)")
-    cls: type[nn.Module] = load_class(path, "network")
+        raise DstillError(
+            f"unknown network {name!r}; {suggest(name, NETWORKS)} (or timm:NAME, or your own package.module:Class)"
+        )
+    cls: Callable[..., nn.Module] = load_class(path, "network")
     return cls
 
 
