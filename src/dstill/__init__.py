@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dstill.api.evaluate import evaluate
     from dstill.api.importing import import_set
     from dstill.api.judge import judge
+    from dstill.api.leaderboard import Leaderboard, leaderboard
     from dstill.api.run import distill, run, train_experts
     from dstill.api.tune import tune
     from dstill.artifacts.distilled import DistilledSet
@@ -45,6 +46,7 @@ __all__ = [
     "DistilledSet",
     "DstillError",
     "Evaluation",
+    "Leaderboard",
     "Machine",
     "Method",
     "MethodInfo",
@@ -68,6 +70,7 @@ __all__ = [
     "import_experts",
     "import_set",
     "judge",
+    "leaderboard",
     "load_real",
     "load_recipe",
     "plan",
@@ -85,6 +88,7 @@ _HOME = {
     "Comparison": "api.compare",
     "DistilledSet": "artifacts.distilled",
     "Evaluation": "jobs.options",
+    "Leaderboard": "api.leaderboard",
     "Machine": "jobs.options",
     "Method": "methods.base",
     "MethodInfo": "config.registry",
@@ -107,6 +111,7 @@ _HOME = {
     "import_experts": "experts.importing",
     "import_set": "api.importing",
     "judge": "api.judge",
+    "leaderboard": "api.leaderboard",
     "load_real": "data.real",
     "load_recipe": "config.recipes",
     "plan": "planning.plan",

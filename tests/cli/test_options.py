@@ -51,6 +51,12 @@ COMMANDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"nets": ["vgg11", "alexnet"], "augmentations": ["flip", "none"], "protocol": "p", "networks": 4}
         | {"whole": False, "out": Path("o")},
     ),
+    "leaderboard": (
+        "api.leaderboard",
+        f"d digits {PLACE} --net vgg11 --protocol p --networks 4 --label-weight 0.25 --augmentation-weight 0.75 -o o",
+        MACHINE
+        | {"net": "vgg11", "protocol": "p", "networks": 4, "label_weight": 0.25, "augmentation_weight": 0.75, "out": Path("o")},
+    ),
     "compare": (
         "api.compare",
         f"digits {PLACE} --methods dm,mtt --ipc 1,10 --recipe smoke --set a=1 -o o --sets 2 --networks 4 --protocol p "

@@ -50,6 +50,7 @@ def small(tokens: list[str]) -> list[str]:
         "tune": "--recipe smoke",
         "evaluate": "--protocol quick --networks 1",
         "judge": "--protocol quick --networks 1 --no-whole",
+        "leaderboard": "--protocol quick --networks 1",
         "reproduce": "" if "--only" in joined else "--only base",  # tests/e2e/test_reproduce.py runs every row
     }
     plain, _, changes = joined.partition("--set")  # --set takes everything after it, so further options come first
@@ -87,7 +88,7 @@ COMMANDS = [(page.stem, tokens) for page in PAGES for tokens in documented(page)
 
 
 def test_the_pages_have_commands() -> None:
-    assert len(COMMANDS) == 47
+    assert len(COMMANDS) == 48
     assert {"run", "judge", "export", "import", "plan", "report", "reproduce", "compare"} <= {c[0] for _, c in COMMANDS}
 
 

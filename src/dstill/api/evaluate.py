@@ -21,6 +21,7 @@ from dstill.errors import DstillError
 from dstill.evaluation.baselines import random_baseline, random_trainings, whole_set
 from dstill.evaluation.networks import Measured, Trial, TrialProgress, learning_rate, measure, prepared, trials_of
 from dstill.evaluation.protocols import load_protocol
+from dstill.experts.trained import Labeller
 from dstill.jobs.job import Workplace
 from dstill.jobs.options import Evaluation, Machine, Names, Networks, at_least_one
 from dstill.nets.networks import evaluation_nets, network_class
@@ -118,7 +119,7 @@ def measure_sets(
         raise DstillError("several sets are evaluated together only if method, IPC, parts and preprocessing agree")
     first = sets[0]
     chosen = protocol_of(first, protocol)
-    count, configs = evaluation.networks or chosen.networks, _networks(first, evaluation)
+    count, configs = evaluation.networks or chosen.networks, networks_of(first, evaluation)
     others = [other for other in map(load_protocol, evaluation.also) if _id(other) != _id(chosen)]
     if announced:
         announce_evaluation(first, len(sets), real, chosen, evaluation, place)
@@ -132,7 +133,7 @@ def measure_sets(
     also = {str(_id(other)): _score_under(sets, configs[0], evaluation, test, other, seed, place, pieces) for other in others}
     confusions = [one.confusion for some in measured[configs[0].name] for one in some]
     evaluated = time.perf_counter()
-    baselines = _Baselines(first, configs[0], real, test, seed, place)
+    baselines = Baselines(first, configs[0], real, test, seed, place)
     random = baselines.random(chosen, count) if evaluation.random and real.judged_on == "test" else None
     whole = baselines.whole() if evaluation.whole else None
     stages = {"evaluate": evaluated - started, "baselines": time.perf_counter() - evaluated}
@@ -202,12 +203,12 @@ def _check_sets(sets: Sequence[DistilledSet], real: RealSet, place: Workplace) -
         place.reporter.note(f"{real.name} has no test image of {', '.join(unseen)}: the accuracy says nothing about it")
 
 
-def _networks(first: DistilledSet, evaluation: Evaluation) -> list[NetConfig]:
-    """The evaluation networks; refuses those that cannot be imported."""
+def networks_of(first: DistilledSet, evaluation: Evaluation, option: str = "--nets") -> list[NetConfig]:
+    """The evaluation networks; refuses those that cannot be imported. `option` is the command's for naming one."""
     configs = evaluation_nets(first.net, evaluation.nets)
     for config in configs:
         if not evaluation.nets:
-            _check_imported(config.name)
+            _check_imported(config.name, option)
         network_class(config.name)
     return configs
 
@@ -243,7 +244,7 @@ def telling(pieces: Pieces, protocol: Protocol) -> TrialProgress:
     return tell
 
 
-class _Baselines:
+class Baselines:
     """The baselines of a set: random images and the whole training set, each measured once for all sets that share them.
 
     Args:
@@ -260,10 +261,11 @@ class _Baselines:
     ) -> None:
         self.like, self.net, self.real, self.test, self.seed, self.place = like, net, real, test, seed, place
 
-    def random(self, protocol: Protocol, networks: int) -> Score:
-        """Random real images under the protocol."""
+    def random(self, protocol: Protocol, networks: int, labeller: Labeller | None = None) -> Score:
+        """Random real images under the protocol, with their classes as labels or with those of a labeller."""
+        labelled = f"-labels-{labeller.name}" if labeller else ""
         return _cached(
-            self.place.cache / f"random/{self._shared()}-ipc{self.like.ipc}-{_named(protocol)}-{networks}.json",
+            self.place.cache / f"random/{self._shared()}-ipc{self.like.ipc}-{_named(protocol)}-{networks}{labelled}.json",
             lambda: random_baseline(
                 self.like,
                 self.real,
@@ -272,6 +274,7 @@ class _Baselines:
                 net=self.net,
                 networks=networks,
                 seed=self.seed,
+                labeller=labeller,
                 workers=self.place.workers,
                 note=self.place.reporter.note,
                 progress=telling(self._pieces(protocol, networks), protocol),
@@ -304,13 +307,13 @@ class _Baselines:
         return name.replace("/", "_").replace(":", "_")
 
 
-def _check_imported(net: str) -> None:
+def _check_imported(net: str, option: str) -> None:
     """Refuses to import a network that only a file names: the user decides which code runs."""
     module, separator, _ = net.partition(":")
     if separator and module not in sys.modules:
         raise DstillError(
             f"the distilled set was made with the network {net}, which is not part of dstill, and a file must not decide "
-            f"what is imported: if you trust that module, pass --nets {net}, or import it first"
+            f"what is imported: if you trust that module, pass {option} {net}, or import it first"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from dstill.api import findings
-from dstill.api.evaluate import measure_sets, protocol_of, telling
+from dstill.api.evaluate import measure_sets, networks_of, protocol_of, telling
 from dstill.artifacts import set_file, whitening
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import check_writable, write_text
@@ -21,7 +21,6 @@ from dstill.data.real import RealSet, Source, load_real
 from dstill.evaluation.networks import measure, prepared, trials_of
 from dstill.jobs.job import Workplace
 from dstill.jobs.options import Evaluation, Machine, Network, Networks, at_least_one
-from dstill.nets.networks import evaluation_nets, network_name
 from dstill.planning.announce import announce_evaluation
 from dstill.support.console import Progress
 from dstill.support.progress import Pieces
@@ -136,7 +135,7 @@ def judge(
     one = set_file.read(distilled) if isinstance(distilled, str | Path) else distilled
     real = load_real(source, progress=place.reporter)
     one = whitening.completed(one, real, place.cache)
-    variants = {"soft": one, "hard": one.with_hard_labels()} if one.labels.is_floating_point() else {"hard": one}
+    variants = [one, one.with_hard_labels()] if one.labels.is_floating_point() else [one]
     strategies = list(augmentations) or list(dict.fromkeys([one.augmentation, "none"]))
     for strategy in strategies:
         siamese.parse(strategy)
@@ -147,22 +146,47 @@ def judge(
     held = real.holdout(seed) if fewest > 1 else None
     rows: list[Judged] = []
     chosen: list[list[Network]] = [[net] for net in nets] or [[]]  # if none, the set's own, whose import is checked
-    for named, (labels, variant), strategy in itertools.product(chosen, variants.items(), strategies):
-        net = network_name(named[0]) if named else one.net.name
-        place.reporter.note(f"{net}, {labels} labels, augmentation {strategy}")
+    for named, variant, strategy in itertools.product(chosen, variants, strategies):
         way, evaluation = variant.with_augmentation(strategy), Evaluation(named, networks, True, whole)
-        if not rows:
-            rounds, looks = max(1, len(nets)) * len(variants) * len(strategies), _LOOKS if held else 0
-            announce_evaluation(way, 1, real, protocol_of(way, protocol), evaluation, place, rounds, looks)
-        result = measure_sets([way], real, place, evaluation, seed, protocol)
-        validation = None
-        if held is not None:
-            validation = _on_validation(way, held, evaluation_nets(one.net, named)[0], seed, place, protocol)
-        rows.append(Judged(net=net, labels=labels, augmentation=strategy, result=result, validation=validation))
+        rounds = 0 if rows else max(1, len(nets)) * len(variants) * len(strategies)
+        rows.append(judged(way, real, place, evaluation, seed, protocol, rounds, held))
     judgement = Judgement(rows=tuple(rows), stored_bytes=rows[0].result.stored_bytes)
     if out is not None:
         judgement.save(Path(out))
     return judgement
+
+
+def judged(
+    way: DistilledSet,
+    real: RealSet,
+    place: Workplace,
+    evaluation: Evaluation,
+    seed: int,
+    protocol: str | None = None,
+    rounds: int = 0,
+    held: RealSet | None = None,
+) -> Judged:
+    """One way of training: a set with the labels and the augmentation in question.
+
+    Args:
+        way: the set.
+        real: the real data.
+        place: where the work is done.
+        evaluation: what is measured, with one network.
+        seed: determines initial weights, order and augmentation.
+        protocol: name or file; the recipe's if left out.
+        rounds: for how many ways like this one it is said how long they take; 0 if that was said before.
+        held: real data with a validation part, on which the way is then measured as well.
+    """
+    net = networks_of(way, evaluation)[0]  # refuses what must not be imported, before the announcement builds it
+    labels = "soft" if way.labels.is_floating_point() else "hard"
+    place.reporter.note(f"{net.name}, {labels} labels, augmentation {way.augmentation}")
+    if rounds:
+        looks = _LOOKS if held is not None else 0
+        announce_evaluation(way, 1, real, protocol_of(way, protocol), evaluation, place, rounds, looks)
+    result = measure_sets([way], real, place, evaluation, seed, protocol)
+    validation = None if held is None else _on_validation(way, held, net, seed, place, protocol)
+    return Judged(net=net.name, labels=labels, augmentation=way.augmentation, result=result, validation=validation)
 
 
 def _on_validation(

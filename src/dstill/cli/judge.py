@@ -92,6 +92,44 @@ def judge(
 
 
 @app.command
+def leaderboard(
+    distilled: Path,
+    source: str,
+    *,
+    net: str | None = None,
+    protocol: str | None = None,
+    networks: Whole | None = None,
+    label_weight: float = 0.5,
+    augmentation_weight: float = 0.5,
+    out: OptionalOut = None,
+    data: Data = _DATA,
+    machine: Machine = _MACHINE,
+    common: Common = _COMMON,
+) -> None:
+    """Give a set the label-robust and the augmentation-robust score of DD-Ranking.
+
+    Args:
+        distilled: distilled.safetensors, its folder, or the folder of a run with one set.
+        source: see `dstill run`.
+        net: evaluation network (default: the set's own).
+        protocol: ast, mtt, frepo, quick, or a YAML file (default: the recipe's).
+        networks: fresh networks for each accuracy but that of the whole set (default: the protocol's).
+        label_weight: from 0 to 1, how much the lead over random images counts in the label-robust score.
+        augmentation_weight: from 0 to 1, how much the lead with augmentation counts in the augmentation-robust score.
+        out: folder for leaderboard.json and leaderboard.md.
+        data: how the real data are read.
+        machine: where the work is done.
+        common: how the command behaves.
+    """
+    from dstill.api.leaderboard import leaderboard
+    from dstill.cli import summary
+
+    weights = {"label_weight": label_weight, "augmentation_weight": augmentation_weight}
+    options = {"net": net, "protocol": protocol, "networks": networks, "out": out, **weights, **common.arguments(machine)}
+    summary.print_leaderboard(leaderboard(distilled, data.load(source, common), **options))
+
+
+@app.command
 def plan(
     source: str,
     *,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dstill.api.compare import LEFT, Comparison
 from dstill.api.judge import Judgement
+from dstill.api.leaderboard import Leaderboard
 from dstill.artifacts.result import Result
 from dstill.planning.stages import Plan
 from dstill.support.console import duration, printable, set_sizes, size
@@ -29,6 +30,12 @@ def print_judgement(judgement: Judgement) -> None:
     first = judgement.rows[0].result
     _print(judgement.texts(), ("network", "labels", "augmentation"), set_sizes(first.stored_bytes, first.file_bytes))
     _print_lines(judgement.findings)
+
+
+def print_leaderboard(found: Leaderboard) -> None:
+    """The scores of a set, and the accuracies behind them."""
+    _print(found.texts(), ("",), found.title)
+    _print_lines(found.notes)
 
 
 def _print_lines(lines: Sequence[str]) -> None:

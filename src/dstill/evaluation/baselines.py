@@ -15,6 +15,7 @@ from dstill.data.preprocess import from_bytes
 from dstill.data.real import RealSet, Split
 from dstill.evaluation.networks import Trial, TrialProgress, measure, prepared, train_and_measure, trials_of
 from dstill.evaluation.protocols import load_protocol
+from dstill.experts.trained import Labeller
 from dstill.methods.initialisation import random_rows
 from dstill.support import seeding
 from dstill.support.workers import Workers
@@ -25,7 +26,7 @@ RANDOM_DRAWS = 3
 RANDOM_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
-def random_set(like: DistilledSet, split: Split, generator: torch.Generator) -> DistilledSet:
+def random_set(like: DistilledSet, split: Split, generator: torch.Generator, labeller: Labeller | None = None) -> DistilledSet:
     """Random real images, with the preprocessing, augmentation and IPC of another set, and so as many bytes.
 
     They are stored one by one, whatever the images of the other set hold.
@@ -34,10 +35,12 @@ def random_set(like: DistilledSet, split: Split, generator: torch.Generator) -> 
         like: the other set.
         split: the real images to draw from.
         generator: draws the images.
+        labeller: gives them soft labels; class ids if left out.
     """
     rows = random_rows(split, like.classes, like.ipc, generator)
     images = from_bytes(like.preprocess, split.images[rows], like.images.device)
-    fields = {**like.__dict__, "images": images, "labels": split.labels[rows], "alpha": None, "method": "random", "parts": 1}
+    labels = split.labels[rows] if labeller is None else labeller(split.images[rows]).to(images.device)
+    fields = {**like.__dict__, "images": images, "labels": labels, "alpha": None, "method": "random", "parts": 1}
     return DistilledSet(**fields)
 
 
@@ -65,6 +68,7 @@ def random_baseline(
     net: NetConfig | None = None,
     networks: int | None,
     seed: int,
+    labeller: Labeller | None = None,
     workers: Workers = 1,
     note: Callable[[str], None] = lambda _: None,
     progress: TrialProgress | None = None,
@@ -83,6 +87,8 @@ def random_baseline(
         net: the network; that of `like` if left out.
         networks: number of networks for each draw; the protocol's number if None.
         seed: master seed.
+        labeller: gives the random images soft labels; their classes if left out. It may know the held-out part, since the rate
+            is all that is chosen there.
         workers: number of processes, or `auto`.
         note: called with messages.
         progress: called about once a second, and after each of `random_trainings` networks.
@@ -95,14 +101,14 @@ def random_baseline(
         note(f"random images: trying learning rates {', '.join(f'{rate:.3g}' for rate in rates)}")
         held = real.holdout(seed)
         validation = prepared(held.test, like.preprocess, test[0].device)
-        draw = random_set(like, held.train, seeding.generator(seed, "random-rate"))
+        draw = random_set(like, held.train, seeding.generator(seed, "random-rate"), labeller)
         tried = [trial for lr in rates for trial in trials_of(draw, 1, net=net, lr=lr, seed=seed, stream=("random-rate",))]
         reached = [one.accuracy for one in measure(tried, validation, protocol, workers=workers, progress=progress)]
         best = max(zip(reached, rates, strict=True), key=lambda pair: pair[0])[1]
     count = networks or protocol.networks
     trials: list[Trial] = []
     for k in range(RANDOM_DRAWS):
-        draw = random_set(like, real.train, seeding.generator(seed, "random-draw", k))
+        draw = random_set(like, real.train, seeding.generator(seed, "random-draw", k), labeller)
         trials += trials_of(draw, count, net=net, lr=best, seed=seed, stream=("random", k))
     note(f"random images: {RANDOM_DRAWS} draws, {count} network(s) each")
     scores = [one.accuracy for one in measure(trials, test, protocol, workers=workers, progress=progress)]

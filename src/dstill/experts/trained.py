@@ -1,4 +1,4 @@
-"""Networks trained on the real images, and what they forgot during training: the basis of selection methods."""
+"""Networks trained on the real images: what they forgot during training, for selection methods, and how they label images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dstill.derivatives.engine import derivatives_of
 from dstill.nets import networks as nets
 from dstill.support import seeding
 from dstill.training.checkpoint import Bookmark, Training
-from dstill.training.fit import Batch, EpochReport, Tick, cross_entropy_objective, fit
+from dstill.training.fit import Batch, EpochReport, Tick, answers, cross_entropy_objective, fit
 from dstill.unrolling.student import Student
 
 _KIND = "trained network"
@@ -77,6 +77,27 @@ class NetworkTask:
     def generator(self) -> torch.Generator:
         """The generator of all its random draws, at its start."""
         return seeding.generator(self.seed, "trained-network", *([self.number] if self.number else []))
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """Gives images the answers of a trained network as soft labels.
+
+    Attributes:
+        name: names the network, and so the labels.
+        net: the network.
+        preprocess: what its images go through.
+        device: where it is.
+    """
+
+    name: str
+    net: nn.Module
+    preprocess: Preprocess
+    device: torch.device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Label logits `[N, K]` for pixels `[N, C, H, W]`, uint8."""
+        return answers(self.net, from_bytes(self.preprocess, images, self.device))
 
 
 class _Events:
@@ -178,3 +199,11 @@ def trained_network(
 
     _, tensors = files.load_or_make(path, _KIND, make)
     return TrainedNetwork(tensors["weights"], tensors["forgotten"])
+
+
+def labeller(task: NetworkTask, trained: TrainedNetwork, device: torch.device) -> Labeller:
+    """What labels images as the trained network of a task does."""
+    real = task.real
+    net = nets.build(task.net, real.channels, real.classes, real.size, task.generator()).to(device)
+    nn.utils.vector_to_parameters(trained.weights.to(device), net.parameters())
+    return Labeller(task.fingerprint(), net, task.preprocess, device)
