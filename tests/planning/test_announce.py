@@ -118,6 +118,29 @@ def test_an_evaluation_and_a_judgement_announce_all_their_networks(
         assert sum(note.startswith("this takes about ") for note in listener.notes) == 1
 
 
+def test_scores_announce_what_they_need_and_no_more(
+    tiny_real: RealSet, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("dstill.planning.clock.Clock._time", lambda *_: 0.01)
+    syn = dstill.distill(tiny_real, method="frepo", recipe="smoke", progress=False, **options)
+    quick: dict[str, Any] = {"protocol": "quick", "networks": 1, **options}
+    once, soft, hard = Listener(), Listener(), Listener()
+    elsewhere = {"machine": dstill.Machine(cache=tmp_path / "elsewhere")}
+    dstill.evaluate(syn, tiny_real, whole=True, progress=once, **quick | elsewhere)
+    dstill.leaderboard(syn, tiny_real, progress=soft, **quick)
+    dstill.leaderboard(syn.with_hard_labels().with_augmentation("none"), tiny_real, progress=hard, **quick)
+    evaluation, random, whole = once.expected
+    three = evaluation._replace(seconds=pytest.approx(3 * evaluation.seconds), times=3)
+    two = random._replace(seconds=pytest.approx(2 * random.seconds), times=2)
+    # 60 training images are one batch, and the clock gives each batch the same time.
+    network = Expectation("network epochs", 30 * whole.seconds / 50)
+    assert soft.expected == [network._replace(seconds=pytest.approx(network.seconds)), three, whole, two]
+    assert list(dict.fromkeys(soft.came)) == [one.stage for one in soft.expected], "in this order"
+    assert hard.expected == [evaluation, random, whole]
+    for listener in (soft, hard):
+        assert sum(note.startswith("this takes about ") for note in listener.notes) == 1
+
+
 def test_a_search_tells_its_minutes(tiny_real: RealSet, options: dict[str, Any], tmp_path: Path) -> None:
     listener = Listener()
     dstill.tune(tiny_real, budget=0.001, method="mtt", recipe="smoke", out=tmp_path / "t.yaml", progress=listener, **options)

@@ -23,6 +23,7 @@ from dstill.evaluation.networks import prepared
 from dstill.experts.trained import Labeller, NetworkTask, labeller, trained_network
 from dstill.jobs.job import Workplace
 from dstill.jobs.options import Evaluation, Machine, Network, at_least_one
+from dstill.planning.announce import announce_scores
 from dstill.support.console import Progress
 from dstill.support.progress import Pieces
 from dstill.support.tables import bulleted, markdown
@@ -306,8 +307,7 @@ def leaderboard(
     """
     place = Workplace.of(machine, progress)
     at_least_one(networks=networks)
-    weights = {"label_weight": _checked(label_weight, "label")}
-    weights |= {"augmentation_weight": _checked(augmentation_weight, "augmentation")}
+    w, g = _checked(label_weight, "label"), _checked(augmentation_weight, "augmentation")
     one = set_file.read(distilled) if isinstance(distilled, str | Path) else distilled
     if out is not None:
         check_writable(Path(out))
@@ -317,54 +317,39 @@ def leaderboard(
     one.check_fits(real)
     one = whitening.completed(one, real, place.cache)
     evaluation = Evaluation([] if net is None else [net], networks)
-    config = networks_of(one, evaluation, "--net")[0]
-    teacher = _labeller(real, config, seed, place) if one.labels.is_floating_point() else None
-    judgement = _judgement(one, real, place, evaluation, seed, protocol)
-    random = None if teacher is None else _random(one, real, place, config, networks, seed, protocol, teacher)
-    found = Leaderboard.of(judgement, one.augmentation, random, **weights)
+    judgement, random = _measurements(one, real, place, evaluation, seed, protocol)
+    found = Leaderboard.of(judgement, one.augmentation, random, label_weight=w, augmentation_weight=g)
     if out is not None:
         found.save(Path(out))
     return found
 
 
-def _judgement(
+def _measurements(
     one: DistilledSet, real: RealSet, place: Workplace, evaluation: Evaluation, seed: int, protocol: str | None
-) -> Judgement:
-    """The rows that the scores need, and no others. Soft labels need other random images than those of a judgement."""
-    soft = one.labels.is_floating_point()
-    ways = [one, one.with_hard_labels()] if soft else [one]
-    ways += [one.with_augmentation("none")] if one.augmentation != "none" else []
-    rows: list[Judged] = []
-    for way in ways:
-        compared = not way.labels.is_floating_point() and way.augmentation == one.augmentation
-        asked = replace(evaluation, random=not soft, whole=compared)
-        rows.append(judged(way, real, place, asked, seed, protocol, 0 if rows else len(ways)))
-    return Judgement(rows=tuple(rows), stored_bytes=rows[0].result.stored_bytes)
-
-
-def _random(
-    one: DistilledSet,
-    real: RealSet,
-    place: Workplace,
-    net: NetConfig,
-    networks: int | None,
-    seed: int,
-    protocol: str | None,
-    teacher: Labeller,
-) -> dict[str, Score]:
-    """Random images with the labels of a trained network, for each augmentation."""
-    chosen, test = protocol_of(one, protocol), prepared(real.test, one.preprocess, place.device)
-    return {
-        strategy: Baselines(one.with_augmentation(strategy), net, real, test, seed, place).random(
-            chosen, networks or chosen.networks, teacher
-        )
-        for strategy in dict.fromkeys((one.augmentation, "none"))
+) -> tuple[Judgement, dict[str, Score] | None]:
+    """The rows that the scores need, and random images with soft labels if the set has such."""
+    net, chosen, soft = networks_of(one, evaluation, "--net")[0], protocol_of(one, protocol), one.labels.is_floating_point()
+    strategies, labelling = list(dict.fromkeys((one.augmentation, "none"))), TrainingConfig() if soft else None
+    hard = one.with_hard_labels()
+    ways = [*([one, hard] if soft else [hard]), *(one.with_augmentation(other) for other in strategies[1:])]
+    counts = {"ways": len(ways), "augmentations": len(strategies)}
+    announce_scores(one, real, chosen, evaluation, place, labelling=labelling, **counts)
+    teacher = None if labelling is None else _labeller(real, net, labelling, seed, place)
+    rows = [judged(way, real, place, replace(evaluation, random=not soft, whole=way is hard), seed, protocol) for way in ways]
+    judgement = Judgement(rows=tuple(rows), stored_bytes=rows[0].result.stored_bytes)
+    if teacher is None:
+        return judgement, None
+    test, count = prepared(real.test, one.preprocess, place.device), evaluation.networks or chosen.networks
+    likes = {strategy: one.with_augmentation(strategy) for strategy in strategies}
+    random = {
+        strategy: Baselines(like, net, real, test, seed, place).random(chosen, count, teacher)
+        for strategy, like in likes.items()
     }
+    return judgement, random
 
 
-def _labeller(real: RealSet, net: NetConfig, seed: int, place: Workplace) -> Labeller:
+def _labeller(real: RealSet, net: NetConfig, config: TrainingConfig, seed: int, place: Workplace) -> Labeller:
     """A network trained on the real images, which labels random ones."""
-    config = TrainingConfig()
     task = NetworkTask(real, preprocessing.fit("standardise", real.train.images), net, config, seed)
     place.reporter.note(f"random images get soft labels of a {net.name} that is trained on {real.name}: {config.epochs} passes")
     pieces = Pieces(place.reporter, "network epochs", config.epochs)

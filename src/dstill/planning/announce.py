@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.config.settings import Protocol
+from dstill.config.settings import Protocol, TrainingConfig
 from dstill.data.real import RealSet
 from dstill.jobs.job import Job, Task, Workplace, shape_of
 from dstill.jobs.options import Evaluation
+from dstill.nets.networks import evaluation_nets
 from dstill.planning.clock import QUICK, Clock
-from dstill.planning.evaluating import Measured, evaluation_stages
+from dstill.planning.evaluating import Measured, evaluation_stages, network_seconds
 from dstill.planning.plan import plan_job
 from dstill.planning.stages import Stage
 from dstill.support.progress import Reporter, Silent, expect
@@ -78,6 +80,46 @@ def announce_evaluation(
         (validation,) = evaluation_stages(measured, protocol, beside, clock, processes)
         stages.append(validation.model_copy(update={"name": "validation"}))
     _say(place.reporter, [one.model_copy(update={"seconds": rounds * one.seconds, "times": rounds}) for one in stages])
+
+
+def announce_scores(
+    like: DistilledSet,
+    real: RealSet,
+    protocol: Protocol,
+    evaluation: Evaluation,
+    place: Workplace,
+    *,
+    ways: int,
+    augmentations: int,
+    labelling: TrainingConfig | None,
+) -> None:
+    """Says how long it will take to score a set.
+
+    Args:
+        like: the set.
+        real: the real data.
+        protocol: how networks are trained.
+        evaluation: the network, and how many.
+        place: where the work is done.
+        ways: of training on the set that are measured.
+        augmentations: with each of which random images are measured.
+        labelling: how the network is trained that labels random images; None if there is none.
+    """
+    if type(place.reporter) is Silent:
+        return
+    measured = Measured(like.net, like.augmentation, like.ipc, like.ipc * like.parts**2)
+    processes, clock = most_workers(place.workers, place.device), Clock(shape_of(real), place.device, QUICK)
+    rounds = {"evaluation": ways, "random images": augmentations, "whole set": 1}
+    stages = [
+        one.model_copy(update={"seconds": rounds[one.name] * one.seconds, "times": rounds[one.name]})
+        for one in evaluation_stages(measured, protocol, replace(evaluation, random=True, whole=True), clock, processes)
+    ]
+    if labelling is not None:
+        seconds = network_seconds(evaluation_nets(like.net, evaluation.nets)[0], labelling, clock)
+        training = Stage(name="trained network", told="network epochs", seconds=seconds, peak_bytes=0, disk_bytes=0)
+        evaluated, random, whole = stages
+        stages = [training, evaluated, whole, random]  # random images come last if they are labelled
+    _say(place.reporter, stages)
 
 
 def _say(reporter: Reporter, stages: Sequence[Stage]) -> None:

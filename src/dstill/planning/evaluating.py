@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from dstill.config.settings import NetConfig, Passes, Protocol
+from dstill.config.settings import NetConfig, Passes, Protocol, TrainingConfig
 from dstill.data.catalog import Shape
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES
 from dstill.evaluation.protocols import load_protocol
@@ -82,3 +82,9 @@ def evaluation_stages(
         note = "none if it is cached"
         stages.append(Stage(name="whole set", seconds=seconds, peak_bytes=held, disk_bytes=0, note=note))
     return stages
+
+
+def network_seconds(net: NetConfig, config: TrainingConfig, clock: Clock) -> float:
+    """What it takes to train a network on all real images without augmentation."""
+    step = clock.training(net, config.batch_size, "none", torch.get_num_threads())
+    return config.epochs * math.ceil(clock.shape.train / config.batch_size) * step

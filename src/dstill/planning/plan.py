@@ -23,7 +23,7 @@ from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network, R
 from dstill.methods.base import method_class
 from dstill.nets import networks as nets
 from dstill.planning.clock import Clock
-from dstill.planning.evaluating import Measured, evaluation_stages, image_bytes
+from dstill.planning.evaluating import Measured, evaluation_stages, image_bytes, network_seconds
 from dstill.planning.stages import Plan, Stage
 from dstill.support.console import Progress
 from dstill.support.devices import available_memory
@@ -181,9 +181,8 @@ def _trained(job: Job, clock: Clock) -> list[Stage]:
     if job.method.needs != "trained network":
         return []
     shape, recipe, config = job.shape, job.recipe, job.recipe.distill.network_training
-    step = clock.training(recipe.net, config.batch_size, "none", torch.get_num_threads())
     count = recipe.distill.network_count
-    seconds = count * config.epochs * math.ceil(shape.train / config.batch_size) * step
+    seconds = count * network_seconds(recipe.net, config, clock)
     memory, disk = shape.train * image_bytes(shape), count * (4 * _parameters(recipe.net, shape) + 8 * shape.train)
     many = f"{count} of {config.epochs} epochs, none if they are cached"
     note = many if count > 1 else f"{config.epochs} epochs, none if it is cached"
