@@ -59,9 +59,8 @@ def push_to_hub(
     if repo_id.count("/") != 1:
         raise DstillError(f"{repo_id!r} does not name a data set on the hub: pass OWNER/NAME")
     with tempfile.TemporaryDirectory(prefix="dstill-") as temporary:
-        folder = export(
-            distilled, "hf", Path(temporary) / "set"
-        )  # before the hub is asked, so that nothing empty is made there
+        # Before the hub is asked, so that a set that cannot be exported leaves nothing there.
+        folder = export(distilled, "hf", Path(temporary) / "set")
         with _told(api.endpoint, repo_id):
             api.create_repo(repo_id, repo_type=_KIND, private=private or None, exist_ok=True)
             if private and not api.repo_info(repo_id, repo_type=_KIND).private:
