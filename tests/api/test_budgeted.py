@@ -89,7 +89,7 @@ def test_the_same_call_goes_on_with_the_choice_of_the_first(
     out = tmp_path / "run"
     first = dstill.run(tiny_real, out=out, **options)
     images = dstill.DistilledSet.load(out).images
-    for name in ("offered", "_pace"):
+    for name in ("best_offer", "_pace"):
         monkeypatch.setattr(budgeted, name, lambda *_: pytest.fail("chosen again"))
     again = dstill.run(tiny_real, out=out, **options)
     assert options["progress"].have("chosen in an earlier call are used again")
@@ -239,13 +239,15 @@ def test_no_candidate_has_seen_the_images_set_aside(tiny_real: RealSet, tmp_path
 
 
 def test_a_class_too_small_to_set_images_aside_is_no_obstacle(
-    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     first = torch.cat([rows[:1] for rows in tiny_real.train.by_class(3)])
     lonely = dstill.RealSet("lonely", tiny_real.train.take(first), tiny_real.test, tiny_real.class_names)
-    result = dstill.run(lonely, out=tmp_path / "run", **options)
+    result = dstill.run(lonely, **options)
     assert result.method == "dm"
-    assert stored(tmp_path / "run")["offer"]["rivals"]["methods"] == []
+    folder = tmp_path / "runs" / "lonely-ipc1-seed0-60min"
+    assert stored(folder)["offer"]["rivals"]["methods"] == [], "and the folder names no method that was not asked for"
 
 
 def test_the_rows_of_a_comparison_share_a_budget(tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]) -> None:

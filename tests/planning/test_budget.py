@@ -19,7 +19,7 @@ from dstill.data.real import RealSet
 from dstill.jobs.job import Job, Task, Workplace
 from dstill.jobs.options import Budget, Choice, Evaluation
 from dstill.planning import budget as budgets
-from dstill.planning.budget import Offer, described, offered
+from dstill.planning.budget import Offer, best_offer, described, offered
 
 CIFAR = Shape(3, (32, 32), 10, 50_000, 10_000)
 
@@ -177,6 +177,26 @@ def test_a_method_is_chosen_only_if_none_is_named(tiny_real: RealSet, place: Wor
         assert within(named, budget, "digits", place) == (named, "digits")
     changes = within(Choice(changes={"preprocess": "zca"}), budget, tiny_real, place)[0].changes
     assert list(changes)[-1] == 'preprocess="zca"', "the user's is last"
+
+
+@pytest.mark.parametrize(
+    ("ipc", "minutes", "chooses", "changes", "method"),
+    [
+        (10, 5, True, (), "dm"),
+        (10, 5, False, (), "rat-bptt"),
+        (10, 5, True, ("distill.lr_images=0.01",), "rat-bptt"),
+        (10, 200, True, (), "rat-bptt"),
+        (1, 5, True, (), "rat-bptt"),
+    ],
+)
+def test_many_images_in_little_time_are_left_to_the_quickest_method(
+    tiny_real: RealSet, place: Workplace, ipc: int, minutes: float, chooses: bool, changes: tuple[str, ...], method: str
+) -> None:
+    job = job_of(tiny_real, place, ipc=ipc, changes=["preprocess=standardise", *changes])
+    offer = best_offer(job, Task(chooses=chooses), 60 * minutes, Steady(CIFAR, 4e-3))
+    assert offer.recipe.method == method
+    assert offer.recipe.preprocess == "standardise", "what is set is set for both"
+    assert offer.recipe.ipc == ipc
 
 
 def test_the_lines_say_what_was_chosen_and_what_more_would_buy(tiny_real: RealSet, place: Workplace) -> None:

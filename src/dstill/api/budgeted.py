@@ -20,7 +20,7 @@ from dstill.errors import DamagedFileError, DstillError
 from dstill.jobs.job import Job, Task, Workplace, shape_of
 from dstill.jobs.options import Budget, Choice
 from dstill.methods.base import Problem
-from dstill.planning.budget import PREPROCESS, Offer, Rivals, Until, described, method_for, offered, with_iterations
+from dstill.planning.budget import PREPROCESS, Offer, Rivals, Until, best_offer, described, method_for, with_iterations
 from dstill.planning.clock import QUICK, Clock
 from dstill.support import seeding
 from dstill.support.progress import expect
@@ -111,8 +111,8 @@ class Budgeted:
         """What the budget buys, and what a longer one would, if that is something else."""
         tell, clock = self.job.place.reporter.progress, Clock(self.job.shape, self.job.place.device, QUICK)
         tell("calibrating", 0, 1)
-        offer = offered(self.job, self._task, self.budget.left, clock, self._until)
-        longer = offered(self.job, self._task, 60 * _LONGER * self.budget.minutes, clock, self._until)
+        offer = best_offer(self.job, self._task, self.budget.left, clock, self._until)
+        longer = best_offer(self.job, self._task, 60 * _LONGER * self.budget.minutes, clock, self._until)
         tell("calibrating", 1, 1)
         return offer, longer if longer.recipe != offer.recipe else None
 

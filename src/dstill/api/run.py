@@ -140,7 +140,8 @@ def distill(
     validates = recording.validate_every > 0
     check_early(job, logs=recording.logs, own_experts=trained is None, validates=validates, initial=initial)
     files.check_writable(job.place.cache)
-    task, folder, until = Task(recording=recording), None if out is None else Path(out), math.inf
+    chooses = budget is not None and method is None and recipe is None
+    task, folder, until = Task(recording=recording, chooses=chooses), None if out is None else Path(out), math.inf
     if folder is not None:
         files.check_writable(folder)
     budgeted = None if budget is None else Budgeted(job, budget, task, folder, "distilling")
@@ -251,9 +252,15 @@ def run(
     budget, place = Budget.of(minutes), Workplace.of(machine, progress)
     choice, source = within(Choice(method, ipc, recipe, net, changes, distill, experts), budget, source, place)
     job = Job.resolve(source, choice, seed, place)
-    rivals = budget is not None and sets == 1 and method is None and recipe is None and can_compete(job)
-    folder = job.folder if budget is None else job.folder.with_name(f"{job.folder.name}-{budget.minutes:g}min")
-    return run_job(job, folder if out is None else Path(out), Task(sets, evaluation, recording, budget, rivals), started)
+    chooses = budget is not None and method is None and recipe is None
+    rivals = chooses and sets == 1 and can_compete(job)
+    folder = job.folder
+    if budget is not None:
+        name = folder.name.replace(f"-{job.recipe.method}-", "-") if chooses else folder.name
+        folder = folder.with_name(f"{name}-{budget.minutes:g}min")
+    return run_job(
+        job, folder if out is None else Path(out), Task(sets, evaluation, recording, budget, chooses, rivals), started
+    )
 
 
 def run_job(job: Job, folder: Path, task: Task, started: float | None = None) -> Result:

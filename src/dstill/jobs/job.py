@@ -116,6 +116,12 @@ class Job:
             place.reporter.note(f"{recipe.method}, {recipe.ipc} image(s) per class, {name}: {origin}")
         return cls(name, shape, data, recipe, origin, Seeds.of(seed), place, tuple(_changes(choice)))
 
+    def by(self, method: str) -> Job:
+        """The same job by another method: its own settings for these data, with what the user has set."""
+        choice = Choice(method, self.recipe.ipc, changes=self.changes)
+        recipe, origin = resolved(choice, self.real.known, self.shape, self.place.device, self.name)
+        return replace(self, recipe=recipe, origin=origin)
+
     def on(self, data: RealSet, recipe: Recipe | None = None) -> Job:
         """The same job on other data of the same shape, such as a hold-out, or with other settings."""
         return replace(self, name=data.name, shape=shape_of(data), data=data, recipe=recipe or self.recipe)
@@ -237,13 +243,15 @@ class Task:
         evaluation: how they are measured.
         recording: what is recorded while distilling.
         budget: the time of the whole command, which then decides what the user has not set.
-        rivals: whether coresets compete with the set within the budget.
+        chooses: whether the budget chooses the method too.
+        rivals: whether coresets then compete with the set.
     """
 
     sets: int = 1
     evaluation: Evaluation = Evaluation()
     recording: Recording = Recording()
     budget: Budget | None = None
+    chooses: bool = False
     rivals: bool = False
 
 

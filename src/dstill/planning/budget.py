@@ -37,7 +37,9 @@ PREPROCESS = "standardise"
 RIVALS = ("random", "herding", "kmeans")
 """The coresets that a set is compared with on the validation part, unless its method was named."""
 
-_SMALL = 16  # pixels, below which distribution matching leads
+_QUICKEST = "dm"
+_SMALL = 16  # pixels, below which it leads
+_MANY, _ENOUGH = 5, 250  # images per class from which on it leads, if the other method can take fewer iterations than these
 _WIDTHS = (64, 32)  # narrower networks that are tried; wider ones than the recipe's are not
 _EXPERTS = (50, 20, 10, 5, 3, 2, 1)  # numbers of experts that are tried
 _FOR_EXPERTS, _FOR_EVALUATION, _FOR_RIVALS = 0.45, 0.25, 0.14  # most of the budget that each may take
@@ -99,13 +101,26 @@ class Offer(BaseModel):
 
 
 def method_for(shape: Shape) -> str:
-    """The method of a budget for which none is named: the one that leads in `results/budget` on data of this kind.
+    """The method to begin with if none is named: the one that leads in `results/budget` on data of this kind.
 
     Example:
         >>> method_for(Shape(3, (32, 32), 10, 50_000, 10_000)), method_for(Shape(1, (8, 8), 10, 1437, 360))
         ('rat-bptt', 'dm')
     """
-    return "rat-bptt" if shape.side >= _SMALL else "dm"
+    return "rat-bptt" if shape.side >= _SMALL else _QUICKEST
+
+
+def best_offer(job: Job, task: Task, seconds: float, clock: Clock, until: Until = "evaluation") -> Offer:
+    """`offered`; or the offer of the quickest method, if there is a choice and the first one can take few iterations only.
+
+    With one image of each class, a few iterations by the first are still better. Settings that the user has made for a method
+    leave no choice.
+    """
+    offer = offered(job, task, seconds, clock, until)
+    free = task.chooses and not any(change.startswith("distill.") for change in job.changes)
+    if free and job.recipe.decoded_ipc >= _MANY and offer.iterations < min(_ENOUGH, offer.most):
+        return offered(job.by(_QUICKEST), task, seconds, clock, until)
+    return offer
 
 
 def offered(job: Job, task: Task, seconds: float, clock: Clock, until: Until = "evaluation") -> Offer:
