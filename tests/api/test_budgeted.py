@@ -21,6 +21,7 @@ from dstill.data.preprocess import from_bytes
 from dstill.data.real import RealSet
 from dstill.distillation.folder import distill_into
 from dstill.distillation.loop import Cadence
+from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Job, Workplace
 from dstill.jobs.options import Budget, Choice
 from dstill.planning.budget import Rivals
@@ -43,8 +44,9 @@ class Notes(Silent):
 
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of known speed, so that nothing here depends on that of the real one."""
+    """A machine of known speed, so that nothing here depends on that of the real one, and a shorter protocol `quick`."""
     monkeypatch.setattr(budgeted, "Clock", lambda shape, device, pains: Steady(shape, 1e-4))
+    monkeypatch.setattr("dstill.api.rivals.load_protocol", lambda name: load_protocol(name).model_copy(update={"passes": 60}))
     monkeypatch.setattr(budgeted, "_pace", lambda problem, most: 3600 / (STEPS + 0.5))
 
 
@@ -165,6 +167,7 @@ def test_what_follows_a_late_distillation_is_cut(
         return distilled(*arguments, **named)
 
     monkeypatch.setattr("dstill.api.run._distilled", late)
+    monkeypatch.setattr(budgeted.Budgeted, "until", lambda self, sets_left: time.perf_counter())
     dstill.run(tiny_real, out=tmp_path / "run", **{**options, "minutes": 1e5})
     offer, notes = stored(tmp_path / "run")["offer"], options["progress"]
     assert len(offer["rivals"]["methods"]) > 1
