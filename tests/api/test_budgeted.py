@@ -14,6 +14,7 @@ from tests.steady import Steady
 
 import dstill
 from dstill.api import budgeted
+from dstill.api import run as running
 from dstill.api.rivals import best_of, candidate
 from dstill.artifacts import set_file
 from dstill.artifacts.record import METRICS_NAME, read_metrics
@@ -24,6 +25,7 @@ from dstill.distillation.loop import Cadence
 from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Job, Workplace
 from dstill.jobs.options import Budget, Choice
+from dstill.planning import budget as planned
 from dstill.planning.budget import Rivals
 from dstill.support.progress import Silent
 
@@ -159,7 +161,7 @@ def test_what_follows_a_late_distillation_is_cut(
     tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budgeted, "Clock", lambda shape, device, pains: Steady(shape, 1.0))
-    distilled = dstill.api.run._distilled
+    distilled = running._distilled
 
     def late(*arguments: Any, **named: Any) -> Any:
         """Distils, and passes all but the last moments of the budget."""
@@ -251,6 +253,17 @@ def test_a_class_too_small_to_set_images_aside_is_no_obstacle(
     assert result.method == "dm"
     folder = tmp_path / "runs" / "lonely-ipc1-seed0-60min"
     assert stored(folder)["offer"]["rivals"]["methods"] == [], "and the folder names no method that was not asked for"
+    assert not options["progress"].have("compare the set with coresets"), "which more time would not change"
+
+
+def test_it_is_said_if_there_is_no_time_for_coresets(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planned, "_FOR_RIVALS", 0.0)
+    result = dstill.run(tiny_real, out=tmp_path / "run", **options)
+    assert result.method == "dm"
+    assert not (tmp_path / "run" / "candidates").exists()
+    assert options["progress"].have("there is no time to compare the set with coresets: allow more")
 
 
 def test_the_rows_of_a_comparison_share_a_budget(tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]) -> None:

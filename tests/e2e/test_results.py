@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import dstill
+from dstill.config.measured import Reached, reached
 from dstill.config.recipes import load_recipe
 from dstill.config.settings import Recipe, canonical
 from dstill.reproductions.page import Entry
@@ -59,6 +60,17 @@ def test_runs_from_before_later_settings_are_still_the_same_runs() -> None:
     assert canonical(other)["distill"].items() >= {"skip_above": 1.0, "parts": 2}.items()
     datm = load_recipe("cifar10/datm-ipc1")
     assert Recipe.model_validate(canonical(datm)) == datm and canonical(datm)["distill"]["start_epochs"] == "uniform"
+
+
+@pytest.mark.parametrize("one", reached(), ids=lambda one: f"{one.data}-ipc{one.ipc}-{one.minutes:g}min")
+def test_what_commands_say_of_budgets_was_measured(one: Reached) -> None:
+    (path,) = (path for path in (RESULTS / "budget").glob("*.json") if json.loads(path.read_text())["data"] == one.data)
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["ipc"] == one.ipc]
+    runs = [cell for cell in cells if (cell["minutes"], cell["handed_out"]) == (one.minutes, one.method)]
+    assert one.accuracy in [round(100 * cell["accuracy"]["mean"], 1) for cell in runs]
+    coresets = [cell["accuracy"]["mean"] for cell in cells if cell["method"] in ("random", "herding", "kmeans")]
+    coresets += [score for cell in cells for score in cell.get("aside", {}).values()]
+    assert one.coreset in [round(100 * score, 1) for score in coresets]
 
 
 def test_there_are_rows() -> None:

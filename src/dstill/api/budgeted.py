@@ -95,6 +95,8 @@ class Budgeted:
             self._keep(Chosen(asked=self._asked(), offer=offer))
             for line in described(offer, job.name, job.shape, budget.minutes, longer, _LONGER * budget.minutes):
                 reporter.note(line)
+            if task.rivals and not offer.rivals.methods:
+                reporter.note("there is no time to compare the set with coresets: allow more, or pass a smaller --image-size")
         expect(reporter, [stage.expectation for stage in self.chosen.offer.stages])
 
     def _asked(self) -> dict[str, Any]:
@@ -140,8 +142,8 @@ class Budgeted:
         rivals, left = self.chosen.offer.rivals, self.budget.left - self._planned("evaluation")
         if left >= _LATE * rivals.seconds:
             return rivals
-        self.job.place.reporter.note(f"time is short: only {rivals.methods[0]} images compete")
-        return rivals.model_copy(update={"methods": rivals.methods[:1], "networks": 1})
+        self.job.place.reporter.note("time is short: only random images compete")
+        return rivals.model_copy(update={"methods": ("random",), "networks": 1})
 
     def _planned(self, *names: str) -> float:
         return sum(stage.seconds for stage in self.chosen.offer.stages if stage.name in names)

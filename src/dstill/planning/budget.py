@@ -39,7 +39,7 @@ RIVALS = ("random", "herding", "kmeans")
 
 _QUICKEST = "dm"
 _SMALL = 16  # pixels, below which it leads
-_MANY, _ENOUGH = 5, 250  # images per class from which on it leads, if the other method can take fewer iterations than these
+_MANY, _ENOUGH = 5, 200  # images per class from which on it leads, if the other method can take fewer iterations than these
 _WIDTHS = (64, 32)  # narrower networks that are tried; wider ones than the recipe's are not
 _EXPERTS = (50, 20, 10, 5, 3, 2, 1)  # numbers of experts that are tried
 _FOR_EXPERTS, _FOR_EVALUATION, _FOR_RIVALS = 0.45, 0.25, 0.14  # most of the budget that each may take
@@ -245,7 +245,8 @@ def _rivals(job: Job, most: float, clock: Clock) -> Rivals:
     choices: list[tuple[tuple[str, ...], int, int]] = [
         (RIVALS, epochs, networks) for networks in (2, 1) for epochs in (10, 3, 1)
     ]
-    choices += [(RIVALS[:1], 0, networks) for networks in (2, 1)]
+    choices += [(("kmeans",), epochs, networks) for networks in (2, 1) for epochs in (3, 1)]
+    choices += [(("random",), 0, networks) for networks in (2, 1)]
     for methods, epochs, networks in choices:
         seconds = _rivals_seconds(job, len(methods), epochs, networks, clock)
         if seconds <= most:
