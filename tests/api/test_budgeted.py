@@ -259,7 +259,8 @@ def test_a_class_too_small_to_set_images_aside_is_no_obstacle(
 def test_it_is_said_if_there_is_no_time_for_coresets(
     tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planned, "_FOR_RIVALS", 0.0)
+    for share in ("_FOR_RIVALS", "_FOR_ONE_RIVAL"):
+        monkeypatch.setattr(planned, share, 0.0)
     result = dstill.run(tiny_real, out=tmp_path / "run", **options)
     assert result.method == "dm"
     assert not (tmp_path / "run" / "candidates").exists()

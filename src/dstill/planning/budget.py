@@ -4,7 +4,8 @@ The choice follows from the shape of the data, the speed of the machine and the 
 tried from the fullest to the quickest: narrower networks, and for each width the recipe's own form and the method's next
 quicker one. The first that leave time for a worthwhile number of iterations are taken, and iterations fill what is left. If
 none do, the narrowest network is taken, in the first form that leaves time for the fewest iterations that make sense. Of the
-whole time, at most a quarter goes to the evaluation, and a seventh to coresets as rivals.
+whole time, at most a quarter goes to the evaluation, and at most a seventh to coresets as rivals: a quarter if a single one
+takes as long.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _MANY, _ENOUGH = 5, 200  # images per class from which on it leads, if the other
 _WIDTHS = (64, 32)  # narrower networks that are tried; wider ones than the recipe's are not
 _EXPERTS = (50, 20, 10, 5, 3, 2, 1)  # numbers of experts that are tried
 _FOR_EXPERTS, _FOR_EVALUATION, _FOR_RIVALS = 0.45, 0.25, 0.14  # most of the budget that each may take
+_FOR_ONE_RIVAL = 0.25  # the same for the quickest comparison, so that hardly any set is handed out unchecked
 _QUICK = "quick"  # protocol of short budgets, and of the comparison with rivals
 
 Until = Literal["distilling", "evaluation"]
@@ -172,7 +174,7 @@ def _priced(job: Job, task: Task, seconds: float, clock: Clock, until: Until) ->
     job = _with_experts(job, _FOR_EXPERTS * seconds, clock)
     if until == "evaluation":
         job, task = _evaluated(job, task, _FOR_EVALUATION * seconds, clock)
-    rivals = _rivals(job, _FOR_RIVALS * seconds, clock) if task.rivals else Rivals()
+    rivals = _rivals(job, seconds, clock) if task.rivals else Rivals()
     stages = list(plan_job(job, task, clock, until).stages)
     first = next((i for i, stage in enumerate(stages) if stage.name == "evaluation"), len(stages))
     stages[first:first] = rivals.stage
@@ -240,17 +242,16 @@ def _evaluated(job: Job, task: Task, most: float, clock: Clock) -> tuple[Job, Ta
     return job, replace(task, evaluation=evaluation)
 
 
-def _rivals(job: Job, most: float, clock: Clock) -> Rivals:
-    """The best coresets that may be made and compared in this time; none if there is no time."""
-    choices: list[tuple[tuple[str, ...], int, int]] = [
-        (RIVALS, epochs, networks) for networks in (2, 1) for epochs in (10, 3, 1)
-    ]
-    choices += [(("kmeans",), epochs, networks) for networks in (2, 1) for epochs in (3, 1)]
-    choices += [(("random",), 0, networks) for networks in (2, 1)]
-    for methods, epochs, networks in choices:
-        seconds = _rivals_seconds(job, len(methods), epochs, networks, clock)
-        if seconds <= most:
-            return Rivals(methods=methods, epochs=epochs, networks=networks, seconds=seconds)
+def _rivals(job: Job, seconds: float, clock: Clock) -> Rivals:
+    """The best coresets that may be made and compared in their share of the time; else a single one in a larger share."""
+    some: list[tuple[tuple[str, ...], int, int]] = [(RIVALS, epochs, networks) for networks in (2, 1) for epochs in (10, 3, 1)]
+    some += [(("kmeans",), epochs, networks) for networks in (2, 1) for epochs in (3, 1)]
+    one: list[tuple[tuple[str, ...], int, int]] = [(("kmeans",), 1, 1), (("random",), 0, 1)]
+    for choices, share in ((some, _FOR_RIVALS), (one, _FOR_ONE_RIVAL)):
+        for methods, epochs, networks in choices:
+            takes = _rivals_seconds(job, len(methods), epochs, networks, clock)
+            if takes <= share * seconds:
+                return Rivals(methods=methods, epochs=epochs, networks=networks, seconds=takes)
     return Rivals()
 
 
