@@ -34,6 +34,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Pixels that differ by no more than the rounding of a whitening whose numbers lie otherwise in memory."""
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
 def make(real: RealSet, fitted: preprocess.Preprocess, **changes: Any) -> DistilledSet:
     rows = torch.cat([rows[:2] for rows in real.train.by_class(real.classes)])
     return DistilledSet(
@@ -91,7 +96,7 @@ def test_a_whitening_that_lies_nowhere_is_written_once_for_all_sets_of_a_run(tin
     assert files_in(tmp_path / "run") == ["set-0/distilled.safetensors", "set-1/distilled.safetensors", written.name]
     assert files_in(tmp_path / "alone") == ["one.safetensors", written.name]
     for path in (tmp_path / "run" / "set-1", tmp_path / "alone" / "one.safetensors"):
-        assert torch.equal(DistilledSet.load(path).pixels(), make(tiny_real, own).pixels())
+        alike(DistilledSet.load(path).pixels(), make(tiny_real, own).pixels())
 
 
 def test_a_set_without_its_whitening_says_what_to_do_and_does_all_that_does_not_need_it(
@@ -208,7 +213,8 @@ def test_files_of_formats_1_and_2_still_load(tiny_real: RealSet, tmp_path: Path)
         one = make(tiny_real, own, **changes)
         files.save(tmp_path / f"{since}.safetensors", set_file.KIND, one.tensors(), one.header(), since=since)
         back = DistilledSet.load(tmp_path / f"{since}.safetensors")
-        assert torch.equal(back.pixels(), one.pixels()) and back.parts == one.parts
+        alike(back.pixels(), one.pixels())
+        assert back.parts == one.parts
         with safe_open(tmp_path / f"{since}.safetensors", framework="pt") as file:
             assert "preprocess.basis" in set(file.keys())
 
@@ -222,7 +228,7 @@ def test_another_whitening_under_the_same_name_does_not_take_the_place_of_ours(
     mine = make(tiny_real, other.known_as(tiny_real.fingerprint))
     for _ in range(2):
         mine.save(tmp_path / "set")
-        assert torch.equal(DistilledSet.load(tmp_path / "set").pixels(), mine.pixels())
+        alike(DistilledSet.load(tmp_path / "set").pixels(), mine.pixels())
     assert len(files_in(tmp_path / "set")) == 2
 
 
