@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.listening import Listener
 from tests.steady import Steady
 
 import dstill
@@ -33,17 +34,6 @@ PROTOCOL = "{name: tiny, version: 1, passes: 4, batch_size: 8, momentum: 0.9, we
 STEPS = 6  # iterations that the budget buys at the pace below
 
 
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def have(self, text: str) -> bool:
-        return any(text in note for note in self.notes)
-
-
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of known speed, so that nothing here depends on that of the real one, and a shorter protocol `quick`."""
@@ -57,7 +47,7 @@ def options(tmp_path: Path) -> dict[str, Any]:
     """An hour, in which nothing takes long."""
     (tmp_path / "tiny.yaml").write_text(PROTOCOL)
     changes = {"net.width": 4, "protocol": str(tmp_path / "tiny.yaml"), "distill.batch_real": 16}
-    return {"minutes": 60, "changes": changes, "machine": dstill.Machine(cache=tmp_path / "cache"), "progress": Notes()}
+    return {"minutes": 60, "changes": changes, "machine": dstill.Machine(cache=tmp_path / "cache"), "progress": Listener()}
 
 
 def stored(folder: Path) -> dict[str, Any]:
@@ -143,6 +133,29 @@ def test_a_distillation_that_is_too_slow_is_ended(
     assert options["progress"].have(f"ended after 1 of {STEPS} iterations")
 
 
+def test_a_distillation_alone_that_is_too_slow_is_ended_and_says_so(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgeted.Budgeted, "until", lambda self, sets_left: time.perf_counter())
+    dstill.distill(tiny_real, out=tmp_path / "out", **options)
+    assert done(tmp_path / "out") == 1
+    assert options["progress"].have(f"ended after 1 of {STEPS} iterations")
+
+
+def test_sets_that_were_made_without_a_budget_are_not_replaced(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    plain: dict[str, Any] = {"method": "random", "recipe": "smoke", "machine": options["machine"], "progress": False}
+    once = dstill.Evaluation(networks=1, random=False)
+    dstill.run(tiny_real, out=tmp_path / "run", evaluation=once, **plain)
+    dstill.distill(tiny_real, out=tmp_path / "set", **plain)
+    kept = [(path / "distilled.safetensors").read_bytes() for path in (tmp_path / "run" / "set-0", tmp_path / "set")]
+    for function, folder in ((dstill.run, "run"), (dstill.distill, "set")):
+        with pytest.raises(dstill.DstillError, match=f"{folder} holds a run without a budget: pass another -o"):
+            function(tiny_real, out=tmp_path / folder, **options)  # type: ignore[operator]
+    assert [(path / "distilled.safetensors").read_bytes() for path in (tmp_path / "run" / "set-0", tmp_path / "set")] == kept
+
+
 def test_the_end_of_a_distillation_leaves_time_for_what_follows(
     tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +221,7 @@ def test_the_pace_is_that_of_iterations_after_the_first(
 
 @pytest.mark.parametrize("better", ["random", "rat-bptt"])
 def test_the_best_on_images_set_aside_is_handed_out(tiny_real: RealSet, tmp_path: Path, better: str) -> None:
-    notes = Notes()
+    notes = Listener()
     place = Workplace.of(dstill.Machine(device="cpu", cache=tmp_path / "cache"), notes)
     job = Job.resolve(tiny_real, Choice("rat-bptt", recipe="smoke", changes=["preprocess=standardise"]), 0, place)
     held = job.on(tiny_real.holdout(0))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.listening import Listener
 
 import dstill
 from dstill import Comparison, DstillError
@@ -19,18 +20,6 @@ from dstill.jobs.job import Job, Task, Workplace
 from dstill.jobs.options import Choice
 
 PROTOCOL = "{name: tiny, version: 1, passes: 4, batch_size: 8, momentum: 0.9, weight_decay: 5e-4, lr: 0.05, networks: 2}"
-
-
-class Notes:
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.stages: set[str] = set()
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def progress(self, stage: str, done: float, total: float, detail: str = "") -> None:
-        self.stages.add(stage)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +39,7 @@ def compare(tiny_real: RealSet, shared: Path) -> Callable[..., Comparison]:
 
 
 def test_rows_are_runs_and_a_second_call_reuses_them(compare: Callable[..., Comparison], shared: Path) -> None:
-    first, notes = Notes(), Notes()
+    first, notes = Listener(), Listener()
     table = compare("a", "dsa", "dm", progress=first)
     assert [(row.method, row.ipc, row.reason) for row in table.rows] == [("dsa", 1, ""), ("dm", 1, "")]
     assert {"distilling", "evaluation"} <= first.stages, "reports of a row's process are passed on"
@@ -76,7 +65,7 @@ def test_a_failed_row_keeps_its_reason_and_the_others_go_on(compare: Callable[..
 
 
 def test_other_settings_are_not_reused(compare: Callable[..., Comparison]) -> None:
-    notes = Notes()
+    notes = Listener()
     row = compare("b", "random", seed=1, progress=notes).rows[0]
     assert row.result is None, "the folder holds a run with another seed"
     assert "other settings" in row.reason
@@ -88,7 +77,7 @@ def test_a_changed_protocol_is_measured_anew(compare: Callable[..., Comparison],
     file, beside = shared / "mine.yaml", list[str]()
     for version, passes in ((1, 1), (2, 40), (2, 8)):
         file.write_text(PROTOCOL.replace("version: 1, passes: 4", f"version: {version}, passes: {passes}"))
-        notes = Notes()
+        notes = Listener()
         row = compare("c", "random", protocol=str(file), whole=False, progress=notes).rows[0]
         assert row.result is not None and row.result.protocol.version == version
         beside.append(str(row.result.random))
@@ -99,7 +88,7 @@ def test_a_changed_protocol_is_measured_anew(compare: Callable[..., Comparison],
 def test_a_run_that_was_broken_off_does_not_stand_for_the_one_before_it(
     tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Workplace.of(dstill.Machine(cache=tmp_path / "cache"), Notes())
+    place = Workplace.of(dstill.Machine(cache=tmp_path / "cache"), Listener())
     job = Job.resolve(tiny_real, Choice("random", recipe="smoke"), 0, place)
 
     def go(networks: int = 1) -> dstill.Result:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.listening import Listener
 
 import dstill
 from dstill import DistilledSet, DstillError, Leaderboard
@@ -165,18 +166,6 @@ def test_the_files_and_the_table_hold_what_was_found(tmp_path: Path) -> None:
 # --- measured ---------------------------------------------------------------------------------------------------------
 
 
-class Notes:
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.stages: set[str] = set()
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def progress(self, stage: str, done: float, total: float, detail: str = "") -> None:
-        self.stages.add(stage)
-
-
 @pytest.fixture
 def options(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "tiny.yaml").write_text(PROTOCOL)
@@ -209,7 +198,7 @@ def test_random_images_of_a_soft_set_get_the_labels_of_a_network_trained_on_the_
     one: DistilledSet, tiny_real: RealSet, options: dict[str, Any], tmp_path: Path
 ) -> None:
     logits = torch.nn.functional.one_hot(one.labels, 3).float() + 0.2 * torch.randn(6, 3, generator=torch.Generator())
-    soft, notes, again = replace(one, labels=logits), Notes(), Notes()
+    soft, notes, again = replace(one, labels=logits), Listener(), Listener()
     found = dstill.leaderboard(soft, tiny_real, networks=1, progress=notes, **options)
     assert "random images get soft labels of a convnet that is trained on tiny: 30 passes" in notes.notes
     assert "network epochs" in notes.stages
@@ -254,7 +243,7 @@ def test_a_labeller_answers_as_its_network_does(one: DistilledSet, tiny_real: Re
 def test_a_network_that_cannot_label_is_refused_before_anything_is_measured(
     one: DistilledSet, tiny_real: RealSet, options: dict[str, Any]
 ) -> None:
-    soft, notes = replace(one, labels=torch.rand(6, 3), net=NetConfig(width=4, depth=2, norm="batch")), Notes()
+    soft, notes = replace(one, labels=torch.rand(6, 3), net=NetConfig(width=4, depth=2, norm="batch")), Listener()
     with pytest.raises(DstillError, match="running statistics"):
         dstill.leaderboard(soft, tiny_real, progress=notes, **options)
     assert notes.stages == set()
@@ -275,14 +264,14 @@ def test_a_file_does_not_decide_what_labels(one: DistilledSet, tiny_real: RealSe
 def test_a_weight_out_of_range_is_refused_before_anything_is_measured(
     one: DistilledSet, tiny_real: RealSet, options: dict[str, Any], weights: dict[str, float]
 ) -> None:
-    notes = Notes()
+    notes = Listener()
     with pytest.raises(DstillError, match="share from 0 to 1"):
         dstill.leaderboard(one, tiny_real, progress=notes, **weights, **options)
     assert notes.notes == []
 
 
 def test_a_validation_part_is_no_test_set(one: DistilledSet, tiny_real: RealSet, options: dict[str, Any]) -> None:
-    notes = Notes()
+    notes = Listener()
     with pytest.raises(DstillError, match="those of a test set, and tiny is judged on its validation part"):
         dstill.leaderboard(one, tiny_real.holdout(0), progress=notes, **options)
     assert notes.stages == set()

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tests.listening import Listener
 
 from dstill.data.real import RealSet, load_real
 from dstill.errors import DstillError
-from dstill.support.progress import Silent
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -442,14 +442,6 @@ def test_a_damaged_image_in_a_table_is_left_out_on_request(tmp_path: Path) -> No
     assert (len(real.train) + len(real.test), sorted(by_value(real).items())) == (6, [(30, "0"), (40, "1")])
 
 
-class Told(Silent):
-    def __init__(self) -> None:
-        self.told: list[tuple[str, float, float]] = []
-
-    def progress(self, stage: str, done: float, total: float, detail: str = "") -> None:
-        self.told.append((stage, done, total))
-
-
 def test_the_reading_of_files_is_told_as_one_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dstill.data.pictures._TICK", 2)
     for split, count in (("train", 3), ("test", 1)):
@@ -458,11 +450,11 @@ def test_the_reading_of_files_is_told_as_one_stage(tmp_path: Path, monkeypatch: 
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (4, 4), (i, 0, 0)).save(folder / f"{i}.png")
-    told = Told()
+    told = Listener()
     real = load_real(tmp_path, progress=told)
     assert [one[0] for one in told.told] == ["reading"] * len(told.told)
     assert [one[1:] for one in told.told] == [(0, 1), (0, 8), (2, 8), (4, 8), (6, 8), (6, 8), (8, 8)]
     assert "tell" not in real.read_as
-    nothing = Told()
+    nothing = Listener()
     load_real("digits", progress=nothing)
     assert nothing.told == [], "what is embedded is there at once"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.listening import Listener
 
 import dstill
 from dstill.data.real import RealSet
@@ -14,26 +14,7 @@ from dstill.jobs.job import Job, Task, Workplace
 from dstill.jobs.options import Choice
 from dstill.planning.announce import announce
 from dstill.planning.stages import Plan, Stage
-from dstill.support.progress import Expectation, Silent
-
-
-class Listener(Silent):
-    """Records the notes, the stages that are expected, and those that come."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.expected: list[Expectation] = []
-        self.came: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def expect(self, stages: Sequence[Expectation]) -> None:
-        self.expected = list(stages)
-
-    def progress(self, stage: str, done: float, total: float, detail: str = "") -> None:
-        if stage not in self.came[-1:]:
-            self.came.append(stage)
+from dstill.support.progress import Expectation
 
 
 @pytest.mark.parametrize("method", ["ast", "mtt", "dm", "herding"])

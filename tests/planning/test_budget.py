@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.steady import Steady
 
 import dstill
-from dstill.api.budgeted import within
+from dstill.api.budgeted import leaves_choice, with_method
 from dstill.data.catalog import Shape
 from dstill.data.real import RealSet
 from dstill.jobs.job import Job, Task, Workplace
@@ -33,12 +33,7 @@ def job_of(real: RealSet, place: Workplace, shape: Shape = CIFAR, **choice: Any)
     """A job on the tiny images that claims another shape, since a choice depends on nothing else."""
     choice = {"method": choice.pop("method", None) or budgets.method_for(shape), **choice} if "recipe" not in choice else choice
     job = Job.resolve(real, Choice(**choice), 0, place)
-
-    class Shaped(Job):
-        def on(self, data: RealSet, recipe: Any = None) -> Job:
-            return replace(self, recipe=recipe or self.recipe)
-
-    return Shaped(**{**vars(job), "shape": shape})
+    return replace(job, shape=shape)
 
 
 def whole(offer: Offer) -> float:
@@ -170,12 +165,13 @@ def test_rivals_are_the_better_the_more_time_there_is(tiny_real: RealSet, place:
 
 def test_a_method_is_chosen_only_if_none_is_named(tiny_real: RealSet, place: Workplace) -> None:
     budget = Budget.of(5)
-    assert within(Choice(), budget, tiny_real, place)[0].method == "dm", "images of 8 pixels"
-    assert within(Choice(), budget, "digits", place)[1].name == "digits"  # type: ignore[union-attr]
-    assert within(Choice(), None, "digits", place) == (Choice(), "digits")
-    for named in (Choice("dm"), Choice(recipe="smoke")):
-        assert within(named, budget, "digits", place) == (named, "digits")
-    changes = within(Choice(changes={"preprocess": "zca"}), budget, tiny_real, place)[0].changes
+    assert leaves_choice(Choice(), budget)
+    assert not leaves_choice(Choice(), None)
+    assert not leaves_choice(Choice("dm"), budget)
+    assert not leaves_choice(Choice(recipe="smoke"), budget)
+    assert with_method(Choice(), tiny_real, place)[0].method == "dm", "images of 8 pixels"
+    assert with_method(Choice(), "digits", place)[1].name == "digits"
+    changes = with_method(Choice(changes={"preprocess": "zca"}), tiny_real, place)[0].changes
     assert list(changes)[-1] == 'preprocess="zca"', "the user's is last"
 
 

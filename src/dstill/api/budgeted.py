@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict
 
 from dstill.artifacts.files import write_text
 from dstill.artifacts.record import METRICS_NAME, read_metrics
+from dstill.artifacts.run_folder import IDENTITY_NAME
 from dstill.config import recipes
 from dstill.config.settings import Recipe, canonical
-from dstill.data.real import Source, load_real
+from dstill.data.real import RealSet, Source, load_real
 from dstill.distillation.loop import make_method
 from dstill.errors import DamagedFileError, DstillError
 from dstill.jobs.job import Job, Task, Workplace, shape_of
@@ -87,6 +88,8 @@ class Budgeted:
         self.job, self.budget, self.folder = job, budget, folder
         self._task, self._until, reporter = task, until, job.place.reporter
         stored = None if folder is None else Chosen.load(folder, self._asked())
+        if stored is None and folder is not None:
+            _refuse_finished(folder)
         if stored is not None:
             self.chosen = stored
             reporter.note(f"the settings that were chosen in an earlier call are used again: {folder}/{NAME}")
@@ -159,8 +162,7 @@ class Budgeted:
         least, most = _PACE_SECONDS
         each = _pace(problem, min(max(_PACE_SHARE * 60 * self.budget.minutes, least), most))
         iterations = int(self._time_to_distil() / self._task.sets / each)
-        chosen = self.job.on(self.job.real, self.recipe)
-        recipe = with_iterations(chosen, max(1, min(self.chosen.offer.most, iterations))).recipe
+        recipe = with_iterations(self.job.with_recipe(self.recipe), max(1, min(self.chosen.offer.most, iterations))).recipe
         offer = self.chosen.offer.model_copy(update={"recipe": recipe})
         self._keep(self.chosen.model_copy(update={"offer": offer, "settled": True}))
         self.job.place.reporter.note(f"an iteration takes {each:.2g} s here: {recipe.distill.iterations:,} iterations")
@@ -184,10 +186,23 @@ class Budgeted:
             self.job.place.reporter.note(f"ended after {done:,} of {wanted:,} iterations, {slower}")
 
 
-def within(choice: Choice, budget: Budget | None, source: Source, place: Workplace) -> tuple[Choice, Source]:
-    """The choice, with a method that suits the data if there is a budget and none is named, and the data, loaded for that."""
-    if budget is None or choice.method is not None or choice.recipe is not None:
-        return choice, source
+def _refuse_finished(folder: Path) -> None:
+    """Refuses a folder that holds sets which were not made within a budget, since the best set of a budget is copied there.
+
+    Raises:
+        DstillError: there is such a set.
+    """
+    if any((place / IDENTITY_NAME).exists() for place in (folder, *folder.glob("set-*"))):
+        raise DstillError(f"{folder} holds a run without a budget: pass another -o, or remove the folder")
+
+
+def leaves_choice(choice: Choice, budget: Budget | None) -> bool:
+    """Whether the budget chooses the method too."""
+    return budget is not None and choice.method is None and choice.recipe is None
+
+
+def with_method(choice: Choice, source: Source, place: Workplace) -> tuple[Choice, RealSet]:
+    """A choice that names no method, with one that suits the data; and the data, which are loaded for that."""
     real = load_real(source, progress=place.reporter)
     changes = [f"preprocess={PREPROCESS}", *recipes.assignments(choice.changes)]
     return replace(choice, method=method_for(shape_of(real)), changes=changes), real

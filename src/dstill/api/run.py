@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstill.api import findings
-from dstill.api.budgeted import Budgeted, within
+from dstill.api.budgeted import Budgeted, leaves_choice, with_method
 from dstill.api.evaluate import measure_sets
 from dstill.api.rivals import best_of, can_compete, candidate
 from dstill.artifacts import files, set_file, whitening
@@ -133,38 +133,56 @@ def distill(
     """
     settings, trained = (experts, None) if isinstance(experts, Mapping) else (None, experts)
     budget, place = Budget.of(minutes), Workplace.of(machine, progress)
-    choice, source = within(Choice(method, ipc, recipe, net, changes, distill, settings), budget, source, place)
+    choice = Choice(method, ipc, recipe, net, changes, distill, settings)
+    if chooses := leaves_choice(choice, budget):
+        choice, source = with_method(choice, source, place)
     job = Job.resolve(source, choice, seed, place)
     initial = set_file.read(init) if isinstance(init, str | Path) else init
     initial = None if initial is None else whitening.completed(initial, job.real, job.place.cache)
     validates = recording.validate_every > 0
     check_early(job, logs=recording.logs, own_experts=trained is None, validates=validates, initial=initial)
     files.check_writable(job.place.cache)
-    chooses = budget is not None and method is None and recipe is None
-    task, folder, until = Task(recording=recording, chooses=chooses), None if out is None else Path(out), math.inf
-    if folder is not None:
-        files.check_writable(folder)
-    budgeted = None if budget is None else Budgeted(job, budget, task, folder, "distilling")
-    if budgeted is not None:
-        job = job.on(job.real, budgeted.recipe)
-    else:
-        announce(job, task, until="distilling", done=_done(folder, job))
+    task, folder = Task(recording=recording, budget=budget, chooses=chooses), None if out is None else Path(out)
+    if budget is not None:
+        return _distilled_within(job, task, budget, trained, folder, initial)
     if folder is not None:
         refuse_other_run(folder, job.identity(job.seeds.images))
-    trajectories = _trajectories(job, trained, describing=initial is None)
-    if budgeted is not None:
-        job = job.on(job.real, budgeted.settle(job.problem(job.seeds.images, trajectories, initial)))
-        until = budgeted.until(1)
-    return _distilled(job, job.seeds.images, trajectories, recording, folder, initial, until)
+        files.check_writable(folder)
+    announce(job, task, until="distilling", done=_done(folder, job))
+    trajectories = _trajectories(job, trained, initial)
+    return _distilled(job, job.seeds.images, trajectories, recording, folder, initial)
 
 
-def _trajectories(job: Job, given: Trajectories | str | Path | None, *, describing: bool = True) -> Trajectories | None:
+def _distilled_within(
+    job: Job,
+    task: Task,
+    budget: Budget,
+    trained: Trajectories | str | Path | None,
+    folder: Path | None,
+    initial: DistilledSet | None,
+) -> DistilledSet:
+    """Distils one set within a budget, with or without a folder."""
+    if folder is not None:
+        files.check_writable(folder)
+    budgeted = Budgeted(job, budget, task, folder, "distilling")
+    job, seed = job.with_recipe(budgeted.recipe), job.seeds.images
+    trajectories = _trajectories(job, trained, initial)
+    job = job.with_recipe(budgeted.settle(job.problem(seed, trajectories, initial)))
+    distilled = _distilled(job, seed, trajectories, task.recording, folder, initial, budgeted.until(1))
+    if folder is not None:
+        budgeted.tell_if_cut(folder)
+    return distilled
+
+
+def _trajectories(
+    job: Job, given: Trajectories | str | Path | None = None, initial: DistilledSet | None = None
+) -> Trajectories | None:
     """The given experts, or else the job's own; None if the method needs none."""
     if given is not None:
         trajectories = given if isinstance(given, Trajectories) else Trajectories(Path(given))
         check_experts(trajectories, job)
         return trajectories
-    return job.experts(describing=describing) if job.method.needs_experts else None
+    return job.experts(describing=initial is None) if job.method.needs_experts else None
 
 
 def _distilled(
@@ -250,17 +268,13 @@ def run(
     """
     started = time.perf_counter()
     budget, place = Budget.of(minutes), Workplace.of(machine, progress)
-    choice, source = within(Choice(method, ipc, recipe, net, changes, distill, experts), budget, source, place)
+    choice = Choice(method, ipc, recipe, net, changes, distill, experts)
+    if chooses := leaves_choice(choice, budget):
+        choice, source = with_method(choice, source, place)
     job = Job.resolve(source, choice, seed, place)
-    chooses = budget is not None and method is None and recipe is None
-    rivals = chooses and sets == 1 and can_compete(job)
-    folder = job.folder
-    if budget is not None:
-        name = folder.name.replace(f"-{job.recipe.method}-", "-") if chooses else folder.name
-        folder = folder.with_name(f"{name}-{budget.minutes:g}min")
-    return run_job(
-        job, folder if out is None else Path(out), Task(sets, evaluation, recording, budget, chooses, rivals), started
-    )
+    usual = job.folder if budget is None else job.folder_within(budget.minutes, named=not chooses)
+    task = Task(sets, evaluation, recording, budget, chooses, chooses and sets == 1 and can_compete(job))
+    return run_job(job, usual if out is None else Path(out), task, started)
 
 
 def run_job(job: Job, folder: Path, task: Task, started: float | None = None) -> Result:
@@ -283,7 +297,7 @@ def run_job(job: Job, folder: Path, task: Task, started: float | None = None) ->
         refuse_other_run(folder / f"set-{k}", job.identity(seed))
     _open(folder, job)
     announce(job, task, done=statistics.fmean(_done(folder / f"set-{k}", job) for k in range(task.sets)))
-    trajectories = _trajectories(job, None)
+    trajectories = _trajectories(job)
     trained = time.perf_counter()
     sets = [_distilled(job, seed, trajectories, recording, folder / f"set-{k}") for k, seed in enumerate(seeds)]
     return _concluded(sets, job, folder, task, started, trained)
@@ -311,10 +325,10 @@ def _run_within(job: Job, folder: Path, task: Task, budget: Budget, started: flo
     """A run within a budget. If coresets compete, they are compared on training images that are set aside before."""
     _open(folder, job)
     budgeted = Budgeted(job, budget, task, folder)
-    chosen, competes = job.on(job.real, budgeted.recipe), bool(budgeted.chosen.offer.rivals.methods)
+    chosen, competes = job.with_recipe(budgeted.recipe), bool(budgeted.chosen.offer.rivals.methods)
     work = chosen.on(job.real.holdout(job.seeds.images)) if competes else chosen
-    trajectories = _trajectories(work, None)
-    work = work.on(work.real, budgeted.settle(work.problem(job.seeds.images, trajectories)))
+    trajectories = _trajectories(work)
+    work = work.with_recipe(budgeted.settle(work.problem(job.seeds.images, trajectories)))
     trained, sets = time.perf_counter(), list[DistilledSet]()
     for k, seed in enumerate(_set_seeds(job, task)):
         target = candidate(folder, work.recipe.method) if competes else folder / f"set-{k}"

@@ -94,7 +94,7 @@ def tune(
     held = job.on(real.holdout(seed))
     check_early(held)
     longest = _longest(base)
-    trajectories = held.on(held.real, longest).experts() if held.method.needs_experts else None
+    trajectories = held.with_recipe(longest).experts() if held.method.needs_experts else None
     search = _Search(target, held, place.reporter.note)
     clock = _Minutes(place.reporter, started, budget)
     watched = replace(held, place=replace(place, reporter=clock, workers=1))
@@ -102,7 +102,7 @@ def tune(
     for factors in _candidates(base.distill.search_factors, seed):
         if search.exhausted and time.monotonic() - started > 60 * budget:
             break
-        search.consider(factors, longest.distill.epochs_needed, lambda one: _judge(watched.on(held.real, one), trajectories))
+        search.consider(factors, longest.distill.epochs_needed, lambda one: _judge(watched.with_recipe(one), trajectories))
     search.finish()
     return target
 

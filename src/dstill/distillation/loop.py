@@ -120,11 +120,9 @@ def run_method(
             if painter is not None and cadence.picture and (done % cadence.picture == 0 or last):
                 painter(done, method.result(state))
             stopped = asked_to_stop()
-            if stopped:
-                if folder:
-                    folder.checkpoint(done, state)
-                break
-            if last:
+            if stopped and folder:
+                folder.checkpoint(done, state)
+            if stopped or last:
                 break
     if stopped:
         raise KeyboardInterrupt  # if the signal itself did not end the process

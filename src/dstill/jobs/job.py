@@ -15,7 +15,7 @@ from dstill.artifacts import whitening
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config import recipes
 from dstill.config.registry import METHODS, MethodInfo, method_info
-from dstill.config.settings import ExpertConfig, NetConfig, Recipe, canonical
+from dstill.config.settings import NetConfig, Recipe, canonical
 from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess
 from dstill.data.real import RealSet, Source, load_real
@@ -122,9 +122,13 @@ class Job:
         recipe, origin = resolved(choice, self.real.known, self.shape, self.place.device, self.name)
         return replace(self, recipe=recipe, origin=origin)
 
-    def on(self, data: RealSet, recipe: Recipe | None = None) -> Job:
-        """The same job on other data of the same shape, such as a hold-out, or with other settings."""
-        return replace(self, name=data.name, shape=shape_of(data), data=data, recipe=recipe or self.recipe)
+    def on(self, data: RealSet) -> Job:
+        """The same job on other data of the same shape, such as a hold-out."""
+        return replace(self, name=data.name, shape=shape_of(data), data=data)
+
+    def with_recipe(self, recipe: Recipe) -> Job:
+        """The same job with other settings."""
+        return replace(self, recipe=recipe)
 
     @property
     def real(self) -> RealSet:
@@ -140,8 +144,16 @@ class Job:
     @property
     def folder(self) -> Path:
         """The default run folder."""
-        recipe = self.recipe
-        return Path("runs") / f"{self.name}-{recipe.method.rpartition(':')[2]}-ipc{recipe.ipc}-seed{self.seeds.images}"
+        return self._folder(named=True)
+
+    def folder_within(self, minutes: float, *, named: bool) -> Path:
+        """The default run folder of a budget; it has the method in its name if the user named one."""
+        folder = self._folder(named=named)
+        return folder.with_name(f"{folder.name}-{minutes:g}min")
+
+    def _folder(self, *, named: bool) -> Path:
+        method = f"-{self.recipe.method.rpartition(':')[2]}" if named else ""
+        return Path("runs") / f"{self.name}{method}-ipc{self.recipe.ipc}-seed{self.seeds.images}"
 
     def identity(self, seed: int) -> dict[str, Any]:
         """What identifies the distillation of one set before its experts are trained. Experts record their own seed."""
@@ -204,10 +216,7 @@ class Job:
         longer = None if trajectories is None else self.recipe.describing_expert(trajectories.epochs)
         if longer is None:
             return None
-        return self._with_experts(longer).experts()
-
-    def _with_experts(self, config: ExpertConfig) -> Job:
-        return replace(self, recipe=self.recipe.model_copy(update={"experts": config}))
+        return self.with_recipe(self.recipe.model_copy(update={"experts": longer})).experts()
 
     def trained_networks(self) -> tuple[TrainedNetwork, ...]:
         """The recipe's network trained on all real images, as often as the method asks; empty if it needs none."""

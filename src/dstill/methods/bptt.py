@@ -49,7 +49,7 @@ _FROM_NOISE, _FROM_REAL = (
     {"initialisation": "unit-noise", "lr_images": 5e-3},
     {"initialisation": "random", "lr_images": 3e-2},
 )
-_MANY = 5  # images per class
+_MANY = 5  # images per class, from which on trainings in little time start from real ones
 _SHORTEST = 10  # steps of the shortest trainings
 _SLOWEST = 0.01  # share of the step size at the end of the cosine
 
@@ -148,7 +148,7 @@ class BpttConfig(UnrolledConfig):
     def quicker(self, ipc: int) -> Self | None:
         """Short trainings on fewer real images, with larger steps that fall along a cosine; then half as long ones.
 
-        In little time, one image of each class becomes better from noise, and ten from real images (`docs/howto/budget.md`).
+        In little time, one image of each class becomes better from noise, and ten from real images (`results/frontier`).
         """
         if self.total_steps > _SHORT["total_steps"]:
             return self.model_copy(update={**_SHORT, **(_FROM_REAL if ipc >= _MANY else _FROM_NOISE)})

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from dstill.config.measured import reached_nearby
@@ -25,13 +24,12 @@ from dstill.data.catalog import Shape
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Job, Task
-from dstill.nets.networks import evaluation_nets
 from dstill.planning.announce import rough
 from dstill.planning.clock import Clock
-from dstill.planning.evaluating import Measured, evaluation_stages
+from dstill.planning.evaluating import Measured, evaluation_stages, network_seconds, networks_seconds
 from dstill.planning.plan import plan_job
 from dstill.planning.stages import Stage
-from dstill.support.workers import most_workers, threads_each
+from dstill.support.workers import most_workers
 
 PREPROCESS = "standardise"
 """Preprocessing of a run for which no method is named. ZCA gains two points on CIFAR-10, and its file has 38 MB."""
@@ -68,7 +66,8 @@ class Rivals(BaseModel):
     seconds: float = 0.0
 
     @property
-    def stage(self) -> list[Stage]:
+    def stages(self) -> list[Stage]:
+        """What the comparison takes, as a stage; none if there is no comparison."""
         note = f"{', '.join(self.methods)}: compared on the validation part"
         named = Stage(name="coresets", seconds=self.seconds, peak_bytes=0, disk_bytes=0, note=note)
         return [named] if self.methods else []
@@ -139,7 +138,7 @@ def offered(job: Job, task: Task, seconds: float, clock: Clock, until: Until = "
         DstillError: not even one iteration fits.
     """
     for recipe, wanted in _ladder(job.recipe):
-        offer = _priced(job.on(job.real, _kept(job, recipe)), task, seconds, clock, until)
+        offer = _priced(job.with_recipe(_kept(job, recipe)), task, seconds, clock, until)
         if offer.spare >= 0 and offer.iterations >= min(wanted, offer.most):
             return offer
     if offer.spare < 0:
@@ -177,14 +176,14 @@ def _priced(job: Job, task: Task, seconds: float, clock: Clock, until: Until) ->
     rivals = _rivals(job, seconds, clock) if task.rivals else Rivals()
     stages = list(plan_job(job, task, clock, until).stages)
     first = next((i for i, stage in enumerate(stages) if stage.name == "evaluation"), len(stages))
-    stages[first:first] = rivals.stage
+    stages[first:first] = rivals.stages
     most, left = job.recipe.distill.iterations, seconds - sum(stage.seconds for stage in stages)
-    iterations = with_iterations(job, math.floor(_fitting(most, stages, left))).recipe.distill.iterations
     if most:
+        job = with_iterations(job, math.floor(_fitting(most, stages, left)))
+        iterations = job.recipe.distill.iterations
         share = iterations / most
         left += sum((1 - share) * stage.seconds for stage in stages if stage.name == "distilling")
         stages = [_scaled(one, share, iterations) if one.name == "distilling" else one for one in stages]
-        job = with_iterations(job, iterations)
     return Offer(
         recipe=job.recipe,
         networks=task.evaluation.networks or load_protocol(job.recipe.protocol).networks,
@@ -205,7 +204,7 @@ def _fitting(most: int, stages: Sequence[Stage], left: float) -> float:
 def with_iterations(job: Job, iterations: int) -> Job:
     """The job with another number of iterations, unless the user has set it."""
     distill = job.recipe.distill.model_copy(update={"iterations": iterations})
-    return job.on(job.real, _kept(job, job.recipe.model_copy(update={"distill": distill})))
+    return job.with_recipe(_kept(job, job.recipe.model_copy(update={"distill": distill})))
 
 
 def _scaled(stage: Stage, share: float, iterations: int) -> Stage:
@@ -219,7 +218,7 @@ def _with_experts(job: Job, most: float, clock: Clock) -> Job:
     config = job.recipe.experts or job.recipe.expert_config
     for count in [config.count, *[one for one in _EXPERTS if one < config.count]]:
         experts = config.model_copy(update={"count": count})
-        job = job.on(job.real, _kept(job, job.recipe.model_copy(update={"experts": experts})))
+        job = job.with_recipe(_kept(job, job.recipe.model_copy(update={"experts": experts})))
         if plan_job(job, Task(), clock, "experts").seconds <= most:
             break
     return job
@@ -233,7 +232,7 @@ def _evaluated(job: Job, task: Task, most: float, clock: Clock) -> tuple[Job, Ta
     choices += [(_QUICK, count, False) for count in ([asked.networks] if asked.networks else [2, 1])]
     processes = most_workers(job.place.workers, job.place.device)
     for protocol, count, random in choices:
-        job = job.on(job.real, _kept(job, job.recipe.model_copy(update={"protocol": protocol})))
+        job = job.with_recipe(_kept(job, job.recipe.model_copy(update={"protocol": protocol})))
         recipe, evaluation = job.recipe, replace(asked, networks=count, random=random)
         measured = Measured(recipe.net, recipe.augmentation, recipe.ipc, recipe.decoded_ipc, task.sets)
         stages = evaluation_stages(measured, load_protocol(recipe.protocol), evaluation, clock, processes)
@@ -256,17 +255,13 @@ def _rivals(job: Job, seconds: float, clock: Clock) -> Rivals:
 
 
 def _rivals_seconds(job: Job, methods: int, epochs: int, networks: int, clock: Clock) -> float:
-    shape, recipe, quick = clock.shape, job.recipe, load_protocol(_QUICK)
-    batch = TrainingConfig().batch_size
-    training = epochs * math.ceil(shape.train / batch) * clock.training(recipe.net, batch, "none", torch.get_num_threads())
-    describing = 2 * clock.passes(recipe.net, Passes("forward", 1, shape.train)) if epochs else 0.0
-    held = Shape(shape.channels, shape.size, shape.classes, shape.train, max(1, shape.train // 10))
-    number, images = (methods + 1) * networks, recipe.decoded_ipc * shape.classes
-    used = max(1, min(most_workers(job.place.workers, job.place.device), number))
-    (net,) = evaluation_nets(recipe.net, ())
-    step = clock.training(net, min(images, quick.batch_size), recipe.augmentation, threads_each(used))
-    one = quick.passes * math.ceil(images / quick.batch_size) * step + clock.passes(net, Passes("forward", 1, held.test))
-    return training + describing + number * one / used
+    recipe, train = job.recipe, clock.shape.train
+    training = network_seconds(recipe.net, TrainingConfig(epochs=epochs), clock)
+    describing = 2 * clock.passes(recipe.net, Passes("forward", 1, train)) if epochs else 0.0
+    number, aside = (methods + 1) * networks, max(1, train // 10)
+    processes, quick = most_workers(job.place.workers, job.place.device), load_protocol(_QUICK)
+    comparing = networks_seconds(recipe.net, number, recipe.decoded_ipc, recipe.augmentation, quick, aside, clock, processes)
+    return training + describing + comparing
 
 
 def described(offer: Offer, name: str, shape: Shape, minutes: float, more: Offer | None, longer: float) -> list[str]:

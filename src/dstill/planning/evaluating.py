@@ -57,10 +57,7 @@ def evaluation_stages(
     sizes = {"peak_bytes": shape.test * image_bytes(shape), "disk_bytes": 0}
 
     def trainings(net: NetConfig, number: int, ipc: int, protocol: Protocol) -> float:
-        count, used = ipc * shape.classes, max(1, min(processes, number))
-        step = clock.training(net, min(count, protocol.batch_size), measured.augmentation, threads_each(used))
-        one = protocol.passes * math.ceil(count / protocol.batch_size) * step
-        return number * (one + clock.passes(net, Passes("forward", 1, shape.test))) / used
+        return networks_seconds(net, number, ipc, measured.augmentation, protocol, shape.test, clock, processes)
 
     configs = evaluation_nets(measured.net, evaluation.nets)
     asked = [(config, sets * each, protocol) for config in configs]
@@ -82,6 +79,16 @@ def evaluation_stages(
         note = "none if it is cached"
         stages.append(Stage(name="whole set", seconds=seconds, peak_bytes=held, disk_bytes=0, note=note))
     return stages
+
+
+def networks_seconds(
+    net: NetConfig, number: int, ipc: int, augmentation: str, protocol: Protocol, judged: int, clock: Clock, processes: int
+) -> float:
+    """What it takes to train fresh networks on `ipc` images of each class, and to measure each on `judged` images."""
+    count, used = ipc * clock.shape.classes, max(1, min(processes, number))
+    step = clock.training(net, min(count, protocol.batch_size), augmentation, threads_each(used))
+    one = protocol.passes * math.ceil(count / protocol.batch_size) * step
+    return number * (one + clock.passes(net, Passes("forward", 1, judged))) / used
 
 
 def network_seconds(net: NetConfig, config: TrainingConfig, clock: Clock) -> float:
