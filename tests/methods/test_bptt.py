@@ -21,6 +21,7 @@ from dstill.errors import CollapseError
 from dstill.methods.base import Problem, State
 from dstill.methods.batches import RealBatches
 from dstill.methods.bptt import Bptt, BpttConfig, real_loss
+from dstill.methods.drawing import Drawn
 from dstill.methods.learned_labels import label_logits, one_hot_start, through_logits
 from dstill.methods.rat_bptt import RatBpttConfig
 from dstill.support import seeding
@@ -105,7 +106,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"learn_alpha": "each", "window": None},
     {"learn_alpha": "one", "window_start": "random", "soft_labels": "learned"},
     {"optimiser": "adam", "learn_alpha": "off", "alpha_init": 0.01, "window_start": "random"},
-    {"learn_alpha": "each", "draws": 3, "clip": 2.0, "batch_syn": 4},
+    {"learn_alpha": "each", "draws": 3, "draw_scaling": "none", "clip": 2.0, "batch_syn": 4},
     {"learn_alpha": "one", "student_momentum": 0.9, "student_weight_decay": 0.1},
     {"optimiser": "adamw", "student_weight_decay": 0.1, "learn_alpha": "off", "alpha_init": 0.01},
 ]
@@ -118,8 +119,8 @@ def test_a_step_equals_adam_on_the_gradients_of_a_naive_loop(tiny_real: RealSet,
     method, state = started(problem)
     before = {name: tensor.clone() for name, tensor in state.items()}
     row = method.step(state, 0, seeding.generator(0, "step"))
-    generator = seeding.generator(0, "step")
-    draws = [naive_draw(problem, before, generator) for _ in range(config.draws)]
+    generators = [seeding.generator(0, "step"), *(seeding.generator(0, "step", 0, k) for k in range(1, config.draws))]
+    draws = [naive_draw(problem, before, generator) for generator in generators]
     assert row["loss"] == pytest.approx(sum(float(loss) for loss, _ in draws) / len(draws), rel=1e-5)
     sizes = {"images": config.lr_images, "labels": config.lr_labels, "log_alpha": config.lr_alpha}
     for name in draws[0][1]:
@@ -155,7 +156,7 @@ def test_labels_and_rates_shrink_with_the_gradient_of_the_images(tiny_real: Real
     for scale, factor in ((1.0, 1.0), (10.0, 0.15)):
         before = {name: state[f"{name}.first"].clone() for name in ("images", "labels", "log_alpha")}
         gradients = {name: torch.full_like(state[name], scale) for name in before}
-        assert method._update(state, gradients, gradients["images"].norm(), 1.0, 0)
+        assert method.update(state, 0, [Drawn(gradients, {"loss": 1.0})])["taken"]
         for name, first in before.items():
             entered = (state[f"{name}.first"] - 0.9 * first) / 0.1
             torch.testing.assert_close(entered, torch.full_like(entered, scale * factor), rtol=1e-4, atol=0)
@@ -176,7 +177,7 @@ def test_gradients_are_clipped_by_their_running_norm(tiny_real: RealSet) -> None
     for scale, norm, running in ((1.0, 1.0, 1.0), (4.0, 1.5, 1.05), (0.5, 0.5, 0.995)):
         first = state["images.first"].clone()
         gradients = {"images": scale * gradient}
-        assert method._update(state, gradients, gradients["images"].norm(), 1.0, 0)
+        assert method.update(state, 0, [Drawn(gradients, {"loss": 1.0})])["taken"]
         entered = (state["images.first"] - 0.9 * first) / 0.1
         assert float(entered.norm()) == pytest.approx(norm * size, rel=1e-4)
         assert float(state["norm"]) == pytest.approx(running * size, rel=1e-4)
@@ -199,14 +200,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_end_the_run(tiny_real
     method.step(state, 0, seeding.generator(0, "step"))
     before = {name: tensor.clone() for name, tensor in state.items()}
     bad = {"images": torch.full_like(state["images"], math.nan)}
-    assert not method._update(state, bad, bad["images"].norm(), 1.0, 1)
+    assert not method.update(state, 1, [Drawn(bad, {"loss": 1.0})])["taken"]
     assert int(state["skipped"]) == 1
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items() if name != "skipped")
     with pytest.raises(
         CollapseError, match=r"were not finite, more than the 50% allowed: lower distill\.lr_images or alpha_init"
     ):
         for i in range(2, 30):
-            method._update(state, bad, bad["images"].norm(), 1.0, i)
+            method.update(state, i, [Drawn(bad, {"loss": 1.0})])
     assert int(state["skipped"]) == 10
 
 
@@ -214,7 +215,7 @@ def test_no_learned_quantity_is_ruined_by_one_that_is_not_finite(tiny_real: Real
     method, state = started(problem_of(tiny_real, learn_alpha="one", clip=2.0))
     for images, rate in ((1.0, math.inf), (1e30, 1.0)):
         gradients = {"images": torch.full_like(state["images"], images), "log_alpha": torch.tensor(rate)}
-        assert not method._update(state, gradients, gradients["images"].norm(), 1.0, 0)
+        assert not method.update(state, 0, [Drawn(gradients, {"loss": 1.0})])["taken"]
     assert torch.isfinite(state["images"]).all() and torch.isfinite(state["norm"])
 
 

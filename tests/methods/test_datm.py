@@ -18,6 +18,7 @@ from dstill.experts.trajectory import Trajectories
 from dstill.methods import initialisation
 from dstill.methods.base import Problem, State
 from dstill.methods.datm import DatmConfig
+from dstill.methods.drawing import Drawn
 from dstill.methods.expert_labels import last_weights, mean_expert_labels
 from dstill.methods.matching_config import MatchingConfig
 from dstill.methods.trajectory_matching import TrajectoryMatching
@@ -122,25 +123,29 @@ def test_a_segment_with_a_large_loss_changes_nothing(make_problem: MakeProblem) 
     assert taking.step(state, 0, seeding.generator(0, "step"))["taken"] == 1
 
 
+def with_loss(loss: float) -> Drawn:
+    return Drawn({"images": torch.ones(2)}, {"loss": loss})
+
+
 def test_a_run_in_which_every_segment_is_passed_over_ends_with_advice(make_problem: MakeProblem) -> None:
     method, state = started(make_problem(skip_above=1e-6))
     with pytest.raises(CollapseError, match=r"each of the first 100 segments had a loss above distill\.skip_above 1e-06"):
         for i in range(101):
-            method.guard.allows(state, i, 2.0, [])
+            method.guard.usable(state, i, [with_loss(2.0)])
     assert int(state["passed_over"]) == 100
     one_taken, state = started(make_problem(skip_above=1.0))
-    assert one_taken.guard.allows(state, 0, 0.5, [])
+    assert one_taken.guard.usable(state, 0, [with_loss(0.5)])
     for i in range(1, 150):
-        assert not one_taken.guard.allows(state, i, 2.0, [])
+        assert not one_taken.guard.usable(state, i, [with_loss(2.0)])
 
 
 def test_an_infinite_loss_is_a_fault_and_not_passed_over(make_problem: MakeProblem) -> None:
     method, state = started(make_problem(skip_above=1.0))
-    assert not method.guard.allows(state, 0, float("inf"), [])
+    assert not method.guard.usable(state, 0, [with_loss(float("inf"))])
     assert (int(state["skipped"]), int(state["passed_over"])) == (1, 0)
     method, state = started(make_problem(skip_above=1.0, guard="off"))
     with pytest.raises(CollapseError, match="the guard is off"):
-        method.guard.allows(state, 0, float("inf"), [])
+        method.guard.usable(state, 0, [with_loss(float("inf"))])
 
 
 def test_classified_images_are_those_that_an_expert_gets_right(

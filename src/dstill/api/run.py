@@ -20,8 +20,8 @@ from dstill.artifacts.result import Claim, Cost, Result
 from dstill.artifacts.run_folder import refuse_other_run
 from dstill.config.settings import Recipe
 from dstill.data.real import Source
-from dstill.distillation.folder import Watcher, distill_into
-from dstill.distillation.loop import Cadence, run_method
+from dstill.distillation.folder import Watcher, distill_into, run_shared
+from dstill.distillation.loop import Cadence
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
 from dstill.jobs.checks import check_early, check_experts
@@ -199,8 +199,8 @@ def _distilled(
     pictures = recording.picture_every if out else 0
     cadence = Cadence(checkpoint=recording.checkpoint_every, validate=recording.validate_every, picture=pictures, until=until)
     if out is None:
-        return run_method(problem, cadence=cadence, observer=Watcher(problem, reporter))
-    distilled = distill_into(out, problem, job.identity(seed), cadence, reporter, recording.logs)
+        return run_shared(problem, cadence, Watcher(problem, reporter), workers=job.place.workers)
+    distilled = distill_into(out, problem, job.identity(seed), cadence, reporter, recording.logs, job.place.workers)
     if job.real.read_as:
         DataSource.of(job.real.read_as).save(out)
     return distilled

@@ -18,8 +18,8 @@ from dstill.artifacts.record import read_metrics
 from dstill.config import recipes
 from dstill.config.settings import Recipe, canonical, digest
 from dstill.data.real import Source
-from dstill.distillation.folder import Watcher
-from dstill.distillation.loop import run_method
+from dstill.distillation.folder import Watcher, run_shared
+from dstill.distillation.loop import Cadence
 from dstill.errors import CollapseError, DstillError
 from dstill.experts.trajectory import Trajectories
 from dstill.jobs.checks import check_early, check_experts
@@ -234,7 +234,7 @@ def _judge(job: Job, trajectories: Trajectories | None) -> float | None:
         check_experts(experts, job)
     try:
         problem = job.problem(job.seeds.images, experts)
-        candidate = run_method(problem, observer=Watcher(problem, job.place.reporter))
+        candidate = run_shared(problem, Cadence(), Watcher(problem, job.place.reporter), workers=job.place.workers)
         if not bool(torch.isfinite(candidate.images).all()):
             return None
         return measure_sets([candidate], job.real, job.place, Evaluation(random=False), job.seeds.images).accuracy.mean

@@ -15,6 +15,7 @@ from typing import Any
 
 from dstill.cli import files, judge, make  # noqa: F401 - they register their commands
 from dstill.cli.app import app
+from dstill.cli.options import TEAM
 from dstill.errors import DstillError, DstillWarning
 from dstill.support.console import printable
 from dstill.support.stopping import Terminated, raise_on_sigterm
@@ -52,6 +53,23 @@ def _show(others: Callable[..., None], message: Warning | str, *about: Any, **mo
         others(message, *about, **more)
 
 
+def _command() -> None:
+    """Runs the command; or, in a process that torchrun has started beside another one, works for that one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return app()
+    from dstill.support.ranks import Rank, leading, serve
+
+    rank = Rank.of_environment()
+    if rank is None:
+        app()
+    elif rank.number > 0:
+        serve(rank)
+    else:
+        with leading(rank) as team:
+            TEAM.set(team)
+            app()
+
+
 def main() -> None:
     """Entry point. Prints one sentence instead of a traceback for everything that the user can fix."""
     debug = "--debug" in sys.argv
@@ -59,7 +77,7 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(_show, warnings.showwarning)
-            app()
+            _command()
     except DstillError as error:
         if debug:
             raise

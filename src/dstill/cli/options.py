@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,14 +13,18 @@ from cyclopts import Parameter
 
 from dstill.errors import DstillError
 from dstill.jobs.options import Flag, Machine, Seeds, Whole, names
+from dstill.support.cache import cache_folder
 from dstill.support.console import ConsoleReporter
 
 if TYPE_CHECKING:
     from dstill.data.real import RealSet
+    from dstill.support.ranks import Team
 
 Set = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, negative="")]
 Out = Annotated[Path, Parameter(name=["--out", "-o"])]
 _PATIENCE = 9.0  # seconds
+# The processes that torchrun has started beside this one.
+TEAM: ContextVar[Team | None] = ContextVar("TEAM", default=None)
 OptionalOut = Annotated[Path | None, Parameter(name=["--out", "-o"])]
 
 
@@ -93,6 +98,9 @@ class Common:
         from dstill.support.devices import resolve_device
 
         resolve_device(machine.device)
+        if (team := TEAM.get()) is not None:
+            team.meet_in(cache_folder(machine.cache))
+            machine = replace(machine, workers=team)
         seed = self.seed if expert_seed is None else Seeds(self.seed, expert_seed)
         machine = replace(machine, workers="auto") if machine.workers is None else machine
         return {"seed": seed, "machine": machine, "progress": self.reporter()}

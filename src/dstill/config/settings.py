@@ -167,9 +167,15 @@ class DistillConfig(Settings):
     parts: Count = 1
     """Images in a stored one along each side: with 2, a stored image holds four, and IPC k trains as 4 k images per class."""
 
+    draws: Count = 1
+    """Independent draws that an update averages, of whatever the method leaves to chance: a segment, a network, a training.
+    Processes share them."""
+    draw_scaling: Literal["none", "root", "linear"] = "root"
+    """Factor on the step sizes for K draws: none, √K, or K."""
+
     optimises_images: ClassVar[bool] = False
     """Whether the method optimises images through `Problem.decoded`, so that a stored image may hold several."""
-    late: ClassVar[frozenset[str]] = frozenset({"parts"})
+    late: ClassVar[frozenset[str]] = frozenset({"parts", "draws", "draw_scaling"})
     """Settings that were added later. Where one has its default, files do not mention it, so that runs and caches from before
     stay what they are."""
     worthwhile: ClassVar[int] = 300
@@ -190,6 +196,12 @@ class DistillConfig(Settings):
         values: dict[str, Any] = plain(self)
         fields = type(self).model_fields
         return {key: value for key, value in values.items() if key not in self.late or value != fields[key].default}
+
+    @property
+    def draw_factor(self) -> float:
+        """The factor on the step sizes that belongs to `draws`, see `draw_scaling`."""
+        power = {"none": 0.0, "root": 0.5, "linear": 1.0}[self.draw_scaling]
+        return float(self.draws**power)
 
     @classmethod
     def expert_defaults(cls) -> dict[str, Any]:
@@ -230,7 +242,7 @@ class DistillConfig(Settings):
         return self, ""
 
     def work(self, *, ipc: int, classes: int) -> list[Passes]:
-        """The approximate cost of one iteration; empty for selection methods.
+        """The approximate cost of one iteration, or of one of its `draws`; empty for selection methods.
 
         Args:
             ipc: images per class that networks are trained on, see `Recipe.decoded_ipc`.

@@ -18,15 +18,20 @@ from dstill.artifacts.result import Cost
 from dstill.artifacts.run_folder import RunFolder
 from dstill.config import recipes
 from dstill.config.registry import curve_titles
-from dstill.config.settings import canonical
-from dstill.distillation.loop import Cadence, run_method
+from dstill.config.settings import Recipe, canonical
+from dstill.distillation.loop import Cadence, follow, run_method
 from dstill.distillation.sinks import Sink, open_sinks
 from dstill.methods.base import Problem, method_class
 from dstill.methods.initialisation import initialisation_map
 from dstill.reporting import figures
 from dstill.support.console import set_sizes, size
+from dstill.support.crew import ALONE, Crew
 from dstill.support.devices import resident_memory, watching_memory
+from dstill.support.mates import together
 from dstill.support.progress import Reporter
+from dstill.support.workers import Workers, most_workers
+
+_WATCH_EVERY = 100  # iterations
 
 
 class Watcher:
@@ -44,8 +49,9 @@ class Watcher:
         title = f"{recipe.method}, {problem.real.name}, IPC {recipe.ipc}"
         self.sinks: list[Sink] = open_sinks(logs, out, title, canonical(recipe)) if out and logs else []
         work = recipe.distill.work(ipc=recipe.decoded_ipc, classes=problem.real.classes)
-        self.images = sum(passes.times * passes.images for passes in work if passes.kind != "tangent")
+        self.images = recipe.distill.draws * sum(passes.times * passes.images for passes in work if passes.kind != "tangent")
         self.validation = ""
+        self.crew: Crew = ALONE
 
     def __call__(self, iteration: int, total: int, row: dict[str, float]) -> None:
         if "gradient_cosine" in row:
@@ -61,6 +67,8 @@ class Watcher:
         self.reporter.progress("distilling", iteration + 1, total, "  ".join(parts))
         for sink in self.sinks:
             sink.log(iteration + 1, row)
+        if iteration % _WATCH_EVERY == _WATCH_EVERY - 1 and (slow := self.crew.straggler()):
+            self.reporter.note(slow)
 
     def picture(self, iteration: int, distilled: DistilledSet) -> None:
         """Stores a picture of the images after an iteration."""
@@ -79,7 +87,13 @@ class Watcher:
 
 
 def distill_into(
-    out: Path, problem: Problem, known: dict[str, Any], cadence: Cadence, reporter: Reporter, logs: Sequence[str] = ()
+    out: Path,
+    problem: Problem,
+    known: dict[str, Any],
+    cadence: Cadence,
+    reporter: Reporter,
+    logs: Sequence[str] = (),
+    workers: Workers = 1,
 ) -> DistilledSet:
     """Distils into a folder, resuming an interrupted run, and writes the set, its picture and its curves.
 
@@ -90,6 +104,7 @@ def distill_into(
         cadence: how often to checkpoint, validate and store pictures.
         reporter: receives progress.
         logs: names of sinks.
+        workers: processes that may share the draws of an iteration.
 
     Raises:
         DstillError: the folder belongs to another run.
@@ -101,10 +116,27 @@ def distill_into(
         identity |= {"initial_parts": problem.initial.parts} if problem.initial.parts > 1 else {}
     folder = RunFolder(out, identity, reporter.note)
     with folder.locked():
-        return _distill(folder, problem, cadence, reporter, logs)
+        return _distill(folder, problem, cadence, reporter, logs, workers)
 
 
-def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Reporter, logs: Sequence[str]) -> DistilledSet:
+def run_shared(
+    problem: Problem, cadence: Cadence, watcher: Watcher, folder: RunFolder | None = None, workers: Workers = 1
+) -> DistilledSet:
+    """`run_method` in as many processes as the draws of an iteration occupy, see `processes`."""
+    size = processes(problem.recipe, problem.device, workers)
+    with together(follow, problem, size, workers) as watcher.crew:
+        options: dict[str, Any] = {"observer": watcher, "painter": watcher.picture, "crew": watcher.crew}
+        return run_method(problem, folder, cadence=cadence, **options)
+
+
+def processes(recipe: Recipe, device: torch.device, workers: Workers) -> int:
+    """How many processes share the draws of an iteration: one for each draw, at most `workers`."""
+    return min(recipe.distill.draws, most_workers(workers, device))
+
+
+def _distill(
+    folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Reporter, logs: Sequence[str], workers: Workers
+) -> DistilledSet:
     out = folder.path
     finished = out / FILE_NAME
     if finished.exists():
@@ -115,7 +147,7 @@ def _distill(folder: RunFolder, problem: Problem, cadence: Cadence, reporter: Re
         _write_beginnings(out, problem)
         with watching_memory(problem.device) as peak_bytes, Watcher(problem, reporter, out, logs) as watcher:
             started = time.perf_counter()
-            distilled = run_method(problem, folder, cadence=cadence, observer=watcher, painter=watcher.picture)
+            distilled = run_shared(problem, cadence, watcher, folder, workers)
             # A selection takes no steps. Steps record their own time, including those before an interruption.
             seconds = sum(row["seconds"] for row in folder.metrics()) or time.perf_counter() - started
             Cost(seconds=seconds, peak_bytes=peak_bytes()).save(out)

@@ -15,6 +15,7 @@ from dstill.evaluation.networks import evaluate_set, prepared
 from dstill.evaluation.protocols import load_protocol
 from dstill.methods.base import Method, Metrics, Problem, method_class
 from dstill.support import seeding
+from dstill.support.crew import ALONE, Crew, Group, Parcel
 from dstill.support.stopping import between_steps
 
 _LONGEST_SECONDS = 60.0
@@ -58,9 +59,10 @@ class _Due:
         self.cost, self.last = seconds if seconds > _CHEAP_SECONDS else 0.0, time.perf_counter()
 
 
-def make_method(problem: Problem) -> Method:
+def make_method(problem: Problem, crew: Crew = ALONE) -> Method:
     """The recipe's method, started on the problem."""
     method = method_class(problem.recipe.method)()
+    method.crew = crew
     method.start(problem)
     return method
 
@@ -72,6 +74,7 @@ def run_method(
     cadence: Cadence = Cadence(),
     observer: Callable[[int, int, Metrics], None] | None = None,
     painter: Callable[[int, DistilledSet], None] | None = None,
+    crew: Crew = ALONE,
 ) -> DistilledSet:
     """Runs a method and returns the distilled set. Resumes from the folder's checkpoint if there is one.
 
@@ -84,11 +87,12 @@ def run_method(
         cadence: how often to checkpoint and to validate.
         observer: called after each iteration with its number, the total, and the metrics.
         painter: called with the number of iterations done and the set so far.
+        crew: the processes that share the draws, led by this one; the others run `follow`.
 
     Raises:
         CollapseError: the method gives up, or its images run away.
     """
-    method = make_method(problem)
+    method = make_method(problem, crew)
     restored = folder.restore() if folder else None
     if restored is None:
         begin, state = 0, method.initialise(seeding.generator(problem.seed, "initialise"))
@@ -96,11 +100,13 @@ def run_method(
             method.result(state).save(folder.path / INITIAL_NAME)
     else:
         begin, state = restored[0], {name: tensor.to(problem.device) for name, tensor in restored[1].items()}
+    crew.gathered({0: Parcel({"iteration": begin}, state)})
     total = method.iterations()
     validate, due, stopped = _validator(problem, cadence), _Due(cadence.checkpoint), False
     with between_steps() as asked_to_stop:
         for iteration in range(begin, total):
             started = time.perf_counter()
+            crew.call()
             metrics = method.step(state, iteration, seeding.generator(problem.seed, "step", iteration))
             row: Metrics = {"iteration": iteration, **metrics, "seconds": time.perf_counter() - started}
             done = iteration + 1
@@ -127,6 +133,16 @@ def run_method(
     if stopped:
         raise KeyboardInterrupt  # if the signal itself did not end the process
     return method.result(state)
+
+
+def follow(problem: Problem, group: Group) -> None:
+    """Takes its share of the draws of `run_method`, which another process of the group runs on the same problem."""
+    method = make_method(problem, group)
+    (start,) = group.gathered({}).values()
+    iteration, state = int(start.values["iteration"]), start.tensors
+    while group.called():
+        method.step(state, iteration, seeding.generator(problem.seed, "step", iteration))
+        iteration += 1
 
 
 def _refuse_runaway(distilled: DistilledSet, done: int) -> None:

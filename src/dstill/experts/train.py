@@ -254,7 +254,7 @@ def train_missing(
     missing.sort(key=lambda item: -item[1])  # the longest first, so that no process waits for it at the end
     if not missing:
         return folder
-    several = workers == "auto" and len(missing) > 1
+    several = not isinstance(workers, int) and len(missing) > 1
     seconds = seconds_per_epoch(task, device) * sum(count for _, count in missing) if several else 0.0
 
     def watch(item: tuple[int, int], told: tuple[EpochReport, float] | float) -> None:

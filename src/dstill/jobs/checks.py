@@ -58,6 +58,8 @@ def check_early(
     check_sinks(logs)
     siamese.parse(recipe.augmentation)
     own, *_ = [check_network(config, real) for config in (recipe.net, *nets.evaluation_nets(recipe.net, evaluation.nets))]
+    if recipe.distill.draws > 1 and not method.averages_draws:
+        raise DstillError(f"method {recipe.method!r} does not average draws: leave distill.draws at 1")
     method.check(recipe, own)
     if own_experts:
         _check_epochs(recipe)

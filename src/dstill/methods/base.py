@@ -24,6 +24,7 @@ from dstill.experts.trained import TrainedNetwork
 from dstill.experts.trajectory import Trajectories
 from dstill.nets import networks as nets
 from dstill.support import seeding
+from dstill.support.crew import ALONE, Crew
 
 # Everything that a resumed run needs, by name; `step` replaces entries in place.
 State = dict[str, Tensor]
@@ -148,6 +149,10 @@ class Method(abc.ABC):
     """Class of the `distill` section in its recipes."""
     starts_from_a_set: ClassVar[bool] = True
     """Whether it can start from the images of another set."""
+    averages_draws: ClassVar[bool] = False
+    """Whether its updates average `DistillConfig.draws` draws."""
+    crew: Crew = ALONE
+    """The processes that share the draws, seen from this one; the loop sets it."""
 
     def start(self, problem: Problem) -> None:
         """Builds everything that is not state. Called at the start of every run, also of a resumed one."""

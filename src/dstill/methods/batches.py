@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import ClassVar, Literal, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Count, DistillConfig, Momentum, Passes, Positive
 from dstill.data import siamese
 from dstill.data.catalog import Shape
 from dstill.derivatives.engine import derivatives_of
 from dstill.errors import DstillError
-from dstill.methods.base import Problem, State
+from dstill.methods.base import Metrics, Problem, State
+from dstill.methods.drawing import DrawingMethod, Drawn, averaged, mean_gradients, move_averages, with_averages
 from dstill.methods.initialisation import initial_images
 from dstill.support.devices import sent, total_memory
 from dstill.training.fit import cross_entropy_objective, fit, student_batches
@@ -29,6 +32,7 @@ class ImageConfig(DistillConfig):
     """Settings of every method that optimises images by SGD against batches of real ones."""
 
     optimises_images: ClassVar[bool] = True
+    late: ClassVar[frozenset[str]] = DistillConfig.late | {"image_ema"}
 
     iterations: Count = 1000
     """Updates, each with its own network."""
@@ -42,6 +46,8 @@ class ImageConfig(DistillConfig):
     """Real images drawn at random, or standard normal noise in preprocessed units."""
     augment: bool = True
     """Whether the real and synthetic images of a class share one draw of the recipe's augmentation."""
+    image_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the images, which becomes the result; left out: the last ones."""
 
     def smoke(self) -> Self:
         return self.model_copy(update={"iterations": 5, "batch_real": min(self.batch_real, 16)})
@@ -79,12 +85,6 @@ def mean_distance(real: Tensor, synthetic: Tensor) -> Tensor:
     Means are over the images. The squares are summed, not averaged (DM, Eq. 5; CAFE, Eq. 3, for each layer).
     """
     return (real.mean(0) - synthetic.mean(0)).square().sum()
-
-
-def initial_state(problem: Problem, settings: ImageConfig, generator: torch.Generator) -> State:
-    """The state at the start: `images` and `images.momentum`, `[S, C, H, W]`."""
-    images = initial_images(problem, settings.initialisation, generator)
-    return {"images": images, "images.momentum": torch.zeros_like(images)}
 
 
 class ClassBatches:
@@ -182,13 +182,6 @@ def draw_steps(problem: Problem, size: int | None, count: int, generator: torch.
     ]
 
 
-def move_averages(state: State, names: Iterable[str], decay: float | None) -> None:
-    """Moves the averages `name.average` of the state towards its entries; without a decay there are none."""
-    if decay is not None:
-        for name in names:
-            state[f"{name}.average"] = decay * state[f"{name}.average"] + (1 - decay) * state[name]
-
-
 def train_on_synthetic(
     net: nn.Module, images: Tensor, batches: ClassBatches, settings: InnerConfig, epochs: int, generator: torch.Generator
 ) -> None:
@@ -206,13 +199,42 @@ def train_on_synthetic(
     )
 
 
-def update_images(state: State, gradient: Tensor, lr: float, momentum: float) -> None:
-    """One SGD step on `state["images"]`; replaces the entries of `state`.
+class ImageMethod(DrawingMethod):
+    """Optimises images by SGD with momentum along the mean gradient of its draws.
 
-    Raises:
-        DstillError: the images would no longer be finite.
+    State: `images` and `images.momentum` `[S, C, H, W]`; `images.average` if a moving average is kept.
     """
-    images, buffer = sgd_step(state["images"], state["images.momentum"], gradient, lr, momentum)
-    if not bool(torch.isfinite(images).all()):
-        raise DstillError("the synthetic images are no longer finite: lower distill.lr_images")
-    state["images"], state["images.momentum"] = images, buffer
+
+    Settings = ImageConfig
+
+    def start(self, problem: Problem) -> None:
+        super().start(problem)
+        self.image_settings = problem.settings(ImageConfig)
+        self.batches = ClassBatches(problem, self.image_settings)
+
+    def initialise(self, generator: torch.Generator) -> State:
+        settings = self.image_settings
+        images = initial_images(self.problem, settings.initialisation, generator)
+        return with_averages({"images": images, "images.momentum": torch.zeros_like(images)}, ["images"], settings.image_ema)
+
+    def update(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> Metrics:
+        """One step on the images.
+
+        Raises:
+            DstillError: the images would no longer be finite.
+        """
+        settings, gradient = self.image_settings, mean_gradients(drawn)["images"]
+        lr = self.lr_images(iteration) * settings.draw_factor
+        images, buffer = sgd_step(state["images"], state["images.momentum"], gradient, lr, settings.image_momentum)
+        if not bool(torch.isfinite(images).all()):
+            raise DstillError("the synthetic images are no longer finite: lower distill.lr_images")
+        state["images"], state["images.momentum"] = images, buffer
+        move_averages(state, settings.image_ema)
+        return {}
+
+    def lr_images(self, iteration: int) -> float:
+        """The step size at an iteration."""
+        return self.image_settings.lr_images
+
+    def result(self, state: State) -> DistilledSet:
+        return self.problem.result(averaged(state, "images"), self.problem.labels(), None)

@@ -12,7 +12,7 @@ matching term. There are no experts and nothing is stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -23,8 +23,9 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Case, Count, Momentum, Passes, Positive, Recipe
 from dstill.data import siamese
 from dstill.data.catalog import Shape
-from dstill.methods.base import Method, Metrics, Problem, State, hand_written, library_bytes
-from dstill.methods.batches import RealBatches, draw_steps, move_averages
+from dstill.methods.base import Metrics, Problem, State, hand_written, library_bytes
+from dstill.methods.batches import RealBatches, draw_steps
+from dstill.methods.drawing import DrawingMethod, Drawn, averaged, mean_gradients, move_averages, with_averages
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
 from dstill.methods.learned_labels import label_logits, one_hot_start, through_logits
@@ -57,6 +58,7 @@ _SLOWEST = 0.01  # share of the step size at the end of the cosine
 class BpttConfig(UnrolledConfig):
     """How a synthetic set is optimised through the training of a network on it. Defaults are those of Wang et al."""
 
+    late: ClassVar[frozenset[str]] = UnrolledConfig.late - {"draws"}  # an older setting here
     worthwhile: ClassVar[int] = 2000
     fewest: ClassVar[int] = 60
     search_factors: ClassVar[Mapping[str, tuple[float, ...]]] = {
@@ -74,8 +76,6 @@ class BpttConfig(UnrolledConfig):
     """Where the window begins: uniformly drawn from 0 … T - W each time (RaT-BPTT), or at T - W."""
     grow_over: Annotated[int, Field(ge=0)] = 0
     """Iterations over which T grows from W to its value; 0: it is at its value from the start."""
-    draws: Count = 1
-    """Trainings whose gradients are averaged in an update, each with a fresh network and real batch of its own."""
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     """The student's optimiser."""
     student_momentum: Momentum = 0.0
@@ -140,9 +140,9 @@ class BpttConfig(UnrolledConfig):
         spare = self.total_steps - self.differentiated
         steps = self.differentiated + (spare / 2 if self.window_start == "random" else spare)
         return [
-            Passes("gradient", self.draws * steps, batch, precision=self.precision),
-            Passes("tangent", self.draws * self.differentiated, batch, precision=self.precision),
-            Passes("gradient", self.draws, self.batch_real, precision=self.precision),
+            Passes("gradient", steps, batch, precision=self.precision),
+            Passes("tangent", self.differentiated, batch, precision=self.precision),
+            Passes("gradient", 1, self.batch_real, precision=self.precision),
         ]
 
     def quicker(self, ipc: int) -> Self | None:
@@ -158,7 +158,7 @@ class BpttConfig(UnrolledConfig):
         return self.model_copy(update={**halved, "window": max(1, self.differentiated // 2)})
 
     def smoke(self) -> Self:
-        small = {"iterations": 5, "total_steps": 6, "window": 4, "batch_real": min(self.batch_real, 64), "draws": 1}
+        small = {"iterations": 5, "total_steps": 6, "window": 4, "batch_real": min(self.batch_real, 64)}
         return self.model_copy(update={**small, "grow_over": min(self.grow_over, 2)})
 
 
@@ -183,10 +183,11 @@ def real_loss(student: Student, images: Tensor, labels: Tensor) -> FinalLoss:
     return loss
 
 
-class Bptt(Method):
+class Bptt(DrawingMethod):
     """State: `images` with Adam's moments, `images.first` and `images.second` `[S, C, H, W]`, likewise `log_alpha` if it is
     learned and `labels` `[S, K]` if they are; `norm`, the running norm of the gradient; `taken` and `skipped`, numbers of
-    steps; `images.average` and `labels.average` if a moving average is kept.
+    steps; `images.average` and `labels.average` if a moving average is kept. A draw is one training of a fresh network, with a
+    real batch of its own.
     """
 
     Settings = BpttConfig
@@ -206,7 +207,7 @@ class Bptt(Method):
         )
         self.real = RealBatches(problem, settings.batch_real)
         advice = "lower distill.lr_images or alpha_init, or set distill.clip"
-        self.guard = Guard(True, settings.max_skip_share, bad="were not finite", advice=advice)
+        self.guard = Guard(True, settings.max_skip_share, settings.draws, bad="were not finite", advice=advice)
 
     def initialise(self, generator: torch.Generator) -> State:
         settings, device = self.settings, self.problem.device
@@ -218,32 +219,27 @@ class Bptt(Method):
             state["labels"] = one_hot_start(self.problem.labels(), self.problem.real.classes)
         for name in tuple(state):
             state |= {f"{name}.{moment}": torch.zeros_like(state[name]) for moment in ("first", "second")}
-        if settings.image_ema is not None:
-            state |= {f"{name}.average": state[name].clone() for name in ("images", "labels") if name in state}
+        state = with_averages(state, [name for name in ("images", "labels") if name in state], settings.image_ema)
         counts = {name: torch.zeros((), dtype=torch.int64) for name in ("taken", "skipped")}
         return {**state, **counts, "norm": torch.zeros((), device=device)}
 
-    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
-        """Averages the gradients of some trainings, and updates the images, learned labels and learned rates once."""
-        draws = [self.draw(state, iteration, generator) for _ in range(self.settings.draws)]
-        loss = sum(loss for loss, _ in draws) / len(draws)
-        gradients = {name: torch.stack([by[name] for _, by in draws]).mean(0) for name in draws[0][1]}
-        norm = gradients["images"].norm()
-        taken = self._update(state, gradients, norm, loss, iteration)
-        metrics: Metrics = {"loss": loss, "image_gradient_norm": float(norm)}
+    def update(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> Metrics:
+        """Updates the images, learned labels and learned rates once, unless nothing finite was drawn."""
+        usable, metrics = self.guard.usable(state, iteration, drawn), Metrics()
+        if usable:
+            gradients = mean_gradients(usable)
+            metrics["image_gradient_norm"] = float(gradients["images"].norm())
+            self._stepped(state, iteration, gradients)
         if "log_alpha" in state:
             metrics["alpha"] = float(state["log_alpha"].mean().exp())
-        return {**metrics, "skipped": int(state["skipped"]), "taken": int(taken)}
+        return {**metrics, "skipped": int(state["skipped"]), "taken": int(bool(usable))}
 
     def result(self, state: State) -> DistilledSet:
-        images = state.get("images.average", state["images"])
-        labels = self.problem.labels()
-        if "labels" in state:
-            labels = label_logits(state.get("labels.average", state["labels"]))
+        labels = label_logits(averaged(state, "labels")) if "labels" in state else self.problem.labels()
         alpha = float(state["log_alpha"].mean().exp()) if "log_alpha" in state else self.settings.alpha_init
-        return self.problem.result(images, labels, alpha if self.settings.optimiser == "sgd" else None)
+        return self.problem.result(averaged(state, "images"), labels, alpha if self.settings.optimiser == "sgd" else None)
 
-    def draw(self, state: State, iteration: int, generator: torch.Generator) -> tuple[float, dict[str, Tensor]]:
+    def draw(self, state: State, iteration: int, number: int, generator: torch.Generator) -> Iterator[Drawn]:
         """The outer loss of one training, and its gradients by what is learned."""
         settings, problem = self.settings, self.problem
         start = self._window_start(iteration, generator)
@@ -264,7 +260,7 @@ class Bptt(Method):
             burn_in=start,
             memory=settings.memory,
         )
-        return float(unrolled.loss), self._by_name(state, unrolled.grads, rates)
+        yield Drawn(self._by_name(state, unrolled.grads, rates), {"loss": float(unrolled.loss)})
 
     def _by_name(self, state: State, grads: Gradients, rates: Tensor) -> dict[str, Tensor]:
         """The gradients by what is learned, in the state's terms: ln α and non-negative labels."""
@@ -288,23 +284,20 @@ class Bptt(Method):
         last = self.settings.longest(iteration) - self.settings.differentiated
         return int(torch.randint(last + 1, (), generator=generator)) if self.settings.window_start == "random" else last
 
-    def _update(self, state: State, gradients: dict[str, Tensor], norm: Tensor, loss: float, iteration: int) -> bool:
-        """One Adam step on all that is learned, unless the loss or the gradient is not finite. Returns whether it was taken."""
-        settings = self.settings
-        if not self.guard.allows(state, iteration, loss, [norm, *gradients.values()]):
-            return False
+    def _stepped(self, state: State, iteration: int, gradients: dict[str, Tensor]) -> None:
+        """One Adam step on all that is learned."""
+        settings, norm = self.settings, gradients["images"].norm()
         state["taken"] = state["taken"] + 1
         if settings.clip is not None:
             shrunk = self._clipped(state, norm) / norm.clamp_min(1e-30)
             gradients = {name: shrunk * gradient for name, gradient in gradients.items()}
-        factor = self._slowed(iteration)
+        factor = settings.draw_factor * self._slowed(iteration)
         sizes = {"images": settings.lr_images, "log_alpha": settings.lr_alpha, "labels": settings.lr_labels}
         for name, gradient in gradients.items():
             self._adam(state, name, gradient, factor * sizes[name])
         if "labels" in state:
             state["labels"] = state["labels"].clamp_min(0)
-        move_averages(state, [name for name in ("images", "labels") if name in state], settings.image_ema)
-        return True
+        move_averages(state, settings.image_ema)
 
     def _clipped(self, state: State, norm: Tensor) -> Tensor:
         """The norm that a gradient of this norm is shrunk to; updates the running mean of these."""

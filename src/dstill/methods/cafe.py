@@ -8,7 +8,7 @@ how long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, Self, final
 
 import torch
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Count, Passes, Positive
-from dstill.methods.base import Method, Metrics, Problem, State
-from dstill.methods.batches import ClassBatches, InnerConfig, initial_state, mean_distance, train_on_synthetic, update_images
+from dstill.methods.base import Problem, State
+from dstill.methods.batches import ImageMethod, InnerConfig, mean_distance, train_on_synthetic
+from dstill.methods.drawing import Drawn
 from dstill.nets import networks as nets
 from dstill.training.fit import accuracy
 
@@ -77,33 +77,31 @@ def spread_of(values: Sequence[float], window: int) -> float | None:
 
 
 @final
-class Cafe(Method):
-    """State: `images` and `images.momentum` `[S, C, H, W]`. One step is one network with its outer and inner loops."""
+class Cafe(ImageMethod):
+    """A draw is one network with its outer and inner loops; it contributes to each update of the outer loop."""
 
     Settings = CafeConfig
 
     def start(self, problem: Problem) -> None:
-        self.problem, self.settings = problem, problem.settings(CafeConfig)
-        self.batches = ClassBatches(problem, self.settings)
+        super().start(problem)
+        self.settings = problem.settings(CafeConfig)
 
-    def initialise(self, generator: torch.Generator) -> State:
-        return initial_state(self.problem, self.settings, generator)
-
-    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+    def draw(self, state: State, iteration: int, number: int, generator: torch.Generator) -> Iterator[Drawn]:
         settings, net = self.settings, self.problem.fresh_network(generator)
-        halvings = sum(iteration >= share * settings.iterations for share in settings.halve_at)
-        losses: list[float] = []
-        accuracies: list[float] = []
-        for _ in range(settings.max_outer):
+        losses, accuracies, last = list[float](), list[float](), False
+        while not last:
             loss, gradient = self._loss(net, state["images"], generator)
-            update_images(state, gradient, settings.lr_images * 0.5**halvings, settings.image_momentum)
             losses.append(float(loss))
             accuracies.append(self._query(net, generator))
             spread = spread_of(accuracies, settings.window)
-            if spread is not None and spread < settings.settled:
-                break
+            last = len(losses) == settings.max_outer or (spread is not None and spread < settings.settled)
+            metrics = {"loss": losses[0], "loss_last": losses[-1], "updates": len(losses), "query_accuracy": accuracies[-1]}
+            yield Drawn({"images": gradient}, metrics, last=last)
             self._train(net, state["images"], generator)
-        return {"loss": losses[0], "loss_last": losses[-1], "updates": len(losses), "query_accuracy": accuracies[-1]}
+
+    def lr_images(self, iteration: int) -> float:
+        halvings = sum(iteration >= share * self.settings.iterations for share in self.settings.halve_at)
+        return self.settings.lr_images * 0.5**halvings
 
     def _loss(self, net: nn.Module, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The objective and its gradient by the synthetic images, which are ordered class by class."""
@@ -145,6 +143,3 @@ class Cafe(Method):
             spread = spread_of(accuracies, settings.window)
             if spread is not None and spread > settings.moved:
                 return
-
-    def result(self, state: State) -> DistilledSet:
-        return self.problem.result(state["images"], self.problem.labels(), None)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import final
 
 import torch
 
-from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Count, Passes, Positive
-from dstill.methods.base import Method, Metrics, Problem, State
-from dstill.methods.batches import ClassBatches, ImageConfig, initial_state, mean_distance, update_images
+from dstill.methods.base import State
+from dstill.methods.batches import ImageConfig, ImageMethod, mean_distance
+from dstill.methods.drawing import Drawn
 from dstill.nets import networks as nets
 from dstill.training.fit import described
 
@@ -27,20 +28,13 @@ class DistributionMatchingConfig(ImageConfig):
 
 
 @final
-class DistributionMatching(Method):
-    """State: `images` and `images.momentum` `[S, C, H, W]`. A step draws one network, which is never trained."""
+class DistributionMatching(ImageMethod):
+    """A draw is one network, which is never trained."""
 
     Settings = DistributionMatchingConfig
 
-    def start(self, problem: Problem) -> None:
-        self.problem, self.settings = problem, problem.settings(DistributionMatchingConfig)
-        self.batches = ClassBatches(problem, self.settings)
-
-    def initialise(self, generator: torch.Generator) -> State:
-        return initial_state(self.problem, self.settings, generator)
-
-    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
-        settings, net = self.settings, self.problem.fresh_network(generator).eval().requires_grad_(False)
+    def draw(self, state: State, iteration: int, number: int, generator: torch.Generator) -> Iterator[Drawn]:
+        net = self.problem.fresh_network(generator).eval().requires_grad_(False)
         total, gradient = 0.0, torch.zeros_like(state["images"])
         for c in range(self.problem.real.classes):
             with torch.enable_grad():
@@ -48,8 +42,4 @@ class DistributionMatching(Method):
                 loss = mean_distance(described(net, batch.real), nets.features(net, batch.synthetic))
             gradient[batch.rows] = torch.autograd.grad(loss, batch.source)[0]
             total += float(loss.detach())
-        update_images(state, gradient, settings.lr_images, settings.image_momentum)
-        return {"loss": total / self.problem.real.classes}
-
-    def result(self, state: State) -> DistilledSet:
-        return self.problem.result(state["images"], self.problem.labels(), None)
+        yield Drawn({"images": gradient}, {"loss": total / self.problem.real.classes})

@@ -8,28 +8,33 @@ ages; each use trains it one step further.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Self, final
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal, Self, final
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Case, Count, DistillConfig, NetConfig, Passes, Positive
 from dstill.errors import DstillError
-from dstill.methods.base import Method, Metrics, Problem, State
+from dstill.methods.base import Metrics, Problem, State
+from dstill.methods.drawing import DrawingMethod, Drawn, averaged, mean_gradients, move_averages, with_averages
 from dstill.methods.initialisation import initial_images
 from dstill.methods.lamb import cosine, lamb_step
 from dstill.nets import networks as nets
 from dstill.training.fit import described
 
 _SMALLEST_PROBABILITY = 1e-4
+_MEMBER = ("weights", "buffers", "first", "second", "age")  # of a network of the pool
 
 
 class FrepoConfig(DistillConfig):
     """Neural feature regression with a pool (FRePo)."""
 
     optimises_images: ClassVar[bool] = True
+    late: ClassVar[frozenset[str]] = DistillConfig.late | {"image_ema"}
 
     iterations: Count = 500_000
     """Updates of images and labels, each with one network of the pool."""
@@ -55,6 +60,14 @@ class FrepoConfig(DistillConfig):
     """Synthetic images per step of the networks' training."""
     ridge: Positive = 1e-6
     """λ of the regression, as a share of the kernel's mean diagonal."""
+    image_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the images and learned labels, which becomes the result; left out: the last ones."""
+
+    @model_validator(mode="after")
+    def _draws_have_networks_of_their_own(self) -> Self:
+        if self.draws > self.pool:
+            raise ValueError(f"draws {self.draws} must not exceed pool {self.pool}: each draw trains networks of its own")
+        return self
 
     def adapted(self, case: Case) -> Self:
         net = self.net.model_copy(update={"depth": case.net.depth})
@@ -110,9 +123,10 @@ def uncentred_logits(labels: Tensor) -> Tensor:
 
 
 @final
-class Frepo(Method):
-    """State: `images`, and `labels` (Y_s) of what they hold, with LAMB's moments; the pool's weights, buffers, Adam's moments
-    and ages.
+class Frepo(DrawingMethod):
+    """State: `images`, and `labels` (Y_s) of what they hold, with LAMB's moments, and moving averages if they are kept; the
+    pool's weights, buffers, Adam's moments and ages. A draw is one network of the pool. With K draws, draw k takes one of the
+    networks k, k + K, k + 2K …
     """
 
     Settings = FrepoConfig
@@ -137,12 +151,13 @@ class Frepo(Method):
             self._fresh(generator)
             self._keep(state, i, self._member())
             for _ in range(i * settings.max_age // settings.pool):
-                self._train(state, i, generator)
-        return state
+                self._keep(state, i, self._trained(state, i, generator))
+        return with_averages(state, ["images", "labels"], settings.image_ema)
 
-    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+    def draw(self, state: State, iteration: int, number: int, generator: torch.Generator) -> Iterator[Drawn]:
         settings = self.settings
-        i = int(torch.randint(settings.pool, (), generator=generator))
+        own = range(number, settings.pool, settings.draws)
+        i = own[int(torch.randint(len(own), (), generator=generator))]
         self._take(state, i)
         rows = torch.randint(len(self.problem.real.train), (settings.batch_real,), generator=generator)
         real = described(self.net, self.problem.prepared(rows))
@@ -157,24 +172,41 @@ class Frepo(Method):
             predicted = kernel_regression(real, features, both, settings.ridge)
             error, margin = (predicted - targets).square().mean(), label_margin(labels)
             by_images, by_labels = torch.autograd.grad(error + margin, [images, labels])
-        lr = cosine(settings.lr, iteration, settings.iterations)
-        lamb_step(state, "images", by_images, lr, iteration + 1)
-        if settings.learn_labels:
-            lamb_step(state, "labels", by_labels, lr, iteration + 1)
-        if not (bool(torch.isfinite(state["images"]).all()) and bool(torch.isfinite(state["labels"]).all())):
-            raise DstillError("the synthetic images or labels are no longer finite: lower distill.lr or raise distill.ridge")
+        right = (predicted.argmax(1) == targets.argmax(1)).float().mean()
+        yield Drawn({"images": by_images, "labels": by_labels}, last=False)
         age = int(state["pool.age"][i])
         if age > settings.max_age:
             self._fresh(generator)
-            self._keep(state, i, self._member())
+            member = self._member()
         else:
-            self._train(state, i, generator)
-        right = (predicted.argmax(1) == targets.argmax(1)).float().mean()
-        return {"loss": float(error.detach()), "margin": float(margin.detach()), "fit_accuracy": float(right), "age": age}
+            member = self._trained(state, i, generator)
+        metrics = {"loss": float(error.detach()), "margin": float(margin.detach()), "fit_accuracy": float(right), "age": age}
+        yield Drawn(metrics=metrics, kept={"number": torch.tensor(i), **member})
+
+    def update(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> Metrics:
+        """One step of LAMB on images and labels; then, once they have been trained on these, keeps the draws' networks.
+
+        Raises:
+            DstillError: the images or labels would no longer be finite.
+        """
+        settings = self.settings
+        if drawn[0].last:
+            for one in drawn:
+                self._keep(state, int(one.kept["number"]), {name: one.kept[name] for name in _MEMBER})
+            return {}
+        gradients = mean_gradients(drawn)
+        lr = cosine(settings.lr, iteration, settings.iterations) * settings.draw_factor
+        lamb_step(state, "images", gradients["images"], lr, iteration + 1)
+        if settings.learn_labels:
+            lamb_step(state, "labels", gradients["labels"], lr, iteration + 1)
+        if not (bool(torch.isfinite(state["images"]).all()) and bool(torch.isfinite(state["labels"]).all())):
+            raise DstillError("the synthetic images or labels are no longer finite: lower distill.lr or raise distill.ridge")
+        move_averages(state, settings.image_ema)
+        return {}
 
     def result(self, state: State) -> DistilledSet:
-        labels = uncentred_logits(state["labels"]) if self.settings.learn_labels else self.problem.labels()
-        return self.problem.result(state["images"], labels, None)
+        labels = uncentred_logits(averaged(state, "labels")) if self.settings.learn_labels else self.problem.labels()
+        return self.problem.result(averaged(state, "images"), labels, None)
 
     def _fresh(self, generator: torch.Generator) -> None:
         self.net = self.problem.fresh_network(generator, self.settings.net)
@@ -202,8 +234,8 @@ class Frepo(Method):
         for buffer, part in zip(buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
 
-    def _train(self, state: State, i: int, generator: torch.Generator) -> None:
-        """One Adam step of member i on the squared error to the synthetic labels."""
+    def _trained(self, state: State, i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Member i after one Adam step on the squared error to the synthetic labels."""
         settings = self.settings
         self._take(state, i)
         labels = state["labels"]
@@ -220,4 +252,4 @@ class Frepo(Method):
         adam.step()
         buffers = self._member()["buffers"]
         age = state["pool.age"][i] + 1
-        self._keep(state, i, {"weights": weights, "buffers": buffers, "first": first, "second": second, "age": age})
+        return {"weights": weights.detach(), "buffers": buffers, "first": first, "second": second, "age": age}

@@ -7,17 +7,17 @@ the gradient by the images is ∂<g, v>/∂x. It takes one tangent pass, as in a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Count, Passes, Recipe
-from dstill.methods.base import Method, Metrics, Problem, State
-from dstill.methods.batches import ClassBatches, InnerConfig, initial_state, train_on_synthetic, update_images
+from dstill.methods.base import Problem, State
+from dstill.methods.batches import ImageMethod, InnerConfig, train_on_synthetic
+from dstill.methods.drawing import Drawn
 from dstill.unrolling.student import Student
 
 _EPSILON = 1e-6
@@ -90,8 +90,8 @@ def matching_gradient(student: Student, theta: Tensor, real: Tensor, synthetic: 
     return distance.detach(), student.tangents(theta, v, synthetic, labels).images
 
 
-class GradientMatching(Method):
-    """State: `images` and `images.momentum` `[S, C, H, W]`. One step is one network with its outer and inner loops."""
+class GradientMatching(ImageMethod):
+    """A draw is one network with its outer and inner loops; it contributes to each update of the outer loop."""
 
     Settings = GradientMatchingConfig
 
@@ -100,25 +100,22 @@ class GradientMatching(Method):
         Student(network)
 
     def start(self, problem: Problem) -> None:
-        self.problem, self.settings = problem, problem.settings(GradientMatchingConfig)
+        super().start(problem)
+        self.settings = problem.settings(GradientMatchingConfig)
         self.student = Student(problem.network())
-        self.batches = ClassBatches(problem, self.settings)
 
-    def initialise(self, generator: torch.Generator) -> State:
-        return initial_state(self.problem, self.settings, generator)
-
-    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+    def draw(self, state: State, iteration: int, number: int, generator: torch.Generator) -> Iterator[Drawn]:
         settings, net = self.settings, self.problem.fresh_network(generator)
         outer, inner = settings.loops(self.problem.recipe.ipc)
         distances: list[float] = []
         for k in range(outer):
             theta = nn.utils.parameters_to_vector(net.parameters()).detach()
             distance, gradient = self._distance(theta, state["images"], generator)
-            update_images(state, gradient, settings.lr_images, settings.image_momentum)
             distances.append(float(distance) / self.problem.real.classes)
+            metrics = {"loss": sum(distances) / len(distances), "loss_first": distances[0], "loss_last": distances[-1]}
+            yield Drawn({"images": gradient}, metrics, last=k == outer - 1)
             if inner and k < outer - 1:
                 train_on_synthetic(net, state["images"], self.batches, settings, inner, generator)
-        return {"loss": sum(distances) / outer, "loss_first": distances[0], "loss_last": distances[-1]}
 
     def _distance(self, theta: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The distance summed over the classes, and its gradient by the synthetic images. Takes one class at a time."""
@@ -130,6 +127,3 @@ class GradientMatching(Method):
             total += distance
             gradient[batch.rows] = torch.autograd.grad(batch.synthetic, batch.source, by_synthetic)[0]
         return total, gradient
-
-    def result(self, state: State) -> DistilledSet:
-        return self.problem.result(state["images"], self.problem.labels(), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from dstill.data.catalog import Shape
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
-from dstill.methods.base import Method, Metrics, Problem, State, hand_written, library_bytes
-from dstill.methods.batches import draw_steps, move_averages
+from dstill.methods.base import Metrics, Problem, State, hand_written, library_bytes
+from dstill.methods.batches import draw_steps
+from dstill.methods.drawing import DrawingMethod, Drawn, averaged, mean_gradients, move_averages, with_averages
 from dstill.methods.expert_labels import expert_labels, gradient_through_labels, mean_expert_labels
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
@@ -26,12 +28,12 @@ from dstill.unrolling.types import Targets, Unrolled
 from dstill.unrolling.unroll import unroll, unrolled_bytes
 
 
-class TrajectoryMatching(Method):
+class TrajectoryMatching(DrawingMethod):
     """The images and α are optimised so that a student trained on them follows segments of expert trajectories.
 
     State: `images` and `images.momentum` `[S, C, H, W]`, `alpha` and `alpha.momentum`, `skipped`; `labels` `[S, K]` if they
     are soft, with `labels.momentum` if they are learned; `images.average` and `labels.average` if a moving average is kept;
-    `passed_over` if segments with a large loss change nothing.
+    `passed_over` if segments with a large loss change nothing. A draw is one segment.
     """
 
     Settings = MatchingConfig
@@ -51,7 +53,8 @@ class TrajectoryMatching(Method):
         self.trajectories: Trajectories = problem.trajectories
         self.student = Student(problem.network(), precision=self.settings.precision, compiled=self.settings.compile)
         self.trajectories.check_fits(self.student.numel, self.settings.epochs_needed)
-        self.guard = Guard(self.settings.guard == "on", self.settings.max_skip_share, self.settings.skip_above)
+        on, share = self.settings.guard == "on", self.settings.max_skip_share
+        self.guard = Guard(on, share, self.settings.draws, skip_above=self.settings.skip_above)
 
     def initialise(self, generator: torch.Generator) -> State:
         images = initial_images(self.problem, self.settings.initialisation, generator)
@@ -69,20 +72,19 @@ class TrajectoryMatching(Method):
             decoded, ids = self.problem.decoded(images), self.problem.labels()
             state["labels"] = mean_expert_labels(self.student, self.trajectories, decoded, ids)
             state["labels.momentum"] = torch.zeros_like(state["labels"])
-        if self.settings.image_ema is not None:
-            state |= {f"{name}.average": state[name].clone() for name in self._learned}
-        return state
+        return with_averages(state, self._learned, self.settings.image_ema)
 
-    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
-        """Matches one segment, and updates the images and α once (paper Algorithm 2, lines 4–18)."""
+    def draw(self, state: State, iteration: int, number: int, generator: torch.Generator) -> Iterator[Drawn]:
+        """Matches one segment (paper Algorithm 2, lines 4–17)."""
         settings = self.settings
         segment = self._draw_segment(iteration, generator)
         start = self._perturbed(segment.start, generator)
+        labels = self._labels(state, segment)
         follow = functools.partial(
             unroll,
             theta0=start,
             images=self.problem.decoded(state["images"]),
-            labels=self._labels(state, segment),
+            labels=labels,
             steps=draw_steps(self.problem, settings.batch_syn, settings.student_steps, generator),
             alpha=state["alpha"],
             targets=self._targets(segment, start),
@@ -92,20 +94,27 @@ class TrajectoryMatching(Method):
             memory=settings.memory,
         )
         unrolled = follow(self.student)
-        by_images = self._by_images(state, segment, unrolled)
-        taken = self._update(state, by_images, unrolled, iteration)
-        metrics: Metrics = {"loss": float(unrolled.loss), "alpha": float(state["alpha"])}
-        metrics |= segment_metrics(segment, start, unrolled, by_images)
-        metrics |= {"skipped": int(state["skipped"]), "taken": int(taken)}
-        if iteration == 0 and settings.precision != "float32":
+        gradients = {"images": self._by_images(state, segment, unrolled), "alpha": unrolled.grads.alpha}
+        if settings.soft_labels == "learned":
+            assert unrolled.grads.labels is not None
+            gradients["labels"] = unrolled.grads.labels
+        metrics: Metrics = {"loss": float(unrolled.loss)} | segment_metrics(segment, start, unrolled, gradients["images"])
+        if iteration == number == 0 and settings.precision != "float32":
             exact = follow(Student(self.problem.network()))
             metrics["gradient_cosine"] = cosine(unrolled.grads.images, exact.grads.images)
-        return metrics
+        yield Drawn(gradients, metrics, {} if "labels" in gradients or not labels.is_floating_point() else {"labels": labels})
+
+    def update(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> Metrics:
+        """Updates the images, learned labels and α once (paper Algorithm 2, line 18), unless the guard skips it."""
+        if "labels" in drawn[0].kept:
+            state["labels"] = torch.stack([one.kept["labels"] for one in drawn]).mean(0)
+        usable = self.guard.usable(state, iteration, drawn, self._momenta)
+        taken = bool(usable) and self._stepped(state, iteration, usable)
+        return {"alpha": float(state["alpha"]), "skipped": int(state["skipped"]), "taken": int(taken)}
 
     def result(self, state: State) -> DistilledSet:
-        images = state.get("images.average", state["images"])
-        labels = state.get("labels.average", state.get("labels", self.problem.labels()))
-        return self.problem.result(images, labels, float(state["alpha"]))
+        labels = averaged(state, "labels") if "labels" in state else self.problem.labels()
+        return self.problem.result(averaged(state, "images"), labels, float(state["alpha"]))
 
     def _draw_segment(self, iteration: int, generator: torch.Generator) -> Segment:
         """Draws an expert and a start epoch uniformly, and reads the weights from there to M epochs later."""
@@ -139,14 +148,17 @@ class TrajectoryMatching(Method):
         """What SGD with momentum updates besides α."""
         return ("images", "labels") if self.settings.soft_labels == "learned" else ("images",)
 
+    @property
+    def _momenta(self) -> list[str]:
+        return [f"{name}.momentum" for name in (*self._learned, "alpha")]
+
     def _labels(self, state: State, segment: Segment) -> Tensor:
         """Class ids, learned logits, or the target expert's logits on the current images."""
         if self.settings.soft_labels == "off":
             return self.problem.labels()
         if self.settings.soft_labels == "learned":
             return state["labels"]
-        state["labels"] = expert_labels(self.student, segment.targets[-1], self.problem.decoded(state["images"]))
-        return state["labels"]
+        return expert_labels(self.student, segment.targets[-1], self.problem.decoded(state["images"]))
 
     def _by_images(self, state: State, segment: Segment, unrolled: Unrolled) -> Tensor:
         """The gradient by the stored images, including the part through the labels if they are differentiated."""
@@ -157,25 +169,23 @@ class TrajectoryMatching(Method):
         through = gradient_through_labels(self.student, segment.targets[-1], decoded, unrolled.grads.labels)
         return self.problem.pulled_back(unrolled.grads.images + through)
 
-    def _update(self, state: State, by_images: Tensor, unrolled: Unrolled, iteration: int) -> bool:
-        """One SGD step on images, learned labels and α, unless the guard skips it. Returns whether it was taken."""
-        settings = self.settings
-        rules: dict[str, tuple[Tensor | None, float, float]] = {
-            "images": (by_images, settings.lr_images, settings.image_momentum),
-            "alpha": (unrolled.grads.alpha, settings.lr_alpha, settings.image_momentum),
-            "labels": (unrolled.grads.labels, settings.lr_labels, settings.label_momentum),
+    def _stepped(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> bool:
+        """One SGD step along the mean of some draws. Returns whether the guard has allowed it."""
+        settings, gradients = self.settings, mean_gradients(drawn)
+        rules = {
+            "images": (settings.lr_images, settings.image_momentum),
+            "alpha": (settings.lr_alpha, settings.image_momentum),
+            "labels": (settings.lr_labels, settings.label_momentum),
         }
         after: State = {}
         for name in (*self._learned, "alpha"):
-            gradient, lr, momentum = rules[name]
-            assert gradient is not None
-            buffer = f"{name}.momentum"
-            after[name], after[buffer] = sgd_step(state[name], state[buffer], gradient, lr, momentum)
-        momenta = [name for name in after if name.endswith(".momentum")]
-        if not self.guard.allows(state, iteration, float(unrolled.loss), (after["images"],), after["alpha"], momenta):
+            (lr, momentum), buffer = rules[name], f"{name}.momentum"
+            lr *= settings.draw_factor
+            after[name], after[buffer] = sgd_step(state[name], state[buffer], gradients[name], lr, momentum)
+        if not self.guard.allows(state, iteration, drawn, (after["images"],), after["alpha"], self._momenta):
             return False
         state.update(after)
-        move_averages(state, self._learned, settings.image_ema)
+        move_averages(state, settings.image_ema)
         return True
 
     @classmethod

@@ -8,19 +8,36 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, wait
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
 from dstill.errors import DstillError
+from dstill.support.crew import Crew, Group
 from dstill.support.devices import ask_for_determinism
 from dstill.support.stopping import Terminated, raise_on_sigterm
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-Workers = int | Literal["auto"]
+
+class Team(Protocol):
+    """Processes that exist already, on this machine or others."""
+
+    size: int
+
+    def spread(self, function: Callable[..., Any], items: Sequence[Any], tell: Callable[[Any, Any], None]) -> list[Any]:
+        """As `spread`, below."""
+        ...
+
+    def together(self, follow: Callable[[Any, Group], None], content: Any) -> AbstractContextManager[Crew]:
+        """As `dstill.support.mates.together`."""
+        ...
+
+
+Workers = int | Literal["auto"] | Team
 # Works on one item: function(item, report). What is passed to `report` reaches the `progress` of `spread`.
 Work = Callable[[_Item, Callable[[Any], None]], _Result]
 
@@ -47,23 +64,23 @@ def cores() -> int:
 
 def check_workers(asked: Workers) -> None:
     """Raises `DstillError` for a number of processes below 1."""
-    if asked != "auto" and asked < 1:
+    if isinstance(asked, int) and asked < 1:
         raise DstillError(f"workers must be at least 1, or auto, got {asked}")
 
 
 def most_workers(asked: Workers, device: torch.device) -> int:
     """Processes that `choose_workers` takes for many items that are worth it."""
-    if asked != "auto":
-        return asked
-    return cores() if device.type == "cpu" else 1
+    if asked == "auto":
+        return cores() if device.type == "cpu" else 1
+    return asked if isinstance(asked, int) else asked.size
 
 
-def choose_workers(asked: Workers, items: int, device: torch.device, seconds: float) -> int:
-    """How many processes to use.
+def choose_workers(asked: Workers, items: int, device: torch.device, seconds: float) -> int | Team:
+    """How many processes to use, or which team.
 
     Args:
         asked: a number of processes; or `auto` for one for each core, but this process alone on an accelerator, for a single
-            item or for little work.
+            item or for little work; or a team, which is spared little work, too.
         items: number of items to work on.
         device: where the work is done.
         seconds: how long all items would take in one process, roughly.
@@ -76,12 +93,17 @@ def choose_workers(asked: Workers, items: int, device: torch.device, seconds: fl
         (1, 2)
     """
     check_workers(asked)
-    worth = asked != "auto" or seconds >= _WORTH_SECONDS
+    worth = isinstance(asked, int) or seconds >= _WORTH_SECONDS
+    if asked != "auto" and not isinstance(asked, int):
+        return asked if worth and items > 1 else 1
     return max(1, min(items, most_workers(asked, device))) if worth else 1
 
 
 def spread(
-    function: Work[_Item, _Result], items: Sequence[_Item], workers: int, progress: Callable[[_Item, Any], None] | None = None
+    function: Work[_Item, _Result],
+    items: Sequence[_Item],
+    workers: int | Team,
+    progress: Callable[[_Item, Any], None] | None = None,
 ) -> list[_Result]:
     """`[function(item, report) for item in items]`, in `workers` processes with `cores() / workers` threads each.
 
@@ -91,7 +113,7 @@ def spread(
     Args:
         function: must be picklable, as must the items, the results and whatever is reported.
         items: what to work on, in this order.
-        workers: number of processes.
+        workers: number of processes, or a team.
         progress: called in this process with an item and what was reported for it.
 
     Returns:
@@ -106,6 +128,8 @@ def spread(
         [2, 3]
     """
     tell = progress or (lambda item, report: None)
+    if not isinstance(workers, int):
+        return workers.spread(function, items, tell)
     if workers == 1:
         return [function(item, lambda report, item=item: tell(item, report)) for item in items]  # type: ignore[misc]
     return _in_processes(function, items, workers, threads_each(workers), tell, daemon=True)
@@ -236,12 +260,12 @@ def _work_on(connection: Connection) -> None:
                 function = function or pickle.loads(packed)  # noqa: S301 - from our own parent process
                 send("done", function(pickle.loads(item), lambda report: send("report", report)))  # noqa: S301 - likewise
             except Exception as error:  # the parent raises it again
-                send("failed", _portable(error))
+                send("failed", portable(error))
     except (EOFError, OSError):
         return  # there are no more items, or the parent has ended
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error itself if it can be pickled, else a `RuntimeError` with its type and text."""
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 - what was pickled in the same line

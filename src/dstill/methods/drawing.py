@@ -1,0 +1,133 @@
+"""Methods whose updates average independent draws.
+
+A draw is whatever an update leaves to chance: a segment of an expert, a fresh network, a batch of real images. Draw k of an
+iteration depends on the seed, the iteration and k alone, and an update sums the draws in the order of their numbers. So it
+does not matter which process computes which draw.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from dstill.methods.base import Method, Metrics, State
+from dstill.support import seeding
+from dstill.support.crew import Parcel
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a draw contributes to an update.
+
+    Attributes:
+        gradients: gradients by what is learned, under the names of the state.
+        metrics: what the log receives at the end of the draw.
+        kept: tensors that the method stores beside what it learns.
+        last: whether the draw ends here. A draw that trains its network between updates contributes to several.
+    """
+
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    last: bool = True
+
+    def packed(self) -> Parcel:
+        """The same for another process."""
+        gradients = {f"gradient {name}": tensor for name, tensor in self.gradients.items()}
+        kept = {f"kept {name}": tensor for name, tensor in self.kept.items()}
+        return Parcel({"metrics": self.metrics, "last": self.last}, {**gradients, **kept})
+
+    @classmethod
+    def unpacked(cls, parcel: Parcel) -> Self:
+        """What `packed` was called for."""
+        found: dict[str, dict[str, Tensor]] = {"gradient": {}, "kept": {}}
+        for key, tensor in parcel.tensors.items():
+            kind, _, name = key.partition(" ")
+            found[kind][name] = tensor
+        values: dict[str, Any] = parcel.values
+        return cls(found["gradient"], values["metrics"], found["kept"], values["last"])
+
+
+class DrawingMethod(Method):
+    """A method that averages `DistillConfig.draws` draws in an update."""
+
+    averages_draws: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def draw(self, state: State, iteration: int, number: int, generator: torch.Generator) -> Iterator[Drawn]:
+        """Takes a draw: yields what it contributes to an update, and goes on after the update unless that was the last.
+
+        Args:
+            state: the state, which each update changes in place. A draw only reads it.
+            iteration: number of the iteration.
+            number: number of the draw within it.
+            generator: makes all random choices of the draw.
+        """
+
+    @abc.abstractmethod
+    def update(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> Metrics:
+        """Changes `state` by the mean of these draws, at least one, and returns what the log should know about it."""
+
+    def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
+        """Takes the draws of an iteration and updates `state` until all of them have ended."""
+        own = {k: self.draw(state, iteration, k, self._source(iteration, k, generator)) for k in self._share()}
+        ended, told = dict[int, Metrics](), Metrics()
+        while True:
+            parcels = self.crew.gathered({k: next(draw).packed() for k, draw in own.items()})
+            drawn = {k: Drawn.unpacked(parcel) for k, parcel in parcels.items()}
+            told = self.update(state, iteration, list(drawn.values()))
+            ended |= {k: one.metrics for k, one in drawn.items() if one.last}
+            if all(one.last for one in drawn.values()):
+                return {**mean_metrics([ended[k] for k in sorted(ended)]), **told}
+            own = {k: draw for k, draw in own.items() if k not in ended}
+
+    def _share(self) -> range:
+        return self.crew.share(self.problem.recipe.distill.draws)
+
+    def _source(self, iteration: int, number: int, first: torch.Generator) -> torch.Generator:
+        """The generator of a draw; `first` is that of draw 0."""
+        return first if number == 0 else seeding.generator(self.problem.seed, "step", iteration, number)
+
+
+def mean_gradients(drawn: Sequence[Drawn]) -> dict[str, Tensor]:
+    """The mean gradients of some draws, summed in their order."""
+    total = dict(drawn[0].gradients)
+    for one in drawn[1:]:
+        total = {name: tensor + one.gradients[name] for name, tensor in total.items()}
+    return total if len(drawn) == 1 else {name: tensor / len(drawn) for name, tensor in total.items()}
+
+
+def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
+    """The mean of each metric over the rows that have it.
+
+    Example:
+        >>> mean_metrics([{"loss": 1.0, "cosine": 0.5}, {"loss": 2.0}])
+        {'loss': 1.5, 'cosine': 0.5}
+    """
+    if len(rows) == 1:
+        return dict(rows[0])
+    names = dict.fromkeys(name for row in rows for name in row)
+    of_name = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(values) / len(values) for name, values in of_name.items()}
+
+
+def move_averages(state: State, decay: float | None) -> None:
+    """Moves each entry `name.average` of the state towards `name`; without a decay there are none."""
+    for average in [name for name in state if name.endswith(".average")]:
+        assert decay is not None
+        state[average] = decay * state[average] + (1 - decay) * state[average.removesuffix(".average")]
+
+
+def with_averages(state: State, names: Sequence[str], decay: float | None) -> State:
+    """`state` with an average of each of these entries, if a decay is set."""
+    return state if decay is None else {**state, **{f"{name}.average": state[name].clone() for name in names}}
+
+
+def averaged(state: State, name: str) -> Tensor:
+    """The average of an entry if one is kept, else the entry."""
+    return state.get(f"{name}.average", state[name])

@@ -1,0 +1,226 @@
+"""The processes that share the draws of an iteration. One process alone is the usual case.
+
+One process leads: it stores, reports and decides when an iteration begins. All of them hold the same state and update it alike,
+so that an iteration exchanges what the draws contribute and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from dstill.errors import DstillError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+PATIENCE = 600.0  # seconds that a process waits for another one's draws
+_CPU = torch.device("cpu")
+_POLL = datetime.timedelta(seconds=60)
+_SMOOTHING = 0.9  # of the seconds that a process takes for a draw
+_SLOW = 1.5  # times the median
+
+
+class Parcel(NamedTuple):
+    """What one draw hands to all processes: plain values and tensors, both by name."""
+
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class Crew(Protocol):
+    """The processes of a run, seen from one of them."""
+
+    def share(self, draws: int) -> range:
+        """Numbers of the draws that this process takes, of `draws`."""
+        ...
+
+    def gathered(self, own: Mapping[int, Parcel]) -> dict[int, Parcel]:
+        """The parcels of all processes, by the number of their draw and in this order.
+
+        Args:
+            own: the parcels of this process. A process whose draws have ended passes none and takes part all the same.
+
+        Raises:
+            DstillError: another process has ended or does not answer.
+        """
+        ...
+
+    def call(self) -> None:
+        """Tells the other processes that an iteration begins. Only the leader calls."""
+        ...
+
+    def straggler(self) -> str:
+        """A sentence about a process that is much slower than the others; empty if there is none."""
+        ...
+
+
+class Alone:
+    """One process that takes all draws."""
+
+    def share(self, draws: int) -> range:
+        return range(draws)
+
+    def gathered(self, own: Mapping[int, Parcel]) -> dict[int, Parcel]:
+        return dict(own)
+
+    def call(self) -> None:
+        return None
+
+    def straggler(self) -> str:
+        return ""
+
+
+ALONE = Alone()
+
+
+class Group:
+    """Several processes, joined by gloo; or by nccl if their tensors are on cards.
+
+    Args:
+        store: the key-value store that all of them reach, for this group alone.
+        number: number of this process; 0 leads.
+        size: number of processes.
+        device: where the tensors of this process are.
+        patience: seconds to wait for another process's draws.
+    """
+
+    def __init__(self, store: Store, number: int, size: int, device: torch.device = _CPU, patience: float = PATIENCE) -> None:
+        self.store, self.number, self.size, self.device, self.patience = store, number, size, device, patience
+        self.pace, self.calls, self.since = [0.0] * size, 0, time.perf_counter()
+        try:
+            self.group = _process_group(store, number, size, device, datetime.timedelta(seconds=patience))
+        except RuntimeError as error:
+            raise DstillError(f"the {size} processes of the run did not find each other: {_first_line(error)}") from error
+
+    def share(self, draws: int) -> range:
+        return range(self.number, draws, self.size)
+
+    def gathered(self, own: Mapping[int, Parcel]) -> dict[int, Parcel]:
+        seconds = (time.perf_counter() - self.since) / max(1, len(own))
+        found: dict[int, Parcel] = {}
+        for number, packed in enumerate(self._exchanged(_packed(seconds, own).to(self.device))):
+            pace, parcels = _unpacked(packed, self.device)
+            self._paced(number, pace)
+            found |= parcels
+        self.since = time.perf_counter()
+        return {k: found[k] for k in sorted(found)}
+
+    def call(self) -> None:
+        self.calls += 1
+        self.store.set(f"call {self.calls}", "on")
+        self.store.delete_key(f"call {self.calls - 1}")  # everybody has heard it: they have worked since
+        self.since = time.perf_counter()
+
+    def end(self) -> None:
+        """Tells the other processes that there is no more to do."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"call {self.calls + 1}", "end")
+
+    def called(self) -> bool:
+        """Waits for the leader. Returns whether another iteration begins."""
+        self.calls += 1
+        answer = waited_for(self.store, f"call {self.calls}")
+        self.since = time.perf_counter()
+        return answer == b"on"
+
+    def fail(self, error: BaseException) -> None:
+        """Lets the other processes know why this one ends."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set("failed", f"process {self.number}: {type(error).__name__}: {error}")
+
+    def straggler(self) -> str:
+        typical, slowest = statistics.median(self.pace), max(self.pace)
+        if slowest <= _SLOW * typical:
+            return ""
+        number = self.pace.index(slowest)
+        return f"process {number} takes {slowest:.2g} s for a draw, the others {typical:.2g} s, and all wait for it"
+
+    def _paced(self, number: int, seconds: float) -> None:
+        before = self.pace[number]
+        self.pace[number] = seconds if before == 0 else _SMOOTHING * before + (1 - _SMOOTHING) * seconds
+
+    def _exchanged(self, own: Tensor) -> list[Tensor]:
+        """These bytes of every process, which may have different lengths."""
+        sizes = [int(size) for size in self._all(torch.tensor([len(own)], device=self.device))]
+        padded = torch.nn.functional.pad(own, (0, max(sizes) - len(own)))
+        return [packed[:size] for packed, size in zip(self._all(padded), sizes, strict=True)]
+
+    def _all(self, own: Tensor) -> list[Tensor]:
+        received = [torch.empty_like(own) for _ in range(self.size)]
+        try:
+            self.group.allgather([received], [own]).wait()
+        except RuntimeError as error:
+            raise DstillError(self._lost(error)) from error
+        return received
+
+    def _lost(self, error: RuntimeError) -> str:
+        reason = _first_line(error)
+        with contextlib.suppress(RuntimeError):
+            if self.store.check(["failed"]):
+                reason = self.store.get("failed").decode()
+        return (
+            f"one of the {self.size} processes of the run has ended, or has not answered for {self.patience:g} s ({reason}); "
+            "the same command goes on from the last checkpoint"
+        )
+
+
+def waited_for(store: Store, key: str) -> bytes:
+    """The value of a key, once it is there. Waits as long as the store exists.
+
+    Raises:
+        RuntimeError: the store's process has ended.
+    """
+    from torch.distributed import DistStoreError
+
+    while True:
+        try:
+            store.wait([key], _POLL)
+            return bytes(store.get(key))
+        except DistStoreError:  # it took longer
+            continue
+
+
+def _process_group(store: Store, number: int, size: int, device: torch.device, patience: datetime.timedelta) -> Any:
+    """A process group of torch's own, so that the caller's default group, if there is one, is left alone."""
+    from torch import distributed
+
+    if device.type == "cuda":
+        options = distributed.ProcessGroupNCCL.Options()
+        options._timeout = patience
+        return distributed.ProcessGroupNCCL(store, number, size, options)
+    return distributed.ProcessGroupGloo(store, number, size, patience)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _packed(content: Any, parcels: Mapping[int, Parcel]) -> Tensor:
+    """Values and parcels as bytes."""
+    values = json.dumps({"content": content, "parcels": {k: parcel.values for k, parcel in parcels.items()}})
+    tensors = {f"{k} {name}": tensor for k, parcel in parcels.items() for name, tensor in parcel.tensors.items()}
+    # The format refuses tensors that share memory.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    packed = save({**tensors, "values": torch.frombuffer(bytearray(values.encode()), dtype=torch.uint8)})
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, device: torch.device) -> tuple[Any, dict[int, Parcel]]:
+    """What `_packed` was called for."""
+    tensors = load(packed.cpu().numpy().tobytes())
+    told = json.loads(tensors.pop("values").numpy().tobytes())
+    parcels = {int(k): Parcel(values, {}) for k, values in told["parcels"].items()}
+    for key, tensor in tensors.items():
+        k, _, name = key.partition(" ")
+        parcels[int(k)].tensors[name] = tensor.to(device)
+    return told["content"], parcels
