@@ -19,7 +19,7 @@ class Steady(Clock):
     def _image(self, net: NetConfig) -> float:
         return self.second * ((net.width or 128) / 128) ** 2
 
-    def passes(self, own: NetConfig, passes: Passes) -> float:
+    def passes(self, own: NetConfig, passes: Passes, threads: int | None = None) -> float:
         return passes.times * passes.images * self._image(passes.net or own)
 
     def training(self, net: NetConfig, images: int, augmentation: str, threads: int) -> float:

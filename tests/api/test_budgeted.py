@@ -26,6 +26,7 @@ from dstill.distillation.loop import Cadence
 from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Job, Workplace
 from dstill.jobs.options import Budget, Choice
+from dstill.methods.base import Method, State
 from dstill.planning import budget as planned
 from dstill.planning.budget import Rivals
 from dstill.support.progress import Silent
@@ -39,7 +40,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of known speed, so that nothing here depends on that of the real one, and a shorter protocol `quick`."""
     monkeypatch.setattr(budgeted, "Clock", lambda shape, device, pains: Steady(shape, 1e-4))
     monkeypatch.setattr("dstill.api.rivals.load_protocol", lambda name: load_protocol(name).model_copy(update={"passes": 60}))
-    monkeypatch.setattr(budgeted, "_pace", lambda problem, most: 3600 / (STEPS + 0.5))
+    monkeypatch.setattr(budgeted, "_pace", lambda problem, most, workers: 3600 / (STEPS + 0.5))
 
 
 @pytest.fixture
@@ -206,17 +207,22 @@ def test_the_pace_is_that_of_iterations_after_the_first(
     monkeypatch.undo()
     place = Workplace.of(dstill.Machine(device="cpu", cache=tmp_path), False)
     problem = Job.resolve(tiny_real, Choice("dm", recipe="smoke", changes=["distill.iterations=9"]), 0, place).problem(0, None)
-    asked = list[int]()
-    ticks = iter(range(0, 10_000, 4))
-    monkeypatch.setattr("dstill.api.budgeted.time.perf_counter", lambda: next(ticks))
-    monkeypatch.setattr(
-        "dstill.methods.distribution_matching.DistributionMatching.step", lambda self, state, i, generator: asked.append(i)
-    )
-    assert budgeted._pace(problem, 10) == 4
-    assert asked == [0, 0, 1, 2], "one to warm up, then until ten seconds have passed"
+    now, asked = 0.0, list[int]()
+
+    def step(self: Method, state: State, iteration: int, generator: torch.Generator) -> dict[str, float]:
+        nonlocal now
+        now += 10.0 if iteration == 0 else 4.0
+        asked.append(iteration)
+        return {"loss": 0.0}
+
+    monkeypatch.setattr("dstill.api.budgeted.time.perf_counter", lambda: now)
+    monkeypatch.setattr("dstill.methods.distribution_matching.DistributionMatching.step", step)
+    assert budgeted._pace(problem, 15, 1) == 4
+    assert asked == [0, 1, 2], "one to warm up, then until fifteen seconds have passed"
     asked.clear()
-    budgeted._pace(problem, 1e9)
-    assert len(asked) == 1 + 9, "no more than there are"
+    assert budgeted._pace(problem, 1e9, 1) == 4
+    assert len(asked) == 9, "no more than there are"
+    assert budgeted._pace(problem, 5, 1) == 10, "there was time for one only"
 
 
 @pytest.mark.parametrize("better", ["random", "rat-bptt"])

@@ -83,6 +83,29 @@ def test_twice_the_work_takes_twice_as_long(tiny_real: RealSet, tmp_path: Path) 
     assert twice == 2 * once, "a batch is timed once"
 
 
+def test_draws_are_taken_in_rounds_of_as_many_as_there_are_processes(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = list[int | None]()
+    monkeypatch.setattr(Clock, "passes", lambda self, net, passes, count=None: threads.append(count) or 1.0)
+    monkeypatch.setattr("dstill.planning.plan.threads_each", lambda workers: 100 * workers)
+
+    def distilling(draws: int, workers: int) -> Any:
+        changes = ["net.width=4", f"distill.draws={draws}"]
+        machine = dstill.Machine(device="cpu", cache=tmp_path, workers=workers)
+        return stage(dstill.plan(tiny_real, method="dm", recipe="smoke", changes=changes, machine=machine), "distilling")
+
+    one = distilling(1, 4)
+    assert set(threads) == {None}, "a single draw takes all threads"
+    for draws, workers, rounds, several in ((6, 1, 6, 1), (6, 4, 2, 4), (2, 4, 1, 2)):
+        threads.clear()
+        found = distilling(draws, workers)
+        assert found.seconds == rounds * one.seconds
+        assert found.peak_bytes == several * one.peak_bytes
+        assert 100 * several in threads or several == 1
+        assert found.note == f"5 iterations of {draws} draws" + (f" in {several} processes" if several > 1 else "")
+
+
 def test_an_evaluation_takes_the_training_and_the_judging_of_its_networks(
     tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +120,7 @@ def test_an_evaluation_takes_the_training_and_the_judging_of_its_networks(
 def test_a_plan_counts_what_stored_images_hold_and_random_images_by_their_bytes(
     tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Clock, "passes", lambda self, net, passes: passes.times * passes.images)
+    monkeypatch.setattr(Clock, "passes", lambda self, net, passes, threads=None: passes.times * passes.images)
     monkeypatch.setattr(Clock, "training", lambda self, net, images, *given: float(images))
 
     def planned(ipc: int, parts: int) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +16,17 @@ from dstill.artifacts.run_folder import IDENTITY_NAME
 from dstill.config import recipes
 from dstill.config.settings import Recipe, canonical
 from dstill.data.real import RealSet, Source, load_real
-from dstill.distillation.loop import make_method
+from dstill.distillation.folder import processes
+from dstill.distillation.loop import Cadence, follow, run_method
 from dstill.errors import DamagedFileError, DstillError
 from dstill.jobs.job import Job, Task, Workplace, shape_of
 from dstill.jobs.options import Budget, Choice
 from dstill.methods.base import Problem
 from dstill.planning.budget import PREPROCESS, Offer, Rivals, Until, best_offer, described, method_for, with_iterations
 from dstill.planning.clock import QUICK, Clock
-from dstill.support import seeding
+from dstill.support.mates import together
 from dstill.support.progress import expect
+from dstill.support.workers import Workers
 
 NAME = "budget.json"
 _LONGER = 3  # times the budget, of the offer that is shown beside it
@@ -160,7 +162,8 @@ class Budgeted:
         if self.chosen.settled or not self.recipe.distill.iterations:
             return self.recipe
         least, most = _PACE_SECONDS
-        each = _pace(problem, min(max(_PACE_SHARE * 60 * self.budget.minutes, least), most))
+        share = min(max(_PACE_SHARE * 60 * self.budget.minutes, least), most)
+        each = _pace(problem, share, self.job.place.workers)
         iterations = int(self._time_to_distil() / self._task.sets / each)
         recipe = with_iterations(self.job.with_recipe(self.recipe), max(1, min(self.chosen.offer.most, iterations))).recipe
         offer = self.chosen.offer.model_copy(update={"recipe": recipe})
@@ -208,14 +211,10 @@ def with_method(choice: Choice, source: Source, place: Workplace) -> tuple[Choic
     return replace(choice, method=method_for(shape_of(real)), changes=changes), real
 
 
-def _pace(problem: Problem, most: float) -> float:
-    """Seconds of an iteration, measured for about so many seconds after one to warm up."""
-    method = make_method(problem)
-    state = method.initialise(seeding.generator(problem.seed, "initialise"))
-    method.step(state, 0, seeding.generator(problem.seed, "step", 0))
-    times: list[float] = []
-    while sum(times) < most and len(times) < method.iterations():
-        started = time.perf_counter()
-        method.step(state, len(times), seeding.generator(problem.seed, "step", len(times)))
-        times.append(time.perf_counter() - started)
-    return math.fsum(times) / len(times)
+def _pace(problem: Problem, most: float, workers: Workers) -> float:
+    """Seconds of an iteration, measured for about so many seconds. The first, which warms up, counts only if it is alone."""
+    seconds: list[float] = []
+    with together(follow, problem, processes(problem.recipe, problem.device, workers), workers) as crew:
+        cadence = Cadence(checkpoint=0, until=time.perf_counter() + most)
+        run_method(problem, cadence=cadence, observer=lambda done, total, row: seconds.append(row["seconds"]), crew=crew)
+    return statistics.fmean(seconds[1:] or seconds)

@@ -299,5 +299,6 @@ def _choice(offer: Offer) -> str:
     parts += [f"{recipe.net.name} of width {recipe.net.width}" if recipe.net.width else recipe.net.name]
     if recipe.experts is not None:
         parts += [f"{recipe.experts.count} expert(s) of {recipe.expert_config.epochs} epochs"]
-    parts += [f"{recipe.distill.iterations:,} iterations"] if recipe.distill.iterations else []
+    of_draws = f" of {recipe.distill.draws} draws" if recipe.distill.draws > 1 else ""
+    parts += [f"{recipe.distill.iterations:,} iterations{of_draws}"] if recipe.distill.iterations else []
     return ", ".join(parts)

@@ -53,17 +53,17 @@ class Clock:
         self.shape, self.device, self.pains = shape, device, pains
         self._measured: dict[tuple[Any, ...], float] = {}
 
-    def passes(self, own: NetConfig, passes: Passes) -> float:
-        """Seconds of these passes, on all threads; `own` is the recipe's network."""
+    def passes(self, own: NetConfig, passes: Passes, threads: int | None = None) -> float:
+        """Seconds of these passes, on so many threads, or all; `own` is the recipe's network."""
         net, precision = passes.net or own, passes.precision
 
         def seconds(images: int) -> float:
-            key = (passes.kind, images, net.model_dump_json(), precision)
-            return self._time(key, lambda: self._work(net, passes.kind, images, precision))
+            key = (passes.kind, images, net.model_dump_json(), precision, threads)
+            return self._time(key, lambda: self._work(net, passes.kind, images, precision), threads)
 
         found = self._scaled(passes.images, seconds)
         if passes.kind == "tangent":  # the first order is counted separately
-            found = max(0.0, found - self.passes(net, Passes("gradient", 1, passes.images)))
+            found = max(0.0, found - self.passes(net, Passes("gradient", 1, passes.images), threads))
         return found * passes.times
 
     def _work(self, net: NetConfig, kind: str, count: int, precision: Precision) -> Callable[[], Any]:

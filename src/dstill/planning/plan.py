@@ -13,6 +13,7 @@ from dstill.config.settings import ExpertConfig, NetConfig, Passes, Recipe, dige
 from dstill.data import formation
 from dstill.data.catalog import Shape, named
 from dstill.data.real import Source
+from dstill.distillation.folder import processes
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.train import expert_identity
@@ -212,9 +213,12 @@ def _distilling(job: Job, task: Task, clock: Clock) -> list[Stage]:
     stages: list[Stage] = []
     if distill.iterations:
         work = distill.work(ipc=recipe.decoded_ipc, classes=shape.classes)
-        seconds = sets * distill.iterations * sum(clock.passes(recipe.net, passes) for passes in work)
-        memory = _BASE + method_class(recipe.method).peak_bytes(recipe, shape, job.place.device)
-        note = f"{distill.iterations} iterations" + (f", {sets} sets" if sets > 1 else "")
+        several = processes(recipe, job.place.device, job.place.workers)
+        threads, rounds = threads_each(several) if several > 1 else None, math.ceil(distill.draws / several)
+        seconds = sets * distill.iterations * rounds * sum(clock.passes(recipe.net, passes, threads) for passes in work)
+        memory = several * (_BASE + method_class(recipe.method).peak_bytes(recipe, shape, job.place.device))
+        note = f"{distill.iterations} iterations" + (f" of {distill.draws} draws" if distill.draws > 1 else "")
+        note += (f" in {several} processes" if several > 1 else "") + (f", {sets} sets" if sets > 1 else "")
         disk = sets * 3 * stored
         stages.append(Stage(name="distilling", seconds=seconds, peak_bytes=memory, disk_bytes=disk, note=note, times=sets))
     if distill.iterations and task.recording.validate_every:
