@@ -44,7 +44,7 @@ def noise(problem: Problem, draws: int) -> dict[str, float]:
     gradients, seconds = [], []
     for k in range(draws):
         started = time.perf_counter()
-        gradients.append(method.draw(state, 0, seeding.generator(k, "noise"))[1]["images"].flatten().double())
+        gradients.append(next(method.draw(state, 0, 0, seeding.generator(k, "noise"))).gradients["images"].flatten().double())
         seconds.append(time.perf_counter() - started)
     g = torch.stack(gradients)
     norms = g.norm(dim=1)

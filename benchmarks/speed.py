@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import multiprocessing
 import resource
@@ -179,13 +180,21 @@ def arithmetic(case: Case) -> float:
     return 2 * 8.8 * (forward + net.classifier.weight.numel())
 
 
+def peers() -> list[str]:
+    """Other libraries to compare with; one that is not installed is left out, and a note says so."""
+    if importlib.util.find_spec("torchopt") is not None:
+        return ["torchopt"]
+    print("torchopt is left out: it is not installed", flush=True)
+    return []
+
+
 def cases(rounds: int) -> dict[str, Any]:
     """Milliseconds per image and step of every engine, speed relative to `graph`, and share of a matrix product's rate."""
     found: dict[str, Any] = {}
     rate = gemm()
     for name, case in CASES.items():
         steps = max(2, min(case.steps, 200 // case.batch))
-        engines = [*ENGINES, "torchopt"] if not case.dsa else ["graph", "native, keep", "native, recompute"]
+        engines = [*ENGINES, *peers()] if not case.dsa else ["graph", "native, keep", "native, recompute"]
         seconds = in_turns({engine: runner(engine, case, steps) for engine in engines}, rounds)
         found[name] = {
             engine: {

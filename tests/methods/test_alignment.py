@@ -19,10 +19,10 @@ from dstill.support import seeding
 
 @pytest.mark.parametrize("max_start", [1, 15, 40])
 def test_the_balance_factor_is_equation_20(max_start: int) -> None:
-    middle = max_start / 2
+    middle, whole = max_start / 2, max_start // 2
     for t in range(max_start):
         paper = math.log(t - middle + 8) if t >= middle else 1 / math.log(middle - t + 8)
-        released = math.log(t - middle + 8, 5) if t >= middle else 1 / math.log(middle - t + 8, 5)
+        released = math.log(t - whole + 8, 5) if t >= whole else 1 / math.log(whole - t + 8, 5)
         assert balanced_loss(t, max_start, "paper") == pytest.approx(paper, rel=1e-12)
         assert balanced_loss(t, max_start, "released") == pytest.approx(released, rel=1e-12)
         assert abs(paper - released) > 0.05 * paper
