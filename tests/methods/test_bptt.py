@@ -21,7 +21,7 @@ from dstill.errors import CollapseError
 from dstill.methods.base import Problem, State
 from dstill.methods.batches import RealBatches
 from dstill.methods.bptt import Bptt, BpttConfig, real_loss
-from dstill.methods.drawing import Drawn
+from dstill.methods.drawing import Drawn, Told
 from dstill.methods.learned_labels import label_logits, one_hot_start, through_logits
 from dstill.methods.rat_bptt import RatBpttConfig
 from dstill.support import seeding
@@ -47,6 +47,12 @@ def started(problem: Problem) -> tuple[Bptt, State]:
     method = Bptt()
     method.start(problem)
     return method, method.initialise(seeding.generator(0, "initialise"))
+
+
+def updated(method: Bptt, state: State, iteration: int, gradients: dict[str, Tensor]) -> dict[str, float]:
+    """An update by one draw with these gradients."""
+    told = Told.of(0, Told.parcel(Drawn(gradients, {"loss": 1.0})))
+    return method.update(state, iteration, [told], lambda drawn: gradients)
 
 
 def naive_draw(problem: Problem, state: State, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,7 +162,7 @@ def test_labels_and_rates_shrink_with_the_gradient_of_the_images(tiny_real: Real
     for scale, factor in ((1.0, 1.0), (10.0, 0.15)):
         before = {name: state[f"{name}.first"].clone() for name in ("images", "labels", "log_alpha")}
         gradients = {name: torch.full_like(state[name], scale) for name in before}
-        assert method.update(state, 0, [Drawn(gradients, {"loss": 1.0})])["taken"]
+        assert updated(method, state, 0, gradients)["taken"]
         for name, first in before.items():
             entered = (state[f"{name}.first"] - 0.9 * first) / 0.1
             torch.testing.assert_close(entered, torch.full_like(entered, scale * factor), rtol=1e-4, atol=0)
@@ -177,7 +183,7 @@ def test_gradients_are_clipped_by_their_running_norm(tiny_real: RealSet) -> None
     for scale, norm, running in ((1.0, 1.0, 1.0), (4.0, 1.5, 1.05), (0.5, 0.5, 0.995)):
         first = state["images.first"].clone()
         gradients = {"images": scale * gradient}
-        assert method.update(state, 0, [Drawn(gradients, {"loss": 1.0})])["taken"]
+        assert updated(method, state, 0, gradients)["taken"]
         entered = (state["images.first"] - 0.9 * first) / 0.1
         assert float(entered.norm()) == pytest.approx(norm * size, rel=1e-4)
         assert float(state["norm"]) == pytest.approx(running * size, rel=1e-4)
@@ -200,14 +206,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_end_the_run(tiny_real
     method.step(state, 0, seeding.generator(0, "step"))
     before = {name: tensor.clone() for name, tensor in state.items()}
     bad = {"images": torch.full_like(state["images"], math.nan)}
-    assert not method.update(state, 1, [Drawn(bad, {"loss": 1.0})])["taken"]
+    assert not updated(method, state, 1, bad)["taken"]
     assert int(state["skipped"]) == 1
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items() if name != "skipped")
     with pytest.raises(
         CollapseError, match=r"were not finite, more than the 50% allowed: lower distill\.lr_images or alpha_init"
     ):
         for i in range(2, 30):
-            method.update(state, i, [Drawn(bad, {"loss": 1.0})])
+            updated(method, state, i, bad)
     assert int(state["skipped"]) == 10
 
 
@@ -215,7 +221,7 @@ def test_no_learned_quantity_is_ruined_by_one_that_is_not_finite(tiny_real: Real
     method, state = started(problem_of(tiny_real, learn_alpha="one", clip=2.0))
     for images, rate in ((1.0, math.inf), (1e30, 1.0)):
         gradients = {"images": torch.full_like(state["images"], images), "log_alpha": torch.tensor(rate)}
-        assert not method.update(state, 0, [Drawn(gradients, {"loss": 1.0})])["taken"]
+        assert not updated(method, state, 0, gradients)["taken"]
     assert torch.isfinite(state["images"]).all() and torch.isfinite(state["norm"])
 
 

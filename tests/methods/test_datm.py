@@ -18,7 +18,7 @@ from dstill.experts.trajectory import Trajectories
 from dstill.methods import initialisation
 from dstill.methods.base import Problem, State
 from dstill.methods.datm import DatmConfig
-from dstill.methods.drawing import Drawn
+from dstill.methods.drawing import Drawn, Told
 from dstill.methods.expert_labels import last_weights, mean_expert_labels
 from dstill.methods.matching_config import MatchingConfig
 from dstill.methods.trajectory_matching import TrajectoryMatching
@@ -123,8 +123,8 @@ def test_a_segment_with_a_large_loss_changes_nothing(make_problem: MakeProblem) 
     assert taking.step(state, 0, seeding.generator(0, "step"))["taken"] == 1
 
 
-def with_loss(loss: float) -> Drawn:
-    return Drawn({"images": torch.ones(2)}, {"loss": loss})
+def with_loss(loss: float) -> Told:
+    return Told.of(0, Told.parcel(Drawn({"images": torch.ones(2)}, {"loss": loss})))
 
 
 def test_a_run_in_which_every_segment_is_passed_over_ends_with_advice(make_problem: MakeProblem) -> None:

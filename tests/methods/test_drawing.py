@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from dstill.jobs.checks import check_early
 from dstill.jobs.job import Job, Workplace
 from dstill.jobs.options import Choice, Machine
 from dstill.methods.base import Problem, State, method_class
-from dstill.methods.drawing import DrawingMethod, Drawn, averaged, mean_gradients, mean_metrics
+from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, mean_metrics
 from dstill.methods.frepo import FrepoConfig
 from dstill.methods.guard import Guard
 from dstill.support import seeding
@@ -72,6 +72,16 @@ def source(iteration: int, number: int) -> torch.Generator:
 
 def copied(state: State) -> State:
     return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def told(drawn: Drawn, number: int = 0) -> Told:
+    return Told.of(number, Told.parcel(drawn))
+
+
+def mean(drawn: Sequence[Drawn], some: Sequence[Told]) -> dict[str, Tensor]:
+    """The mean gradients of some of these draws, by numbers."""
+    chosen = [drawn[one.number].gradients for one in some]
+    return {name: torch.stack([gradients[name] for gradients in chosen]).sum(0) / len(chosen) for name in chosen[0]}
 
 
 def stepped(method: DrawingMethod, state: State, iteration: int = 0) -> dict[str, float]:
@@ -143,7 +153,7 @@ def test_draws_with_several_updates_see_each_other(name: str, problem_of: Callab
     ended: list[Drawn] = []
     while own:
         drawn = [next(draw) for draw in own]
-        method.update(mine, 0, drawn)
+        method.update(mine, 0, [told(one, k) for k, one in enumerate(drawn)], lambda some: mean(drawn, some))  # noqa: B023
         ended += [one for one in drawn if one.last]
         own = [draw for draw, one in zip(own, drawn, strict=True) if not one.last]
     assert len(ended) == 2
@@ -164,15 +174,15 @@ def test_each_draw_of_the_pool_trains_a_network_of_its_own(problem_of: Callable[
     assert taken == [{0, 3}, {1}, {2}]
 
 
-def drawn(value: float, loss: float = 1.0) -> Drawn:
-    return Drawn({"images": torch.full((2,), value)}, {"loss": loss})
+def drawn(value: float, loss: float = 1.0) -> Told:
+    return told(Drawn({"images": torch.full((2,), value), "alpha": torch.tensor(1.0)}, {"loss": loss}))
 
 
 def test_a_bad_draw_is_left_out_of_the_mean_and_counted() -> None:
     guard, state = Guard(True, 1.0, draws=3), {"skipped": torch.zeros((), dtype=torch.int64), "m": torch.ones(2)}
     for bad in (drawn(math.nan), drawn(1.0, math.nan), drawn(3e30)):
-        usable = guard.usable(state, 0, [drawn(1.0), bad, drawn(3.0)], ["m"])
-        assert mean_gradients(usable)["images"].tolist() == [2.0, 2.0]
+        good = [drawn(1.0), drawn(3.0)]
+        assert guard.usable(state, 0, [good[0], bad, good[1]], ["m"]) == good
     assert int(state["skipped"]) == 3 and state["m"].tolist() == [1.0, 1.0]
     assert guard.usable(state, 0, [drawn(math.inf)] * 3, ["m"]) == []
     assert int(state["skipped"]) == 6 and state["m"].tolist() == [0.0, 0.0]
@@ -216,10 +226,10 @@ def test_every_method_can_return_a_moving_average(name: str, problem_of: Callabl
     average = state["images"].clone()
     inner = method.update
 
-    def update(state: State, iteration: int, drawn: list[Drawn]) -> dict[str, float]:
+    def update(state: State, iteration: int, drawn: list[Told], mean: Mean) -> dict[str, float]:
         nonlocal average, updates
-        told = inner(state, iteration, drawn)
-        if drawn[0].gradients:
+        told = inner(state, iteration, drawn, mean)
+        if drawn[0].shapes:
             average, updates = 0.75 * average + 0.25 * state["images"], updates + 1
         return told
 
@@ -234,11 +244,14 @@ def test_every_method_can_return_a_moving_average(name: str, problem_of: Callabl
     assert torch.equal(plain.result(state).images, state["images"])
 
 
-def test_a_draw_survives_the_way_to_another_process() -> None:
-    one = Drawn({"images": torch.ones(2), "kept x": torch.zeros(1)}, {"loss": 2.0}, {"labels": torch.ones(3)}, last=False)
-    back = Drawn.unpacked(one.packed())
-    assert (back.metrics, back.last) == ({"loss": 2.0}, False)
-    assert list(back.gradients) == ["images", "kept x"] and list(back.kept) == ["labels"]
+def test_every_process_knows_of_a_draw_what_an_update_needs() -> None:
+    one = Drawn({"images": torch.ones(2, 3), "alpha": torch.tensor(1.0)}, {"loss": 2.0}, {"labels": torch.ones(3)}, last=False)
+    known = told(one, 4)
+    assert (known.number, known.metrics, known.last, known.sound) == (4, {"loss": 2.0}, False, True)
+    assert {name: list(shape) for name, shape in known.shapes.items()} == {"images": [2, 3], "alpha": []}
+    assert torch.equal(known.kept["labels"], torch.ones(3))
+    for bad in (Drawn({"images": torch.tensor([1.0, math.nan])}), Drawn({}, {"loss": math.inf})):
+        assert not told(bad).sound
     assert mean_metrics([{"a": 1, "b": 2.0}]) == {"a": 1, "b": 2.0}
 
 

@@ -17,7 +17,7 @@ from dstill.data.catalog import Shape
 from dstill.derivatives.engine import derivatives_of
 from dstill.errors import DstillError
 from dstill.methods.base import Metrics, Problem, State
-from dstill.methods.drawing import DrawingMethod, Drawn, averaged, mean_gradients, move_averages, with_averages
+from dstill.methods.drawing import DrawingMethod, Mean, Told, averaged, move_averages, with_averages
 from dstill.methods.initialisation import initial_images
 from dstill.support.devices import sent, total_memory
 from dstill.training.fit import cross_entropy_objective, fit, student_batches
@@ -217,13 +217,13 @@ class ImageMethod(DrawingMethod):
         images = initial_images(self.problem, settings.initialisation, generator)
         return with_averages({"images": images, "images.momentum": torch.zeros_like(images)}, ["images"], settings.image_ema)
 
-    def update(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> Metrics:
+    def update(self, state: State, iteration: int, drawn: Sequence[Told], mean: Mean) -> Metrics:
         """One step on the images.
 
         Raises:
             DstillError: the images would no longer be finite.
         """
-        settings, gradient = self.image_settings, mean_gradients(drawn)["images"]
+        settings, gradient = self.image_settings, mean(drawn)["images"]
         lr = self.lr_images(iteration) * settings.draw_factor
         images, buffer = sgd_step(state["images"], state["images.momentum"], gradient, lr, settings.image_momentum)
         if not bool(torch.isfinite(images).all()):

@@ -25,7 +25,7 @@ from dstill.data import siamese
 from dstill.data.catalog import Shape
 from dstill.methods.base import Metrics, Problem, State, hand_written, library_bytes
 from dstill.methods.batches import RealBatches, draw_steps
-from dstill.methods.drawing import DrawingMethod, Drawn, averaged, mean_gradients, move_averages, with_averages
+from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, move_averages, with_averages
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
 from dstill.methods.learned_labels import label_logits, one_hot_start, through_logits
@@ -223,11 +223,11 @@ class Bptt(DrawingMethod):
         counts = {name: torch.zeros((), dtype=torch.int64) for name in ("taken", "skipped")}
         return {**state, **counts, "norm": torch.zeros((), device=device)}
 
-    def update(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> Metrics:
+    def update(self, state: State, iteration: int, drawn: Sequence[Told], mean: Mean) -> Metrics:
         """Updates the images, learned labels and learned rates once, unless nothing finite was drawn."""
         usable, metrics = self.guard.usable(state, iteration, drawn), Metrics()
         if usable:
-            gradients = mean_gradients(usable)
+            gradients = mean(usable)
             metrics["image_gradient_norm"] = float(gradients["images"].norm())
             self._stepped(state, iteration, gradients)
         if "log_alpha" in state:

@@ -8,9 +8,11 @@ does not matter which process computes which draw.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -36,21 +38,40 @@ class Drawn:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     last: bool = True
 
-    def packed(self) -> Parcel:
-        """The same for another process."""
-        gradients = {f"gradient {name}": tensor for name, tensor in self.gradients.items()}
-        kept = {f"kept {name}": tensor for name, tensor in self.kept.items()}
-        return Parcel({"metrics": self.metrics, "last": self.last}, {**gradients, **kept})
+
+@dataclass(frozen=True)
+class Told:
+    """What every process knows of a draw. Its gradients are known to the process that took it.
+
+    Attributes:
+        number: number of the draw within its iteration.
+        metrics, kept, last: as in `Drawn`.
+        sound: whether its loss and gradients are finite.
+        shapes: shapes of its gradients.
+    """
+
+    number: int
+    metrics: Metrics = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    last: bool = True
+    sound: bool = True
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @staticmethod
+    def parcel(drawn: Drawn) -> Parcel:
+        """What other processes must know of a draw, for `of`."""
+        norms = [float(gradient.norm()) for gradient in drawn.gradients.values()]
+        sound = all(map(math.isfinite, (drawn.metrics.get("loss", 0.0), *norms)))
+        shapes = {name: list(gradient.shape) for name, gradient in drawn.gradients.items()}
+        return Parcel({"metrics": drawn.metrics, "last": drawn.last, "sound": sound, "shapes": shapes}, dict(drawn.kept))
 
     @classmethod
-    def unpacked(cls, parcel: Parcel) -> Self:
-        """What `packed` was called for."""
-        found: dict[str, dict[str, Tensor]] = {"gradient": {}, "kept": {}}
-        for key, tensor in parcel.tensors.items():
-            kind, _, name = key.partition(" ")
-            found[kind][name] = tensor
-        values: dict[str, Any] = parcel.values
-        return cls(found["gradient"], values["metrics"], found["kept"], values["last"])
+    def of(cls, number: int, parcel: Parcel) -> Self:
+        return cls(number, kept=parcel.tensors, **parcel.values)
+
+
+Mean = Callable[[Sequence[Told]], dict[str, Tensor]]
+"""The mean gradients of some draws, by what is learned; at least one. All processes ask for the same draws."""
 
 
 class DrawingMethod(Method):
@@ -70,36 +91,31 @@ class DrawingMethod(Method):
         """
 
     @abc.abstractmethod
-    def update(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> Metrics:
+    def update(self, state: State, iteration: int, drawn: Sequence[Told], mean: Mean) -> Metrics:
         """Changes `state` by the mean of these draws, at least one, and returns what the log should know about it."""
 
     def step(self, state: State, iteration: int, generator: torch.Generator) -> Metrics:
         """Takes the draws of an iteration and updates `state` until all of them have ended."""
-        own = {k: self.draw(state, iteration, k, self._source(iteration, k, generator)) for k in self._share()}
-        ended, told = dict[int, Metrics](), Metrics()
+        share = self.crew.share(self.problem.recipe.distill.draws)
+        own = {k: self.draw(state, iteration, k, self._source(iteration, k, generator)) for k in share}
+        ended = dict[int, Metrics]()
         while True:
-            parcels = self.crew.gathered({k: next(draw).packed() for k, draw in own.items()})
-            drawn = {k: Drawn.unpacked(parcel) for k, parcel in parcels.items()}
-            told = self.update(state, iteration, list(drawn.values()))
-            ended |= {k: one.metrics for k, one in drawn.items() if one.last}
-            if all(one.last for one in drawn.values()):
+            taken = {k: next(draw) for k, draw in own.items()}
+            parcels = self.crew.gathered({k: Told.parcel(drawn) for k, drawn in taken.items()})
+            drawn = [Told.of(k, parcel) for k, parcel in parcels.items()]
+            told = self.update(state, iteration, drawn, functools.partial(self._mean, taken))
+            ended |= {one.number: one.metrics for one in drawn if one.last}
+            if all(one.last for one in drawn):
                 return {**mean_metrics([ended[k] for k in sorted(ended)]), **told}
             own = {k: draw for k, draw in own.items() if k not in ended}
 
-    def _share(self) -> range:
-        return self.crew.share(self.problem.recipe.distill.draws)
+    def _mean(self, taken: Mapping[int, Drawn], drawn: Sequence[Told]) -> dict[str, Tensor]:
+        own = {k: one.gradients for k, one in taken.items()}
+        return self.crew.mean([one.number for one in drawn], own, drawn[0].shapes)
 
     def _source(self, iteration: int, number: int, first: torch.Generator) -> torch.Generator:
         """The generator of a draw; `first` is that of draw 0."""
         return first if number == 0 else seeding.generator(self.problem.seed, "step", iteration, number)
-
-
-def mean_gradients(drawn: Sequence[Drawn]) -> dict[str, Tensor]:
-    """The mean gradients of some draws, summed in their order."""
-    total = dict(drawn[0].gradients)
-    for one in drawn[1:]:
-        total = {name: tensor + one.gradients[name] for name, tensor in total.items()}
-    return total if len(drawn) == 1 else {name: tensor / len(drawn) for name, tensor in total.items()}
 
 
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:

@@ -20,7 +20,7 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Case, Count, DistillConfig, NetConfig, Passes, Positive
 from dstill.errors import DstillError
 from dstill.methods.base import Metrics, Problem, State
-from dstill.methods.drawing import DrawingMethod, Drawn, averaged, mean_gradients, move_averages, with_averages
+from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, move_averages, with_averages
 from dstill.methods.initialisation import initial_images
 from dstill.methods.lamb import cosine, lamb_step
 from dstill.nets import networks as nets
@@ -183,7 +183,7 @@ class Frepo(DrawingMethod):
         metrics = {"loss": float(error.detach()), "margin": float(margin.detach()), "fit_accuracy": float(right), "age": age}
         yield Drawn(metrics=metrics, kept={"number": torch.tensor(i), **member})
 
-    def update(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> Metrics:
+    def update(self, state: State, iteration: int, drawn: Sequence[Told], mean: Mean) -> Metrics:
         """One step of LAMB on images and labels; then, once they have been trained on these, keeps the draws' networks.
 
         Raises:
@@ -194,7 +194,7 @@ class Frepo(DrawingMethod):
             for one in drawn:
                 self._keep(state, int(one.kept["number"]), {name: one.kept[name] for name in _MEMBER})
             return {}
-        gradients = mean_gradients(drawn)
+        gradients = mean(drawn)
         lr = cosine(settings.lr, iteration, settings.iterations) * settings.draw_factor
         lamb_step(state, "images", gradients["images"], lr, iteration + 1)
         if settings.learn_labels:

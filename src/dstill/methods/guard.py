@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dstill.errors import CollapseError
 from dstill.methods.base import State
-from dstill.methods.drawing import Drawn
+from dstill.methods.drawing import Told
 
 _MIN_SKIPS = 10
 _MOST_PASSED_OVER = 100  # segments at the start of a run
@@ -39,7 +39,7 @@ class Guard:
     bad: str = "were not finite or would have made α non-positive"
     advice: str = "lower distill.lr_images or lr_alpha, or use smoother experts"
 
-    def usable(self, state: State, iteration: int, drawn: Sequence[Drawn], momenta: Sequence[str] = ()) -> list[Drawn]:
+    def usable(self, state: State, iteration: int, drawn: Sequence[Told], momenta: Sequence[str] = ()) -> list[Told]:
         """The draws that count: those whose loss and gradients are finite, and whose loss is not above `skip_above`.
 
         If bad draws are skipped and none is left, the entries named in `momenta` are reset, since they would lead there again.
@@ -47,7 +47,7 @@ class Guard:
         Raises:
             CollapseError: too many draws were skipped, or all were passed over; or the guard is off and a draw is not finite.
         """
-        sound = [one for one in drawn if math.isfinite(one.metrics["loss"]) and _finite(one.gradients.values())]
+        sound = [one for one in drawn if one.sound]
         limit = math.inf if self.skip_above is None else self.skip_above
         usable = [one for one in sound if one.metrics["loss"] <= limit]
         self._pass_over(state, iteration, len(sound) - len(usable))
@@ -58,7 +58,7 @@ class Guard:
         self,
         state: State,
         iteration: int,
-        drawn: Sequence[Drawn],
+        drawn: Sequence[Told],
         where: Sequence[Tensor],
         alpha: Tensor | None = None,
         momenta: Sequence[str] = (),
@@ -109,6 +109,5 @@ class Guard:
             )
 
 
-def _finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all norms are finite, and hence all numbers."""
-    return all(bool(torch.isfinite(one.norm())) for one in tensors)
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(torch.isfinite(one).all()) for one in tensors)

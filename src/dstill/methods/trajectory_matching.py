@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
 from dstill.methods.base import Metrics, Problem, State, hand_written, library_bytes
 from dstill.methods.batches import draw_steps
-from dstill.methods.drawing import DrawingMethod, Drawn, averaged, mean_gradients, move_averages, with_averages
+from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, move_averages, with_averages
 from dstill.methods.expert_labels import expert_labels, gradient_through_labels, mean_expert_labels
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
@@ -104,12 +104,12 @@ class TrajectoryMatching(DrawingMethod):
             metrics["gradient_cosine"] = cosine(unrolled.grads.images, exact.grads.images)
         yield Drawn(gradients, metrics, {} if "labels" in gradients or not labels.is_floating_point() else {"labels": labels})
 
-    def update(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> Metrics:
+    def update(self, state: State, iteration: int, drawn: Sequence[Told], mean: Mean) -> Metrics:
         """Updates the images, learned labels and α once (paper Algorithm 2, line 18), unless the guard skips it."""
         if "labels" in drawn[0].kept:
             state["labels"] = torch.stack([one.kept["labels"] for one in drawn]).mean(0)
         usable = self.guard.usable(state, iteration, drawn, self._momenta)
-        taken = bool(usable) and self._stepped(state, iteration, usable)
+        taken = bool(usable) and self._stepped(state, iteration, usable, mean(usable))
         return {"alpha": float(state["alpha"]), "skipped": int(state["skipped"]), "taken": int(taken)}
 
     def result(self, state: State) -> DistilledSet:
@@ -169,9 +169,9 @@ class TrajectoryMatching(DrawingMethod):
         through = gradient_through_labels(self.student, segment.targets[-1], decoded, unrolled.grads.labels)
         return self.problem.pulled_back(unrolled.grads.images + through)
 
-    def _stepped(self, state: State, iteration: int, drawn: Sequence[Drawn]) -> bool:
-        """One SGD step along the mean of some draws. Returns whether the guard has allowed it."""
-        settings, gradients = self.settings, mean_gradients(drawn)
+    def _stepped(self, state: State, iteration: int, drawn: Sequence[Told], gradients: Mapping[str, Tensor]) -> bool:
+        """One SGD step along the mean gradients of some draws. Returns whether the guard has allowed it."""
+        settings = self.settings
         rules = {
             "images": (settings.lr_images, settings.image_momentum),
             "alpha": (settings.lr_alpha, settings.image_momentum),

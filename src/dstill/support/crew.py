@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -55,6 +56,21 @@ class Crew(Protocol):
         """
         ...
 
+    def mean(
+        self, numbers: Sequence[int], own: Mapping[int, Mapping[str, Tensor]], shapes: Mapping[str, Sequence[int]]
+    ) -> dict[str, Tensor]:
+        """The mean of tensors of some draws, summed in the order of their numbers.
+
+        Args:
+            numbers: the draws, at least one, ascending; the same for all processes.
+            own: the tensors of the draws of this process, by name.
+            shapes: their shapes.
+
+        Raises:
+            DstillError: another process has ended or does not answer.
+        """
+        ...
+
     def call(self) -> None:
         """Tells the other processes that an iteration begins. Only the leader calls."""
         ...
@@ -72,6 +88,11 @@ class Alone:
 
     def gathered(self, own: Mapping[int, Parcel]) -> dict[int, Parcel]:
         return dict(own)
+
+    def mean(
+        self, numbers: Sequence[int], own: Mapping[int, Mapping[str, Tensor]], shapes: Mapping[str, Sequence[int]]
+    ) -> dict[str, Tensor]:
+        return {name: _mean([own[k][name] for k in numbers]) for name in shapes}
 
     def call(self) -> None:
         return None
@@ -115,6 +136,34 @@ class Group:
         self.since = time.perf_counter()
         return {k: found[k] for k in sorted(found)}
 
+    def mean(
+        self, numbers: Sequence[int], own: Mapping[int, Mapping[str, Tensor]], shapes: Mapping[str, Sequence[int]]
+    ) -> dict[str, Tensor]:
+        """As in `Crew`. Each process sums one slice of all draws, so that what it receives does not grow with their number.
+
+        The slices are exchanged twice: those of the draws, to where they are summed, and their means, to everybody.
+        """
+        length = sum(math.prod(shape) for shape in shapes.values())
+        width = math.ceil(length / self.size)
+        drawn = [torch.cat([own[k][name].reshape(-1) for name in shapes]) for k in numbers if k in own]
+        padded = [torch.nn.functional.pad(one.to(self.device), (0, self.size * width - length)) for one in drawn]
+        sliced = [one.view(self.size, width) for one in padded]
+        of_process = [[k for k in numbers if k % self.size == number] for number in range(self.size)]
+        received = self._slices(sliced, [len(some) for some in of_process], width)
+        by_number = dict(zip([k for some in of_process for k in some], received, strict=True))
+        whole = torch.cat(self._all(_mean([by_number[k] for k in numbers])))[:length]
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        parts = zip(shapes.items(), whole.split(sizes), strict=True)
+        return {name: part.view(list(shape)) for (name, shape), part in parts}
+
+    def _slices(self, own: Sequence[Tensor], counts: Sequence[int], width: int) -> Sequence[Tensor]:
+        """This process's slice of every draw; `own` are all slices of its own draws, `counts` the draws of each process."""
+        sent = torch.stack(list(own), 1).reshape(-1) if own else torch.zeros(0, device=self.device)
+        received = torch.empty(sum(counts) * width, device=self.device)
+        received_each, sent_each = [count * width for count in counts], [len(own) * width] * self.size
+        self._done(lambda: self.group.alltoall_base(received, sent, received_each, sent_each))
+        return received.view(-1, width).unbind()
+
     def call(self) -> None:
         self.calls += 1
         self.store.set(f"call {self.calls}", "on")
@@ -157,11 +206,14 @@ class Group:
 
     def _all(self, own: Tensor) -> list[Tensor]:
         received = [torch.empty_like(own) for _ in range(self.size)]
+        self._done(lambda: self.group.allgather([received], [own]))
+        return received
+
+    def _done(self, exchange: Callable[[], Any]) -> None:
         try:
-            self.group.allgather([received], [own]).wait()
+            exchange().wait()
         except RuntimeError as error:
             raise DstillError(self._lost(error)) from error
-        return received
 
     def _lost(self, error: RuntimeError) -> str:
         reason = _first_line(error)
@@ -172,6 +224,13 @@ class Group:
             f"one of the {self.size} processes of the run has ended, or has not answered for {self.patience:g} s ({reason}); "
             "the same command goes on from the last checkpoint"
         )
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total / len(tensors) if len(tensors) > 1 else total
 
 
 def waited_for(store: Store, key: str) -> bytes:
