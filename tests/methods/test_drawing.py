@@ -236,7 +236,7 @@ def test_every_method_can_return_a_moving_average(name: str, problem_of: Callabl
 
 def test_a_draw_survives_the_way_to_another_process() -> None:
     one = Drawn({"images": torch.ones(2), "kept x": torch.zeros(1)}, {"loss": 2.0}, {"labels": torch.ones(3)}, last=False)
-    back = Drawn.unpacked(one.packed())
+    back = Drawn.unpacked(one.packed(), torch.device("cpu"))
     assert (back.metrics, back.last) == ({"loss": 2.0}, False)
     assert list(back.gradients) == ["images", "kept x"] and list(back.kept) == ["labels"]
     assert mean_metrics([{"a": 1, "b": 2.0}]) == {"a": 1, "b": 2.0}

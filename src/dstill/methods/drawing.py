@@ -43,12 +43,12 @@ class Drawn:
         return Parcel({"metrics": self.metrics, "last": self.last}, {**gradients, **kept})
 
     @classmethod
-    def unpacked(cls, parcel: Parcel) -> Self:
-        """What `packed` was called for."""
+    def unpacked(cls, parcel: Parcel, device: torch.device) -> Self:
+        """What `packed` was called for, with tensors on a device."""
         found: dict[str, dict[str, Tensor]] = {"gradient": {}, "kept": {}}
         for key, tensor in parcel.tensors.items():
             kind, _, name = key.partition(" ")
-            found[kind][name] = tensor
+            found[kind][name] = tensor.to(device)
         values: dict[str, Any] = parcel.values
         return cls(found["gradient"], values["metrics"], found["kept"], values["last"])
 
@@ -79,7 +79,7 @@ class DrawingMethod(Method):
         ended, told = dict[int, Metrics](), Metrics()
         while True:
             parcels = self.crew.gathered({k: next(draw).packed() for k, draw in own.items()})
-            drawn = {k: Drawn.unpacked(parcel) for k, parcel in parcels.items()}
+            drawn = {k: Drawn.unpacked(parcel, self.problem.device) for k, parcel in parcels.items()}
             told = self.update(state, iteration, list(drawn.values()))
             ended |= {k: one.metrics for k, one in drawn.items() if one.last}
             if all(one.last for one in drawn.values()):
