@@ -55,7 +55,7 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
     return found
 
 
-def members(store: Store, size: int, patience: float = 30.0) -> list[Group]:
+def members(store: Store, size: int, patience: float = 600.0) -> list[Group]:
     """A group, all of whose members are in this process. Gloo does not know, and talks over real connections."""
     made = at_once(*(lambda number=number: Group(other(store), number, size, patience=patience) for number in range(size)))
     assert all(isinstance(one, Group) for one in made), made
@@ -180,7 +180,7 @@ def test_who_waits_for_a_process_that_has_failed_hears_why(store: Store) -> None
     for error in at_once(lambda: leader.gathered({}), follow, fail)[:2]:
         assert isinstance(error, DstillError)
         assert str(error) == (
-            "one of the 3 processes of the run has ended, or has not answered for 30 s (process 2: ValueError: no images); "
+            "one of the 3 processes of the run has ended, or has not answered for 600 s (process 2: ValueError: no images); "
             "the same command goes on from the last checkpoint"
         ), "the first reason, not that of another one who left for its sake"
 
@@ -196,7 +196,7 @@ def test_the_end_of_the_leader_in_the_middle_of_an_iteration_reaches_those_who_w
 
 def test_who_does_not_answer_is_waited_for_with_patience(store: Store) -> None:
     leader, _hangs = members(store, 2, patience=0.3)
-    with pytest.raises(DstillError, match=r"has not answered for 0\.3 s \(Timed out waiting .*; the same command"):
+    with pytest.raises(DstillError, match=r"has not answered for 0\.3 s \(Timed out waiting 300ms .*; the same command"):
         leader.gathered({0: parcel(0.0)})
 
 
@@ -216,7 +216,7 @@ def test_a_process_that_is_killed_is_missed_at_once(store: Any) -> None:
     process.start()
     leader = Group(store, 0, 2)
     assert float(leader.gathered({})[1].tensors["images"][0, 0]) == 1.0
-    with pytest.raises(DstillError, match=r"has ended, .* \(Connection closed by peer \[127\.0\.0\.1\]:\d+\); the"):
+    with pytest.raises(DstillError, match=r"has ended, .* \((Connection|Read error)[^()]* by peer[^()]*\); the"):
         leader.gathered({0: parcel(0.0)})
     process.join()
     assert process.exitcode == -signal.SIGKILL
