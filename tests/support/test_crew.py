@@ -166,23 +166,15 @@ def test_a_call_is_waited_for_as_long_as_it_takes(store: Store, monkeypatch: pyt
 
 def test_who_waits_for_a_process_that_has_failed_hears_why(store: Store) -> None:
     leader, second, third = members(store, 3)
-
-    def follow() -> None:
-        try:
-            second.gathered({})
-        except DstillError as error:
-            second.fail(error)
-            raise
-
-    def fail() -> None:
-        third.fail(ValueError("no images"))
-
-    for error in at_once(lambda: leader.gathered({}), follow, fail)[:2]:
+    waits, _ = at_once(lambda: second.gathered({}), lambda: third.fail(ValueError("no images")))
+    second.fail(waits)  # it leaves for the other's sake
+    (also,) = at_once(lambda: leader.gathered({}))
+    for error in (waits, also):
         assert isinstance(error, DstillError)
         assert str(error) == (
             "one of the 3 processes of the run has ended, or has not answered for 600 s (process 2: ValueError: no images); "
             "the same command goes on from the last checkpoint"
-        ), "the first reason, not that of another one who left for its sake"
+        )
 
 
 def test_the_end_of_the_leader_in_the_middle_of_an_iteration_reaches_those_who_wait(store: Store) -> None:
