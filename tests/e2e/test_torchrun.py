@@ -179,6 +179,7 @@ def test_a_machine_that_is_cut_off_and_comes_back_changes_no_bit(machines: dict[
 
     def joined(place: str) -> subprocess.Popen[str]:
         words = [*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", *meeting, f"--local-addr={machines[place]}"]
+        words += [f"--rdzv-conf=is_host={int(place == first)}"]  # torchrun goes by the name of the machine, which both share
         return start(["ip", "netns", "exec", place, *words, "-m", "dstill", *run_into(out, iterations)], tmp_path / "cache")
 
     one, two = joined(first), joined(second)
