@@ -51,7 +51,7 @@ def started(problem: Problem) -> tuple[Bptt, State]:
 
 def updated(method: Bptt, state: State, iteration: int, gradients: dict[str, Tensor]) -> dict[str, float]:
     """An update by one draw with these gradients."""
-    told = Told.of(0, Told.parcel(Drawn(gradients, {"loss": 1.0})))
+    told = Told.of(0, Told.parcel(Drawn(gradients, {"loss": 1.0})), torch.device("cpu"))
     return method.update(state, iteration, [told], lambda drawn: gradients)
 
 

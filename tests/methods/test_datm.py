@@ -124,7 +124,7 @@ def test_a_segment_with_a_large_loss_changes_nothing(make_problem: MakeProblem) 
 
 
 def with_loss(loss: float) -> Told:
-    return Told.of(0, Told.parcel(Drawn({"images": torch.ones(2)}, {"loss": loss})))
+    return Told.of(0, Told.parcel(Drawn({"images": torch.ones(2)}, {"loss": loss})), torch.device("cpu"))
 
 
 def test_a_run_in_which_every_segment_is_passed_over_ends_with_advice(make_problem: MakeProblem) -> None:

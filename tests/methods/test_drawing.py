@@ -75,7 +75,7 @@ def copied(state: State) -> State:
 
 
 def told(drawn: Drawn, number: int = 0) -> Told:
-    return Told.of(number, Told.parcel(drawn))
+    return Told.of(number, Told.parcel(drawn), torch.device("cpu"))
 
 
 def mean(drawn: Sequence[Drawn], some: Sequence[Told]) -> dict[str, Tensor]:

@@ -130,8 +130,9 @@ def run_shared(
 
 
 def processes(recipe: Recipe, device: torch.device, workers: Workers) -> int:
-    """How many processes share the draws of an iteration: one for each draw, at most `workers`."""
-    return min(recipe.distill.draws, most_workers(workers, device))
+    """How many processes share the draws of an iteration: one for each draw, at most `workers`, but one for a card."""
+    of_one_card = device.type != "cpu" and isinstance(workers, int | str)
+    return 1 if of_one_card else min(recipe.distill.draws, most_workers(workers, device))
 
 
 def _distill(

@@ -139,7 +139,7 @@ def follow(problem: Problem, group: Group) -> None:
     """Takes its share of the draws of `run_method`, which another process of the group runs on the same problem."""
     method = make_method(problem, group)
     (start,) = group.gathered({}).values()
-    iteration, state = int(start.values["iteration"]), start.tensors
+    iteration, state = int(start.values["iteration"]), {name: one.to(problem.device) for name, one in start.tensors.items()}
     while group.called():
         method.step(state, iteration, seeding.generator(problem.seed, "step", iteration))
         iteration += 1

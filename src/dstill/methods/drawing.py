@@ -66,8 +66,9 @@ class Told:
         return Parcel({"metrics": drawn.metrics, "last": drawn.last, "sound": sound, "shapes": shapes}, dict(drawn.kept))
 
     @classmethod
-    def of(cls, number: int, parcel: Parcel) -> Self:
-        return cls(number, kept=parcel.tensors, **parcel.values)
+    def of(cls, number: int, parcel: Parcel, device: torch.device) -> Self:
+        """What `parcel` was called for, with tensors on a device."""
+        return cls(number, kept={name: tensor.to(device) for name, tensor in parcel.tensors.items()}, **parcel.values)
 
 
 Mean = Callable[[Sequence[Told]], dict[str, Tensor]]
@@ -102,7 +103,7 @@ class DrawingMethod(Method):
         while True:
             taken = {k: next(draw) for k, draw in own.items()}
             parcels = self.crew.gathered({k: Told.parcel(drawn) for k, drawn in taken.items()})
-            drawn = [Told.of(k, parcel) for k, parcel in parcels.items()]
+            drawn = [Told.of(k, parcel, self.problem.device) for k, parcel in parcels.items()]
             told = self.update(state, iteration, drawn, functools.partial(self._mean, taken))
             ended |= {one.number: one.metrics for one in drawn if one.last}
             if all(one.last for one in drawn):
@@ -111,7 +112,8 @@ class DrawingMethod(Method):
 
     def _mean(self, taken: Mapping[int, Drawn], drawn: Sequence[Told]) -> dict[str, Tensor]:
         own = {k: one.gradients for k, one in taken.items()}
-        return self.crew.mean([one.number for one in drawn], own, drawn[0].shapes)
+        means = self.crew.mean([one.number for one in drawn], own, drawn[0].shapes)
+        return {name: mean.to(self.problem.device) for name, mean in means.items()}
 
     def _source(self, iteration: int, number: int, first: torch.Generator) -> torch.Generator:
         """The generator of a draw; `first` is that of draw 0."""

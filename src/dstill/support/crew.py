@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import ipaddress
 import json
 import math
+import os
+import re
+import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +32,7 @@ PATIENCE = 600.0  # seconds that a process waits for another one's draws
 _CPU = torch.device("cpu")
 _POLL = datetime.timedelta(seconds=60)
 _SMOOTHING = 0.9  # of the seconds that a process takes for a draw
-_SLOW = 1.5  # times the median
+_SLOW = 1.5  # times the median of the others
 
 
 class Parcel(NamedTuple):
@@ -121,17 +125,18 @@ class Group:
         try:
             self.group = _process_group(store, number, size, device, datetime.timedelta(seconds=patience))
         except RuntimeError as error:
-            raise DstillError(f"the {size} processes of the run did not find each other: {_first_line(error)}") from error
+            raise DstillError(f"the {size} processes of the run did not find each other: {_said(error)}") from error
 
     def share(self, draws: int) -> range:
         return range(self.number, draws, self.size)
 
     def gathered(self, own: Mapping[int, Parcel]) -> dict[int, Parcel]:
-        seconds = (time.perf_counter() - self.since) / max(1, len(own))
+        seconds = (time.perf_counter() - self.since) / len(own) if own else None
         found: dict[int, Parcel] = {}
         for number, packed in enumerate(self._exchanged(_packed(seconds, own).to(self.device))):
             pace, parcels = _unpacked(packed, self.device)
-            self._paced(number, pace)
+            if pace is not None:
+                self._paced(number, pace)
             found |= parcels
         self.since = time.perf_counter()
         return {k: found[k] for k in sorted(found)}
@@ -154,7 +159,8 @@ class Group:
         whole = torch.cat(self._all(_mean([by_number[k] for k in numbers])))[:length]
         sizes = [math.prod(shape) for shape in shapes.values()]
         parts = zip(shapes.items(), whole.split(sizes), strict=True)
-        return {name: part.view(list(shape)) for (name, shape), part in parts}
+        # A copy lies as torch aligns its own memory, on which the last bits of a norm may depend.
+        return {name: part.clone().view(list(shape)) for (name, shape), part in parts}
 
     def _slices(self, own: Sequence[Tensor], counts: Sequence[int], width: int) -> Sequence[Tensor]:
         """This process's slice of every draw; `own` are all slices of its own draws, `counts` the draws of each process."""
@@ -171,9 +177,10 @@ class Group:
         self.since = time.perf_counter()
 
     def end(self) -> None:
-        """Tells the other processes that there is no more to do."""
+        """Tells the other processes that there is no more to do, also those that wait for a draw of this one."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"call {self.calls + 1}", "end")
+        self.group = None
 
     def called(self) -> bool:
         """Waits for the leader. Returns whether another iteration begins."""
@@ -183,12 +190,18 @@ class Group:
         return answer == b"on"
 
     def fail(self, error: BaseException) -> None:
-        """Lets the other processes know why this one ends."""
+        """Leaves the other processes, and lets them know why."""
+        reason = f"process {self.number}: {type(error).__name__}: {error}"
         with contextlib.suppress(RuntimeError):
-            self.store.set("failed", f"process {self.number}: {type(error).__name__}: {error}")
+            self.store.compare_set("failed", "", reason)  # the first reason; those that then leave do so for its sake
+        self.group = None  # closes the connections
 
     def straggler(self) -> str:
-        typical, slowest = statistics.median(self.pace), max(self.pace)
+        drawing = [pace for pace in self.pace if pace]
+        if len(drawing) < 2:
+            return ""
+        *others, slowest = sorted(drawing)
+        typical = statistics.median(others)
         if slowest <= _SLOW * typical:
             return ""
         number = self.pace.index(slowest)
@@ -216,7 +229,7 @@ class Group:
             raise DstillError(self._lost(error)) from error
 
     def _lost(self, error: RuntimeError) -> str:
-        reason = _first_line(error)
+        reason = _said(error)
         with contextlib.suppress(RuntimeError):
             if self.store.check(["failed"]):
                 reason = self.store.get("failed").decode()
@@ -254,14 +267,57 @@ def _process_group(store: Store, number: int, size: int, device: torch.device, p
     from torch import distributed
 
     if device.type == "cuda":
-        options = distributed.ProcessGroupNCCL.Options()
-        options._timeout = patience
-        return distributed.ProcessGroupNCCL(store, number, size, options)
-    return distributed.ProcessGroupGloo(store, number, size, patience)
+        cards = distributed.ProcessGroupNCCL.Options()
+        cards._timeout = patience
+        return distributed.ProcessGroupNCCL(store, number, size, cards)
+    options = distributed.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = patience
+    options._devices = [_gloo_device(store, number, size, patience)]
+    return distributed.ProcessGroupGloo(store, number, size, options)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _gloo_device(store: Store, number: int, size: int, patience: datetime.timedelta) -> Any:
+    """What gloo listens on. By itself it takes the address of the machine's name, which other machines may not reach."""
+    from torch.distributed import ProcessGroupGloo
+
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return ProcessGroupGloo.create_default_device()
+    host = getattr(_innermost(store), "host", "")
+    own = _address_towards(host) if host else ""
+    store.set(f"address {number}", own)
+    keys = [f"address {other}" for other in range(size)]
+    store.wait(keys, patience)
+    far = [address for key in keys if not _is_local(address := store.get(key).decode())]
+    if _is_local(own) and far:  # the store is on this machine
+        own = _address_towards(far[0])
+    return ProcessGroupGloo.create_device(hostname=own) if own else ProcessGroupGloo.create_default_device()
+
+
+def _innermost(store: Any) -> Any:
+    """The store behind its prefixes."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return store
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address on the way to a host; empty if there is no way."""
+    with contextlib.suppress(OSError):
+        family, kind, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as way:
+            way.connect(address)  # sends nothing
+            return str(way.getsockname()[0])
+    return ""
+
+
+def _is_local(address: str) -> bool:
+    return not address or ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _said(error: RuntimeError) -> str:
+    """What torch says, without the place in its source and its advice."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^]]*\] ", "", first).partition(". ")[0]
 
 
 def _packed(content: Any, parcels: Mapping[int, Parcel]) -> Tensor:
@@ -281,5 +337,6 @@ def _unpacked(packed: Tensor, device: torch.device) -> tuple[Any, dict[int, Parc
     parcels = {int(k): Parcel(values, {}) for k, values in told["parcels"].items()}
     for key, tensor in tensors.items():
         k, _, name = key.partition(" ")
-        parcels[int(k)].tensors[name] = tensor.to(device)
+        # A copy lies as torch aligns its own memory, on which the last bits of a product may depend.
+        parcels[int(k)].tensors[name] = tensor.clone().to(device)
     return told["content"], parcels

@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _HOST = "127.0.0.1"
 _LOOK = 0.05  # seconds between two looks at a process that starts
-_PARTING = 2.0  # seconds that a process gets to end by itself
+_PARTING = 2.0  # seconds that the processes get to end by themselves
 
 Follow = Callable[[Any, Group], None]
 
@@ -75,10 +76,18 @@ def _on_this_machine(follow: Follow, content: Any, size: int) -> Iterator[Crew]:
             group.end()
     finally:
         torch.set_num_threads(threads)
-        for mate in mates:
-            mate.join(_PARTING)
-            mate.terminate()
-            mate.join()
+        _part([mate for mate in mates if mate.pid is not None])
+
+
+def _part(mates: Sequence[SpawnProcess]) -> None:
+    """Waits until processes have ended, and ends those that do not."""
+    deadline = time.monotonic() + _PARTING
+    for mate in mates:
+        mate.join(max(0.0, deadline - time.monotonic()))
+    for mate in mates:
+        mate.terminate()
+    for mate in mates:
+        mate.join()
 
 
 def _wait_for(store: Store, number: int, mate: SpawnProcess) -> None:
@@ -98,9 +107,12 @@ def _follow(packed: bytes, number: int, port: int, size: int, threads: int, dete
     if deterministic:
         ask_for_determinism()
     follow, content = pickle.loads(packed)  # noqa: S301 - from our own parent process
-    store = TCPStore(_HOST, port, None, False)
-    store.set(f"ready {number}", "yes")
-    group = Group(store, number, size)
+    try:
+        store = TCPStore(_HOST, port, None, False)
+        store.set(f"ready {number}", "yes")
+        group = Group(store, number, size)
+    except (DstillError, RuntimeError):  # the leader has ended meanwhile
+        os._exit(1)
     try:
         follow(content, group)
     except Exception as error:  # the leader says it

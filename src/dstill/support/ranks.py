@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 
 from dstill.errors import DstillError
 from dstill.support.crew import PATIENCE, Crew, Group, waited_for
+from dstill.support.devices import ask_for_determinism
 from dstill.support.workers import portable
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class Team:
     def __init__(self, store: Store, size: int) -> None:
         self.store, self.size, self.calls = store, size, 0
         self.folder: Path | None = None
+        self.lock: FileLock | None = None
 
     def meet_in(self, cache: Path) -> None:
         """Makes sure that every process sees the cache, through which calls are passed.
@@ -75,7 +78,11 @@ class Team:
             DstillError: one does not, or has not answered in time.
         """
         folder = cache.resolve() / "ranks" / uuid.uuid4().hex
-        folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent)
+        self.lock = FileLock(f"{folder}.lock")
+        self.lock.acquire()
+        folder.mkdir()
         self.folder = folder
         self._announce("look", str(folder))
         for number in range(1, self.size):
@@ -105,6 +112,8 @@ class Team:
                 told += 1
                 index, content = pickle.loads(self.store.get(f"{call} report {told}"))  # noqa: S301 - from our own processes
                 tell(items[index], content)
+            if self.store.check([f"{call} failed"]):
+                raise pickle.loads(self._file(f"{call} failed"))  # noqa: S301 - likewise
 
         def report(index: int, content: Any) -> None:
             tell(items[index], content)
@@ -114,10 +123,8 @@ class Team:
             for index in _tickets(self.store, call, len(items)):
                 results[index] = function(items[index], functools.partial(report, index))
             for index in set(range(len(items))) - set(results):
-                kind, content = pickle.loads(self._result(call, index, news))  # noqa: S301 - likewise
-                if kind == "failed":
-                    raise content
-                results[index] = content
+                self._answer(f"{call} done {index}", "a process", news, float("inf"))  # it may need hours
+                results[index] = pickle.loads(self._file(f"{call} done {index}"))  # noqa: S301 - likewise
         except BaseException:
             _take_all(self.store, call)
             raise
@@ -138,13 +145,13 @@ class Team:
         """Lets the other processes end."""
         with contextlib.suppress(RuntimeError):
             self._announce("end", "")
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder is not None and self.lock is not None:
+            _remove(self.folder, self.lock)
 
     def _call(self, kind: str, content: Any) -> None:
         assert self.folder is not None, "the processes have not met in a cache"
         path = self.folder / f"{self.calls + 1}.pkl"
-        _write(path, pickle.dumps(content))
+        _write(path, pickle.dumps((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), content)))
         self._announce(kind, str(path))
 
     def _announce(self, kind: str, path: str) -> None:
@@ -160,9 +167,9 @@ class Team:
             time.sleep(_POLL)
         return bytes(self.store.get(key))
 
-    def _result(self, call: int, index: int, news: Callable[[], None]) -> bytes:
-        """The packed result of an item, for which a process may need hours."""
-        path = Path(self._answer(f"{call} done {index}", "a process", news, float("inf")).decode())
+    def _file(self, key: str) -> bytes:
+        """The content of the file that a key names."""
+        path = Path(self.store.get(key).decode())
         _wait_for(path)
         return path.read_bytes()
 
@@ -195,7 +202,10 @@ def serve(rank: Rank) -> None:
     own, call = _prefixed(token, store), 0
     while True:
         call += 1
-        kind, path = json.loads(waited_for(own, f"call {call}"))
+        try:
+            kind, path = json.loads(waited_for(own, f"call {call}"))
+        except RuntimeError as error:
+            raise DstillError("the process that leads the others has ended") from error
         match kind:
             case "end":
                 return
@@ -213,11 +223,11 @@ def _welcome_all(store: Store, token: str, size: int) -> None:
     After a restart the store still holds what earlier processes have said. Each process therefore says hello under an
     identity of its own, and only the one that lives hears the answer and confirms it.
     """
-    deadline, greeted = time.monotonic() + PATIENCE, 0
+    deadline = time.monotonic() + PATIENCE
     while missing := [number for number in range(1, size) if not store.check([f"{token} here {number}"])]:
-        while store.check([f"hello {greeted + 1}"]):
-            greeted += 1
-            store.set(f"welcome {store.get(f'hello {greeted}').decode()}", token)
+        for number in missing:
+            if store.check([f"hello {number}"]):
+                store.set(f"welcome {store.get(f'hello {number}').decode()}", token)
         if time.monotonic() > deadline:
             raise DstillError(f"of {size} processes, numbers {missing} have not come within {PATIENCE:g} s")
         time.sleep(_POLL)
@@ -225,28 +235,28 @@ def _welcome_all(store: Store, token: str, size: int) -> None:
 
 def _welcomed(store: Store, number: int) -> str:
     identity = uuid.uuid4().hex
-    store.set(f"hello {store.add('hellos', 1)}", identity)
+    store.set(f"hello {number}", identity)
     token = waited_for(store, f"welcome {identity}").decode()
     store.set(f"{token} here {number}", "yes")
     return token
 
 
 def _work(store: Store, call: int, path: Path) -> None:
-    """Takes items of a `spread` until none is left."""
-    _wait_for(path)
-    function, items = pickle.loads(path.read_bytes())  # noqa: S301 - from our own leader
+    """Takes items of a `spread` until none is left, or one has failed."""
+    function, items = _opened(path)
 
     def report(index: int, content: Any) -> None:
         store.set(f"{call} report {store.add(f'{call} reports', 1)}", pickle.dumps((index, content)))  # type: ignore[arg-type]
 
     for index in _tickets(store, call, len(items)):
+        how, result = "done", path.with_name(f"{call}-{index}.pkl")
         try:
-            packed = pickle.dumps(("done", function(items[index], functools.partial(report, index))))
+            packed = pickle.dumps(function(items[index], functools.partial(report, index)))
         except Exception as error:  # the leader raises it
-            packed = pickle.dumps(("failed", portable(error)))
-        result = path.with_name(f"{call}-{index}.pkl")
+            how, packed = "failed", pickle.dumps(portable(error))
+            _take_all(store, call)
         _write(result, packed)
-        store.set(f"{call} done {index}", str(result))
+        store.set(f"{call} done {index}" if how == "done" else f"{call} failed", str(result))
 
 
 def _tickets(store: Store, call: int, count: int) -> Iterator[int]:
@@ -262,12 +272,13 @@ def _take_all(store: Store, call: int) -> None:
 
 
 def _follow(store: Store, call: int, path: Path, rank: Rank) -> None:
-    """Shares the draws of a run. If this process fails, so does the run, and torchrun may start it again."""
-    _wait_for(path)
-    follow, content = pickle.loads(path.read_bytes())  # noqa: S301 - from our own leader
+    """Shares the draws of a run. If this process alone fails, it ends, and torchrun may start all of them again."""
+    follow, content = _opened(path)
     group = _group(store, call, rank.number, rank.size)
     try:
         follow(content, group)
+    except DstillError as error:  # the leader has the same one, or has left this run; it decides what comes next
+        group.fail(error)
     except Exception as error:
         group.fail(error)
         raise
@@ -292,6 +303,31 @@ def _prefixed(prefix: str, store: Store) -> Store:
 
     found: Store = PrefixStore(prefix, store)
     return found
+
+
+def _opened(path: Path) -> Any:
+    """What the leader passes with a call. This process then has as many threads as the leader, and is as deterministic."""
+    _wait_for(path)
+    threads, deterministic, content = pickle.loads(path.read_bytes())  # noqa: S301 - from our own leader
+    torch.set_num_threads(threads)
+    if deterministic:
+        ask_for_determinism()
+    return content
+
+
+def _remove_leftovers(ranks: Path) -> None:
+    """Removes folders of teams whose leader was killed: nobody holds their locks any more."""
+    for path in ranks.glob("*.lock"):
+        lock = FileLock(path, timeout=0)
+        with contextlib.suppress(Timeout):
+            lock.acquire()
+            _remove(path.with_suffix(""), lock)
+
+
+def _remove(folder: Path, lock: FileLock) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def _write(path: Path, content: bytes) -> None:
