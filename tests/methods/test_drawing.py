@@ -26,6 +26,8 @@ from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, m
 from dstill.methods.frepo import FrepoConfig
 from dstill.methods.guard import Guard
 from dstill.support import seeding
+from dstill.support.crew import Alone
+from dstill.unrolling.unroll import unroll
 
 # One of each kind, with an update that is SGD without momentum where the method has one.
 KINDS: dict[str, dict[str, Any]] = {
@@ -207,6 +209,23 @@ def test_draws_with_a_large_loss_are_passed_over_one_by_one() -> None:
     state["passed_over"] = torch.tensor(50)
     with pytest.raises(CollapseError, match="each of the first 100 segments"):
         guard.usable(state, 1, [drawn(1.0, 2.0)] * 50)
+
+
+@pytest.mark.parametrize("name", ["mtt", "bptt"])
+def test_students_leave_memory_to_the_other_processes(
+    name: str, problem_of: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Three(Alone):
+        size = 3
+
+    method, state = started(problem_of(name))
+    method.crew, sharers = Three(), list[int]()
+    where = {"mtt": "trajectory_matching", "bptt": "bptt"}[name]
+    monkeypatch.setattr(
+        f"dstill.methods.{where}.unroll", lambda *given, **more: sharers.append(more["sharers"]) or unroll(*given, **more)
+    )
+    stepped(method, state)
+    assert sharers == [3]
 
 
 def test_soft_labels_of_several_segments_are_their_mean(problem_of: Callable[..., Problem]) -> None:

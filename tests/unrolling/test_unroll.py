@@ -16,6 +16,7 @@ from dstill.errors import DstillError
 from dstill.nets.convnet import ConvNet
 from dstill.support import seeding
 from dstill.training.fit import cross_entropy
+from dstill.unrolling.adjoint import adjoint
 from dstill.unrolling.optimisers import Adam, Optimiser, Sgd, sgd_step
 from dstill.unrolling.student import Student
 from dstill.unrolling.types import FinalLoss, Step, Targets, Unrolled
@@ -270,6 +271,20 @@ def test_targets_outside_the_steps_are_refused() -> None:
     case.targets = {5: case.targets[4]}
     with pytest.raises(DstillError, match="matching points"):
         case.run("adjoint")
+
+
+def test_processes_that_share_a_machine_divide_the_memory_that_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, kept = Case(steps=5), list[int]()
+    a_step = Student(case.net).kept_bytes(case.theta0, 6)
+    assert a_step is not None
+    monkeypatch.setattr("dstill.unrolling.unroll.available_memory", lambda device: 8.5 * a_step)
+    inner = adjoint
+    monkeypatch.setattr(
+        "dstill.unrolling.unroll.adjoint", lambda *given, keep, **more: kept.append(keep) or inner(*given, keep=keep, **more)
+    )
+    for sharers, memory in ((1, "auto"), (2, "auto"), (5, "auto"), (5, "keep"), (1, "recompute")):
+        case.run("adjoint", memory=memory, sharers=sharers)
+    assert kept == [4, 2, 0, 5, 0]
 
 
 def test_running_statistics_and_dropout_are_refused_with_the_layer_named() -> None:

@@ -259,6 +259,7 @@ class Bptt(DrawingMethod):
             optimiser=self.optimiser,
             burn_in=start,
             memory=settings.memory,
+            sharers=self.crew.size,
         )
         yield Drawn(self._by_name(state, unrolled.grads, rates), {"loss": float(unrolled.loss)})
 

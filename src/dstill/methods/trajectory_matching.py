@@ -92,6 +92,7 @@ class TrajectoryMatching(DrawingMethod):
             optimiser=Sgd(settings.student_momentum),
             gradient=settings.gradient,
             memory=settings.memory,
+            sharers=self.crew.size,
         )
         unrolled = follow(self.student)
         gradients = {"images": self._by_images(state, segment, unrolled), "alpha": unrolled.grads.alpha}

@@ -45,6 +45,9 @@ class Parcel(NamedTuple):
 class Crew(Protocol):
     """The processes of a run, seen from one of them."""
 
+    size: int
+    """Number of processes."""
+
     def share(self, draws: int) -> range:
         """Numbers of the draws that this process takes, of `draws`."""
         ...
@@ -86,6 +89,8 @@ class Crew(Protocol):
 
 class Alone:
     """One process that takes all draws."""
+
+    size = 1
 
     def share(self, draws: int) -> range:
         return range(draws)

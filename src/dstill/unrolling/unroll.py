@@ -39,6 +39,7 @@ def unroll(
     loss_scale: float = 1.0,
     gradient: Mode = "adjoint",
     memory: Memory = "auto",
+    sharers: int = 1,
 ) -> Unrolled:
     """Runs the student for `len(steps)` steps and differentiates a loss of its weights.
 
@@ -63,6 +64,7 @@ def unroll(
         memory: what the adjoint keeps of the forward sweep. `recompute`: θ_n alone, the memory of one step. `keep`: also the
             outputs of the convolutions of every step, about a fifth faster. `auto`: these outputs for as many steps as fit
             into half of the memory that is available now. On a CPU the numbers are the same to the last bit.
+        sharers: number of processes, with this one, that divide this memory between them.
 
     NVIDIA cards round the inputs of convolutions to TF32 by torch's default; here they do not (see `full_precision`).
 
@@ -89,7 +91,7 @@ def unroll(
     if gradient == "graph":
         with full_precision():
             return graph(*arguments, **options)
-    kept = min(_kept_steps(student, theta0, steps, memory), len(steps) - burn_in)
+    kept = min(_kept_steps(student, theta0, steps, memory, sharers), len(steps) - burn_in)
     return adjoint(*arguments, **options, hessian=gradient == "adjoint", keep=kept)
 
 
@@ -123,9 +125,11 @@ def unrolled_bytes(student: Student, steps: int, batch: int, memory: Memory, dev
     return {"keep": whole, "auto": some, "recompute": a_step}[memory]
 
 
-def _kept_steps(student: Student, theta: Tensor, steps: Sequence[Step], memory: Memory) -> int:
+def _kept_steps(student: Student, theta: Tensor, steps: Sequence[Step], memory: Memory, sharers: int) -> int:
     """For how many of the last steps the forward sweep keeps what the backward sweep needs."""
     a_step = student.kept_bytes(theta, max(len(step.rows) for step in steps)) if steps else None
     if memory == "recompute" or a_step is None:
         return 0
-    return len(steps) if memory == "keep" else min(len(steps), int(KEPT_SHARE * available_memory(theta.device) / a_step))
+    if memory == "keep":
+        return len(steps)
+    return min(len(steps), int(KEPT_SHARE * available_memory(theta.device) / sharers / a_step))
