@@ -104,6 +104,32 @@ def test_every_tensor_arrives_as_it_was(store: Store) -> None:
         assert all(tensor.data_ptr() % 64 == 0 for tensor in got.values()), "aligned as torch aligns its own"
 
 
+@pytest.mark.parametrize(("size", "draws"), [(2, [0, 1, 2, 3, 4]), (3, [0, 1, 4]), (4, [2]), (3, [1, 5])])
+def test_the_mean_is_that_of_the_draws_in_their_order_in_every_bit(store: Store, size: int, draws: list[int]) -> None:
+    shapes = {"images": [3, 5], "alpha": [], "labels": [2, 2, 1]}
+    g = torch.Generator().manual_seed(0)
+    all_of = {k: {name: torch.randn(shape, generator=g) * 10**k for name, shape in shapes.items()} for k in range(6)}
+    expected = ALONE.mean(draws, all_of, shapes)
+    for name in shapes:  # the sum by hand, in order
+        total = all_of[draws[0]][name]
+        for k in draws[1:]:
+            total = total + all_of[k][name]
+        assert torch.equal(expected[name], total / len(draws) if len(draws) > 1 else total)
+    if len(draws) > 3:
+        turned = sum(all_of[k]["images"] for k in reversed(draws)) / len(draws)
+        assert not torch.equal(turned, expected["images"]), "the order must matter, or the test proves nothing"
+
+    def one(member: Group) -> dict[str, torch.Tensor]:
+        # A process has its own draws only, also those that do not count.
+        return member.mean(draws, {k: all_of[k] for k in member.share(6)}, shapes)
+
+    for found in at_once(*(lambda member=member: one(member) for member in members(store, size))):
+        assert list(found) == list(shapes)
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name]) and tensor.shape == tuple(shapes[name])
+            assert tensor.data_ptr() % 64 == 0, "aligned as torch aligns its own"
+
+
 def test_parcels_are_in_the_order_of_their_draws_whoever_has_how_many(store: Store) -> None:
     own: tuple[dict[int, Parcel], ...] = (
         {4: parcel(4.0), 0: parcel(0.0)},
