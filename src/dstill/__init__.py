@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dstill.data.real import RealSet, Source, load_real
     from dstill.experts.importing import import_experts
     from dstill.experts.trajectory import Trajectories
-    from dstill.jobs.options import Budget, Evaluation, Machine, Recording, Seeds
+    from dstill.jobs.options import Budget, Evaluation, Executor, Machine, Recording, Seeds
     from dstill.methods.base import Method
     from dstill.planning.plan import plan
     from dstill.planning.stages import Plan
@@ -46,6 +46,7 @@ __all__ = [
     "DistilledSet",
     "DstillError",
     "Evaluation",
+    "Executor",
     "Leaderboard",
     "Machine",
     "Method",
@@ -88,6 +89,7 @@ _HOME = {
     "Comparison": "api.compare",
     "DistilledSet": "artifacts.distilled",
     "Evaluation": "jobs.options",
+    "Executor": "jobs.options",
     "Leaderboard": "api.leaderboard",
     "Machine": "jobs.options",
     "Method": "methods.base",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,25 @@ def test_what_the_machine_lacks_is_no_mistake_of_the_user(tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space left") as error:
         files.check_writable(tmp_path)
     assert not isinstance(error.value, DstillError)
+
+
+def test_a_file_that_another_process_makes_is_waited_for_or_left_to_it(tmp_path: Path) -> None:
+    path, order = tmp_path / "new" / "x", list[str]()
+
+    def other() -> None:
+        with files.alone(path) as mine:
+            order.append(f"other {mine}")
+
+    with files.alone(path) as mine:
+        assert mine
+        with files.alone(path, wait=False) as second:
+            assert not second
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other True"]
+    assert list(path.parent.iterdir()) == [], "no lock is left"
+    with files.alone(path, wait=False) as mine:
+        assert mine

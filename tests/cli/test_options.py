@@ -13,7 +13,8 @@ import pytest
 from dstill.cli import files, judge, make  # noqa: F401 - they register their commands
 from dstill.cli.app import app
 from dstill.data.real import RealSet
-from dstill.jobs.options import Evaluation, Machine, Recording, Seeds
+from dstill.errors import DstillError
+from dstill.jobs.options import Evaluation, Executor, Machine, Recording, Seeds
 from dstill.support.console import ConsoleReporter
 
 CHOICE = "--method mtt --ipc 3 --recipe smoke --net alexnet --set a=1 b=2"
@@ -60,18 +61,19 @@ COMMANDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "compare": (
         "api.compare",
         f"digits {PLACE} --methods dm,mtt --ipc 1,10 --recipe smoke --set a=1 -o o --sets 2 --networks 4 --protocol p "
-        "--no-whole --checkpoint-every 7 --minutes 2.5",
+        "--no-whole --checkpoint-every 7 --minutes 2.5 --executor slurm --executor-option timeout_min=9 slurm_partition=gpu",
         MACHINE
         | {"methods": ["dm", "mtt"], "ipc": [1, 10], "recipe": "smoke", "changes": ("a=1",), "out": Path("o"), "sets": 2}
-        | {"networks": 4, "protocol": "p", "whole": False, "checkpoint_every": 7},
+        | {"networks": 4, "protocol": "p", "whole": False, "checkpoint_every": 7}
+        | {"executor": Executor("slurm", {"timeout_min": 9, "slurm_partition": "gpu"})},
     ),
     "tune": ("api.tune", f"digits {CHOICE} {PLACE} --budget 2.5 -o o", CHOSEN | MACHINE | {"budget": 2.5, "out": Path("o")}),
     "reproduce": (
         "reproductions.run",
-        f"table8 {PLACE} --scale cpu --source a=b --only base,all --sets 2 -o o --runs r --checkpoint-every 7",
+        f"table8 {PLACE} --scale cpu --source a=b --only base,all --sets 2 -o o --runs r --checkpoint-every 7 --executor local",
         MACHINE
         | {"scale": "cpu", "sources": {"a": "b"}, "only": ["base", "all"], "sets": 2, "out": Path("o"), "runs": Path("r")}
-        | {"checkpoint_every": 7},
+        | {"checkpoint_every": 7, "executor": Executor("local", {})},
     ),
 }
 
@@ -157,3 +159,19 @@ def test_every_option_of_the_data_reaches_load_real(monkeypatch: pytest.MonkeyPa
     sizes = {"image_size": 16, "fit": "pad", "train_fraction": 0.5, "classes": ["a", "b"], "test_fraction": 0.2}
     columns = {"test_split": "val", "image_column": "img", "label_column": "breed", "skip_damaged": True}
     assert asked == {"source": "x"} | sizes | columns
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("--executor-option timeout_min=9", "--executor-option needs --executor slurm or local"),
+        ("--executor local --executor-option 9", "--executor-option takes NAME=VALUE, got '9'"),
+    ],
+)
+def test_options_of_an_executor_need_one_and_have_names(options: str, why: str) -> None:
+    with pytest.raises(DstillError, match=why):
+        app(["compare", "digits", *shlex.split(options)], exit_on_error=False, print_error=False)
+
+
+def test_rows_run_in_the_command_itself_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert called(monkeypatch, "api.compare", "compare", "digits").named["executor"] is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
+from dstill.artifacts import files
 from dstill.config.recipes import load_recipe, recipe_names
 from dstill.config.settings import DistillConfig, ExpertConfig, GsamConfig, NetConfig, Recipe
 from dstill.data import preprocess as preprocessing
@@ -434,3 +437,33 @@ def test_the_way_within_an_epoch_is_told(make_task: MakeTask, tmp_path: Path, mo
     train_missing(make_task(), tmp_path, CPU, tick=lambda index, epochs: ticks.append((index, epochs)))
     assert [index for index, _ in ticks] == [0] * 6  # three batches in each of two epochs
     assert [epochs for _, epochs in ticks] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+
+
+def test_experts_that_another_process_trains_are_left_to_it_and_not_trained_twice(make_task: MakeTask, tmp_path: Path) -> None:
+    task, done, notes, seen, ticks = make_task(count=3), tmp_path / "done", list[str](), list[int](), list[tuple[int, float]]()
+    train_missing(task, done, CPU)
+    folder = tmp_path / "shared"
+    with contextlib.ExitStack() as other:
+        for index in (0, 1):
+            other.enter_context(files.alone(expert_path(folder, index)))
+
+        def note(text: str) -> None:
+            """The other process ends: it has finished expert 0, and not expert 1."""
+            notes.append(text)
+            assert set(seen) == {2}, "what nobody trains comes first"
+            shutil.copy(expert_path(done, 0), expert_path(folder, 0))
+            other.close()
+
+        train_missing(
+            task,
+            folder,
+            CPU,
+            note=note,
+            observer=lambda index, *_: seen.append(index),
+            tick=lambda index, epochs: ticks.append((index, epochs)),
+        )
+    assert notes == ["experts 0, 1 are being trained by another process, which this one waits for"]
+    assert set(seen) == {1, 2} and (0, 2.0) in ticks
+    for index in range(3):
+        assert torch.equal(Trajectories(folder).rows(index, 0, 3), Trajectories(done).rows(index, 0, 3))
+    assert not list(folder.glob(".*"))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dstill.artifacts.distilled import DistilledSet
 from dstill.config.registry import methods
 from dstill.config.settings import DistillConfig, NetConfig, Recipe, settings_class
 from dstill.data import preprocess as preprocessing
@@ -22,6 +25,7 @@ from dstill.jobs.checks import check_early
 from dstill.jobs.job import Job, Workplace
 from dstill.jobs.options import Choice, Machine
 from dstill.methods.base import Problem, State, method_class
+from dstill.methods.distribution_matching import DistributionMatchingConfig
 from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, mean_metrics
 from dstill.methods.frepo import FrepoConfig
 from dstill.methods.guard import Guard
@@ -280,3 +284,30 @@ def test_a_method_without_draws_refuses_them(tiny_real: RealSet) -> None:
     with pytest.raises(DstillError, match=r"'random' does not average draws: leave distill\.draws at 1"):
         check_early(several)
     check_early(replace(job))
+
+
+def test_the_method_of_the_page_on_extending_averages_draws(problem_of: Callable[..., Problem]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M) if "DrawingMethod" in block)
+    names: dict[str, Any] = {}
+    exec(compile(block, "extending.md", "exec"), names)
+
+    class Whole(names["Mine"]):  # type: ignore[misc]
+        Settings = DistributionMatchingConfig
+
+        def initialise(self, generator: torch.Generator) -> State:
+            return {"images": torch.zeros(2, 3)}
+
+        def loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
+            return (images * torch.randn(2, 3, generator=generator)).sum()
+
+        def result(self, state: State) -> DistilledSet:
+            raise NotImplementedError
+
+    method = Whole()
+    method.start(problem_of("dm", draws=2))
+    state = method.initialise(source(0, 0))
+    row = stepped(method, state)
+    draws = [torch.randn(2, 3, generator=source(0, k)) for k in (0, 1)]
+    assert row == {"loss": 0.0}
+    torch.testing.assert_close(state["images"], -0.1 * math.sqrt(2) * (draws[0] + draws[1]) / 2)

@@ -32,7 +32,9 @@ def request(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_apart(job: Job, folder: Path, task: Task, asked: Mapping[str, Any]) -> Result:
-    """Runs a job in a fresh process. If `folder` holds a finished run of the same request, reads its result instead.
+    """Runs a job in a fresh process, or in this one if it is there for nothing else.
+
+    If `folder` holds a finished run of the same request, its result is read instead.
 
     Args:
         job: the job to run.
@@ -49,14 +51,18 @@ def run_apart(job: Job, folder: Path, task: Task, asked: Mapping[str, Any]) -> R
         reporter.note(f"{finished} is finished: reused")
         return Result.load(finished)
     stamp.unlink(missing_ok=True)  # from now on, a result in the folder may belong to another run
+    if job.place.fresh:
+        result = run_job(job, folder, task)
+        write_text(stamp, text)
+        return result
     quiet = replace(job, place=replace(job.place, reporter=Silent()))  # reporters stay in the process that displays them
     work = functools.partial(_work, quiet, folder, task)
-    result: Result = apart(work, None, lambda _, told: _pass_on(told, reporter))
+    result = apart(work, None, lambda _, told: pass_on(told, reporter))
     write_text(stamp, text)
     return result
 
 
-def _pass_on(told: tuple[Any, ...], reporter: Reporter) -> None:
+def pass_on(told: tuple[Any, ...], reporter: Reporter) -> None:
     """Calls the function of the reporter that a relay was called by in the other process."""
     name, *values = told
     if name == "expect":
@@ -65,7 +71,7 @@ def _pass_on(told: tuple[Any, ...], reporter: Reporter) -> None:
         getattr(reporter, name)(*values)
 
 
-class _Relay:
+class Relay:
     """Passes what a run reports to the process that started it."""
 
     def __init__(self, report: Callable[[Any], None]) -> None:
@@ -82,4 +88,4 @@ class _Relay:
 
 
 def _work(job: Job, folder: Path, task: Task, _: None, report: Callable[[Any], None]) -> Result:
-    return run_job(replace(job, place=replace(job.place, reporter=_Relay(report))), folder, task)
+    return run_job(replace(job, place=replace(job.place, reporter=Relay(report))), folder, task)

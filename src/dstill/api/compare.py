@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dstill.api import findings
 from dstill.api.apart import request, run_apart
+from dstill.api.rows import Hands
 from dstill.artifacts.files import check_writable, write_text
 from dstill.artifacts.result import Result
 from dstill.config import recipes
@@ -22,10 +23,11 @@ from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import reason_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Job, Task, Workplace
-from dstill.jobs.options import Budget, Changes, Choice, Evaluation, Machine, Recording, Seeds
+from dstill.jobs.options import Budget, Changes, Choice, Evaluation, Executor, Machine, Recording, Seeds
 from dstill.reporting.page import REPORT_NAME, report
 from dstill.support.console import Progress
 from dstill.support.plugins import name_of
+from dstill.support.progress import Reporter
 from dstill.support.tables import bulleted, latex, markdown
 from dstill.support.workers import refuse_import
 
@@ -164,12 +166,14 @@ def compare(
     seed: int = 0,
     checkpoint_every: int = 25,
     machine: Machine = Machine(),
+    executor: str | Executor | None = None,
     progress: Progress = None,
 ) -> Comparison:
     """Runs several methods on one data set and puts them in one table. After an interruption, the same call resumes.
 
-    Each row is a separate run in its own process. What rows share is made once: experts, trained networks, random images,
-    and the whole training set. If a row fails, the table gives the reason, and the others continue.
+    Each row is a separate run in its own process. Under torchrun, its processes share the rows. What rows share is made once:
+    experts, trained networks, random images, and the whole training set. If a row fails, the table gives the reason, and the
+    others continue.
 
     Each process imports the script that calls this: keep the call under `if __name__ == "__main__":`.
 
@@ -183,11 +187,13 @@ def compare(
         sets: synthetic sets per row.
         networks: fresh networks per set; the protocol's number if left out.
         whole: also measure the whole training set; left out: yes, unless there is a budget.
-        minutes: time of the whole table, shared equally by its rows. Each row then chooses what is not set to fit, see `run`.
+        minutes: time of the whole table if one row follows another, shared equally by its rows. Each row then chooses what is
+            not set to fit, see `run`.
         out: folder of the tables and of a run folder for each row; `runs/<data>-compare-seed<s>` if left out.
         seed: determines everything random.
         checkpoint_every: store the state every so many iterations; 0 for never.
         machine: where the work is done.
+        executor: `slurm` or `local` makes each row a job, see `Executor`; left out: one row after another, in this call.
         progress: whether progress is shown.
 
     Returns:
@@ -215,39 +221,89 @@ def compare(
     check_writable(folder)
     budget, asked = Budget.of(minutes), list(dict.fromkeys([ipc] if isinstance(ipc, int) else ipc))
     whole = budget is None if whole is None else whole
-    task = Task(sets, Evaluation(networks=networks, whole=whole), Recording(checkpoint_every=checkpoint_every))
+    hands = Hands.of(executor, machine, place, folder)
+    where = folder.absolute() if hands.away else folder
     options: dict[str, Any] = {"sets": sets, "networks": networks, "whole": whole, "seed": seed}
-    if budget is not None:
-        options["minutes"] = share = budget.minutes / (len(asked) * len(chosen))
+    share = None if budget is None else budget.minutes / (len(asked) * len(chosen))
+    if share is not None:
+        options["minutes"] = share
     assignments = [*recipes.assignments(changes), f"protocol={protocol}"]
-    table = Comparison(data=real.name, protocol=protocol, rows=())
-    for images in asked:
-        for name in chosen:
-            if budget is not None:
-                task = replace(task, budget=Budget.of(share))
-            choice = Choice(name, images, recipe, changes=assignments)
-            row = _row(real, choice, Seeds.of(seed), place, folder, task, options)
-            table = table.model_copy(update={"rows": (*table.rows, row)})
-            table.save(folder)
-    finished = [_row_folder(folder, row.method, row.ipc) for row in table.rows if row.result]
+    task = Task(sets, Evaluation(networks=networks, whole=whole), Recording(checkpoint_every=checkpoint_every))
+    work = _Work(real, recipe, tuple(assignments), Seeds.of(seed), where, task, share, options)
+    choices = {f"{name}-ipc{images}": (name, images) for images in asked for name in chosen}
+    table = _Table(real.name, protocol, choices, folder, place.reporter)
+    hands.give(work, choices, table.ended, [folder])
+    finished = [folder / _row_name(row.method, row.ipc) for row in table.comparison.rows if row.result]
     if finished:
         place.reporter.note(f"report: {report(finished, folder / REPORT_NAME)}")
-    return table
+    return table.comparison
 
 
-def _row_folder(folder: Path, method: str, ipc: int) -> Path:
-    return folder / f"{method.rpartition(':')[2]}-ipc{ipc}"
+class _Table:
+    """The table, stored anew whenever a row has ended.
+
+    Args:
+        data: name of the real data.
+        protocol: evaluation protocol of every row.
+        choices: method and images per class of each row, by its title, in the order of the table.
+        folder: folder of the tables.
+        reporter: is told of rows that fail.
+    """
+
+    def __init__(
+        self, data: str, protocol: str, choices: Mapping[str, tuple[str, int]], folder: Path, reporter: Reporter
+    ) -> None:
+        self.data, self.protocol, self.choices, self.folder, self.reporter = data, protocol, choices, folder, reporter
+        self.rows: dict[str, Row] = {}
+
+    def ended(self, title: str, outcome: Result | Exception) -> None:
+        """Adds a row: its result, or the reason why there is none."""
+        method, ipc = self.choices[title]
+        if isinstance(outcome, Exception):
+            self.rows[title] = Row(method=method, ipc=ipc, result=None, reason=reason_of(outcome))
+            self.reporter.note(f"{method} failed: {reason_of(outcome)}")
+        else:
+            self.rows[title] = Row(method=method, ipc=ipc, result=outcome)
+        self.comparison.save(self.folder)
+
+    @property
+    def comparison(self) -> Comparison:
+        """The rows so far."""
+        there = tuple(self.rows[title] for title in self.choices if title in self.rows)
+        return Comparison(data=self.data, protocol=self.protocol, rows=there)
 
 
-def _row(
-    real: RealSet, choice: Choice, seeds: Seeds, place: Workplace, folder: Path, task: Task, options: dict[str, Any]
-) -> Row:
-    """Runs one method, or reads the result of a finished run of the same request."""
-    method, ipc = str(choice.method), choice.ipc or 1
-    try:
-        job = Job.resolve(real, choice, seeds, place)
-        result = run_apart(job, _row_folder(folder, method, ipc), task, request(job, options))
-        return Row(method=method, ipc=ipc, result=result)
-    except Exception as error:  # whatever went wrong, the other rows continue
-        place.reporter.note(f"{method} failed: {reason_of(error)}")
-        return Row(method=method, ipc=ipc, result=None, reason=reason_of(error))
+def _row_name(method: str, ipc: int) -> str:
+    return f"{method.rpartition(':')[2]}-ipc{ipc}"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Makes rows: what all of them have in common.
+
+    Attributes:
+        real: the real data.
+        recipe: as of `compare`.
+        changes: changes to the recipe of every row.
+        seeds: seeds of images and experts.
+        folder: folder of the run folders.
+        task: what is done with each job.
+        minutes: time of a row; None without a limit.
+        options: what a request contains beside the recipe and the data.
+    """
+
+    real: RealSet
+    recipe: str | None
+    changes: tuple[str, ...]
+    seeds: Seeds
+    folder: Path
+    task: Task
+    minutes: float | None
+    options: dict[str, Any]
+
+    def __call__(self, row: tuple[str, int], place: Workplace) -> Result:
+        """Runs one method, or reads the result of a finished run of the same request."""
+        method, ipc = row
+        job = Job.resolve(self.real, Choice(method, ipc, self.recipe, changes=self.changes), self.seeds, place)
+        task = replace(self.task, budget=Budget.of(self.minutes))  # the time of a row begins here, on this machine
+        return run_apart(job, self.folder / _row_name(method, ipc), task, request(job, self.options))

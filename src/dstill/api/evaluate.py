@@ -328,8 +328,18 @@ def _fitted(distilled: DistilledSet) -> str:
 
 
 def _cached(path: Path, measure: Callable[[], Score]) -> Score:
-    with contextlib.suppress(OSError, ValueError):  # missing or damaged: measured again
-        return Score.model_validate_json(path.read_text(encoding="utf-8"))
-    score = measure()
-    files.write_text(path, score.model_dump_json())
+    if (found := _read(path)) is not None:
+        return found
+    with files.alone(path):
+        if (found := _read(path)) is not None:  # another process has measured it meanwhile
+            return found
+        score = measure()
+        files.write_text(path, score.model_dump_json())
     return score
+
+
+def _read(path: Path) -> Score | None:
+    """The score of a file; None if it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return Score.model_validate_json(path.read_text(encoding="utf-8"))
+    return None

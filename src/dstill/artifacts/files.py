@@ -17,6 +17,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dstill.errors import DamagedFileError, DstillError
@@ -74,6 +75,36 @@ def _said(folder: Path) -> Iterator[None]:
         if error.errno in _MACHINE:
             raise
         raise DstillError(f"{folder} cannot be made or written to ({error.strerror}): pass another folder") from error
+
+
+@contextlib.contextmanager
+def alone(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Keeps other processes from making the same file at the same time, so that what several runs need is made once.
+
+    The system holds the lock and releases it when the process ends, however it ends. After waiting for another process, look
+    whether the file is there.
+
+    Args:
+        path: the file. Its folder is made.
+        wait: wait for another process that makes the file.
+
+    Yields:
+        Whether this process may make the file; always, if it waits.
+
+    Raises:
+        DstillError: the folder cannot be made.
+    """
+    with _said(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if wait else 0)
+    with contextlib.suppress(Timeout):
+        lock.acquire()
+    try:
+        yield lock.is_locked
+    finally:
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
 
 def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dstill.cli.app import app
-from dstill.cli.options import Choice, Common, Data, OptionalOut, Out, Set, assignments, numbers
+from dstill.cli.options import Choice, Common, Data, OptionalOut, Out, Rows, Set, assignments, numbers
 from dstill.jobs.options import Budget, Evaluation, Flag, Machine, Recording, Whole, names
 
 _DATA, _COMMON, _CHOICE = Data(), Common(), Choice()
-_EVALUATION, _RECORDING, _MACHINE = Evaluation(), Recording(), Machine()
+_EVALUATION, _RECORDING, _MACHINE, _ROWS = Evaluation(), Recording(), Machine(), Rows()
 
 
 @app.command
@@ -180,6 +180,7 @@ def compare(
     checkpoint_every: Whole = 25,
     data: Data = _DATA,
     machine: Machine = _MACHINE,
+    where: Rows = _ROWS,
     common: Common = _COMMON,
 ) -> None:
     """Run several methods and put them in one table.
@@ -197,10 +198,11 @@ def compare(
         networks: fresh networks per set (default: the protocol's).
         protocol: ast, mtt, frepo, quick, or a YAML file, for every row.
         whole: also train on the whole training set (default: unless there are --minutes).
-        minutes: time of the whole table, shared equally by its rows; whatever is not set is chosen to fit.
+        minutes: time of the whole table if one row follows another, shared equally; whatever is not set is chosen to fit.
         checkpoint_every: store the state every so many iterations.
         data: how the real data are read.
         machine: where the work is done.
+        where: where the rows run.
         common: how the command behaves.
     """
     from dstill.api.compare import compare
@@ -209,7 +211,7 @@ def compare(
     budget = Budget.of(minutes)  # before the data are read
     rows = {"methods": names(methods), "ipc": numbers(ipc, "--ipc"), "recipe": recipe, "changes": changes, "sets": sets}
     judging = {"networks": networks, "protocol": protocol, "whole": whole, "minutes": budget}
-    options = {"out": out, "checkpoint_every": checkpoint_every, **common.arguments(machine)}
+    options = {"executor": where.chosen(), "out": out, "checkpoint_every": checkpoint_every, **common.arguments(machine)}
     comparison = compare(data.load(source, common, out or Path("runs")), **rows, **judging, **options)  # type: ignore[arg-type]
     summary.print_comparison(comparison)
     if any(row.result is None for row in comparison.rows):
@@ -229,6 +231,7 @@ def reproduce(
     runs: Path = Path("runs/reproduce"),
     checkpoint_every: Whole = 25,
     machine: Machine = _MACHINE,
+    where: Rows = _ROWS,
     common: Common = _COMMON,
 ) -> None:
     """Run a table or figure of the paper and show our figures beside the published ones.
@@ -247,17 +250,18 @@ def reproduce(
         runs: folder of run folders, shared by all reproductions.
         checkpoint_every: store the state every so many iterations.
         machine: where the work is done.
+        where: where the rows run.
         common: how the command behaves.
     """
     from dstill.cli import summary
     from dstill.reproductions.run import plan_reproduction, reproduce
 
-    options, rows = common.arguments(machine), names(only)
+    executor, options, rows = where.chosen(), common.arguments(machine), names(only)
     if plan:
         summary.print_plan(plan_reproduction(what, scale=scale, only=rows, sets=sets, machine=options["machine"]))
         return
     sources = assignments(source, "--source")
-    folders: dict[str, Any] = {"out": out, "runs": runs, "checkpoint_every": checkpoint_every}
+    folders: dict[str, Any] = {"executor": executor, "out": out, "runs": runs, "checkpoint_every": checkpoint_every}
     print(reproduce(what, scale=scale, sources=sources, only=rows, sets=sets, **folders, **options) / "page.md")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dstill.errors import DstillError
-from dstill.jobs.options import Flag, Machine, Seeds, Whole, names
+from dstill.jobs.options import Executor, Flag, Machine, Seeds, Whole, names
 from dstill.support.cache import cache_folder
 from dstill.support.console import ConsoleReporter
 
@@ -131,6 +131,35 @@ class Choice:
 
     def arguments(self) -> dict[str, Any]:
         return dict(vars(self))
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a table run.
+
+    Attributes:
+        executor: make each row a job, of Slurm or of this machine (local).
+        executor_option: NAME=VALUE for submitit, for example timeout_min=120 slurm_partition=gpu gpus_per_node=1.
+    """
+
+    executor: Literal["slurm", "local"] | None = None
+    executor_option: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
+
+    def chosen(self) -> Executor | None:
+        """The executor with its options; None if there is none.
+
+        Raises:
+            DstillError: there are options without an executor, or one is not NAME=VALUE.
+        """
+        from dstill.config import yamls
+
+        options = assignments(self.executor_option, "--executor-option")
+        if self.executor is None:
+            if options:
+                raise DstillError("--executor-option needs --executor slurm or local")
+            return None
+        return Executor(self.executor, {name: yamls.parse(value, name) for name, value in options.items()})
 
 
 def numbers(text: str | None, option: str) -> list[int]:

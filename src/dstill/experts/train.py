@@ -264,12 +264,16 @@ def train_missing(
         elif observer is not None:
             observer(item[0], *told)
 
-    spread(
+    work, processes = (
         functools.partial(_train_and_save, task, folder, device),
-        missing,
         choose_workers(workers, len(missing), device, seconds),
-        watch,
     )
+    mine = spread(functools.partial(work, False), missing, processes, watch)
+    others = [item for item, made in zip(missing, mine, strict=True) if not made]
+    if others:
+        numbers = ", ".join(str(index) for index, _ in sorted(others))
+        note(f"experts {numbers} are being trained by another process, which this one waits for")
+        spread(functools.partial(work, True), others, 1, watch)
     return folder
 
 
@@ -277,10 +281,19 @@ def _train_and_save(
     task: ExpertTask,
     folder: Path,
     device: torch.device,
+    wait: bool,
     item: tuple[int, int],
     report: Callable[[tuple[EpochReport, float] | float], None],
-) -> None:
+) -> bool:
+    """Whether the expert is there now. If another process is training it, this one waits for it or leaves it to that one."""
     index, epochs = item
+    path = expert_path(folder, index)
     task = replace(task, config=task.config.model_copy(update={"epochs": epochs}))
-    bookmark = Bookmark(expert_path(folder, index), KIND)
-    train_expert(task, index, device, lambda epoch, score: report((epoch, score)), bookmark, report)
+    with files.alone(path, wait=wait) as mine:
+        if not mine:
+            return False
+        if missing_experts(folder, [index], epochs):
+            train_expert(task, index, device, lambda epoch, score: report((epoch, score)), Bookmark(path, KIND), report)
+        else:
+            report(float(epochs))
+    return True

@@ -44,12 +44,14 @@ class Workplace:
         cache: folder of what runs share.
         workers: processes that train experts and networks.
         reporter: receives progress.
+        fresh: whether this process was started for a single run, which then needs none of its own.
     """
 
     device: torch.device
     cache: Path
     workers: Workers
     reporter: Reporter
+    fresh: bool = False
 
     @classmethod
     def of(cls, machine: Machine, progress: Progress = None) -> Workplace:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter, Token
@@ -148,6 +149,22 @@ class Machine:
     threads: Whole | None = None
     workers: Processes = None
     deterministic: Flag = False
+
+
+class Executor(NamedTuple):
+    """What runs the rows of a table as jobs, by submitit.
+
+    Attributes:
+        name: `slurm`; or `local`, which starts each job as a process of this machine.
+        options: what submitit's `AutoExecutor.update_parameters` takes. For Slurm, `timeout_min` is needed.
+
+    Example:
+        >>> Executor("slurm", {"timeout_min": 120, "slurm_partition": "gpu", "gpus_per_node": 1}).name
+        'slurm'
+    """
+
+    name: str
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 @Parameter(name="*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,9 @@ import torch
 from PIL import Image
 
 from dstill.api.apart import request, run_apart
+from dstill.api.rows import Hands
 from dstill.artifacts.distilled import DistilledSet
-from dstill.artifacts.files import atomic, write_text
+from dstill.artifacts.files import atomic, check_writable, write_text
 from dstill.artifacts.record import RunRecord
 from dstill.artifacts.run_folder import IDENTITY_NAME
 from dstill.config import recipes, yamls
@@ -24,13 +26,13 @@ from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import DstillError, reason_of, suggest
 from dstill.experts.trajectory import Trajectories
 from dstill.jobs.job import Job, Task, Workplace
-from dstill.jobs.options import Choice, Evaluation, Machine, Recording, Seeds, at_least_one
+from dstill.jobs.options import Choice, Evaluation, Executor, Machine, Recording, Seeds, at_least_one
 from dstill.planning.clock import Clock
 from dstill.planning.plan import plan_job, together
 from dstill.planning.stages import Plan
-from dstill.reporting import figures
+from dstill.reproductions.drawing import draw
 from dstill.reproductions.following import accumulated_error
-from dstill.reproductions.page import Entries, Entry, Sets, page
+from dstill.reproductions.page import Entry, Sets, page
 from dstill.reproductions.spec import Case, Reproduction, Row, Scale, ScaleName, load_reproduction
 from dstill.support.console import Progress, duration
 from dstill.support.devices import processor
@@ -80,13 +82,17 @@ class _Call:
     """One call of `reproduce`.
 
     Attributes:
+        what: name of the table or figure.
         reproduction: the table or figure.
+        scale: how much is run.
         folder: folder of the results.
         runs: folder of the run folders.
         checkpoint_every: iterations between two checkpoints.
     """
 
+    what: str
     reproduction: Reproduction
+    scale: ScaleName
     folder: Path
     runs: Path
     checkpoint_every: int
@@ -108,12 +114,14 @@ def reproduce(
     seed: int = 0,
     checkpoint_every: int = 25,
     machine: Machine = Machine(),
+    executor: str | Executor | None = None,
     progress: Progress = None,
 ) -> Path:
     """Runs what a table or figure of the paper needs, and writes our figures beside the published ones.
 
-    Every row is an ordinary `run` in its own process. Rows that any reproduction has finished with the same settings are
-    reused, experts are shared, and an interrupted call resumes where it stopped.
+    Every row is an ordinary `run` in its own process. Under torchrun, its processes share the rows. Rows that any
+    reproduction has finished with the same settings are reused, experts are shared, and an interrupted call resumes where it
+    stopped.
 
     Args:
         what: `table1` … `table8`, `fig3` … `fig11`.
@@ -128,6 +136,7 @@ def reproduce(
         seed: determines everything random.
         checkpoint_every: store the state every so many iterations; 0 for never.
         machine: where the work is done.
+        executor: `slurm` or `local` makes each row a job, see `Executor`; left out: one row after another, in this call.
         progress: whether progress is shown.
 
     Returns:
@@ -155,12 +164,20 @@ def reproduce(
     planned = _together([(one, len(_missing(folder, one))) for one in cases], what)
     total = sum(one.sets for one in cases)
     place.reporter.note(f"{what}, {scale}: about {duration(planned.seconds)} for {len(missing)} of {total} run(s)")
-    call = _Call(reproduction, folder, Path(runs), checkpoint_every)
-    for one, index in missing:
-        place.reporter.note(f"{what}: {one.row.title}, {one.case}" + (f", set {index}" if index else ""))
-        _work(call, replace(one, job=replace(one.job, place=place)), index)
-        _write_page(what, reproduction, scale, folder)
-    _write_page(what, reproduction, scale, folder)
+    call = _Call(what, reproduction, scale, folder, Path(runs), checkpoint_every)
+    alone = replace(silent, workers=1)  # processes of torchrun cannot be passed on to one of them
+    pieces = {one.name(index): (replace(one, job=replace(one.job, place=alone)), index) for one, index in missing}
+
+    def ended(name: str, outcome: Exception | None) -> None:
+        if outcome is not None:  # its process has ended
+            _write_entry(call, *pieces[name], failure=outcome)
+        _write_page(call)
+
+    hands = Hands.of(executor, machine, place, folder)
+    check_writable(call.runs)
+    there = replace(call, folder=folder.absolute(), runs=call.runs.absolute()) if hands.away else call
+    hands.give(functools.partial(_work, there), pieces, ended, [folder, call.runs])
+    _write_page(call)
     return folder
 
 
@@ -256,34 +273,49 @@ def _options(settings: Scale, recipe: Recipe, seed: int) -> dict[str, Any]:
     return {"sets": 1, **judging, "seed": seed, "validate_every": every}
 
 
-def _work(call: _Call, one: _Case, index: int) -> None:
+def _work(call: _Call, piece: tuple[_Case, int], place: Workplace) -> None:
     """Makes one set of a row and writes its file."""
-    job, name, asked = one.seeded(index), one.name(index), one.request(index)
-    # A set that is only evaluated in another way is not distilled again.
-    distilled = {key: value for key, value in asked.items() if key not in _JUDGING}
-    folder = call.runs / f"{one.case.name}-{job.recipe.method}-{digest(distilled)}"
-    first, following, failure = folder / "set-0", list[float](), None
+    one, index = piece
+    one = replace(one, job=replace(one.job, place=place))
+    place.reporter.note(f"{call.what}: {one.row.title}, {one.case}" + (f", set {index}" if index else ""))
+    job, folder = one.seeded(index), _run_folder(call, one, index)
+    following, failure = list[float](), None
     try:
-        run_apart(job, folder, _task(one, call.checkpoint_every), asked)
+        run_apart(job, folder, _task(one, call.checkpoint_every), one.request(index))
         if "accumulated_error" in call.reproduction.measures:
-            following = _followed(first, job)
+            following = _followed(folder / "set-0", job)
     except Exception as error:  # whatever went wrong, the other rows continue
         failure = error
-        job.place.reporter.note(f"{name} failed: {reason_of(error)}")
-    picture = f"{name}.webp" if index == 0 and (first / "distilled.png").exists() else ""
+        place.reporter.note(f"{one.name(index)} failed: {reason_of(error)}")
+    _write_entry(call, one, index, following, failure)
+
+
+def _run_folder(call: _Call, one: _Case, index: int) -> Path:
+    """The run folder of a set. A set that is only evaluated in another way is not distilled again."""
+    distilled = {key: value for key, value in one.request(index).items() if key not in _JUDGING}
+    return call.runs / f"{one.case.name}-{one.job.recipe.method}-{digest(distilled)}"
+
+
+def _write_entry(
+    call: _Call, one: _Case, index: int, following: Sequence[float] = (), failure: Exception | None = None
+) -> None:
+    """Writes the file of a set, and its picture."""
+    name, folder = one.name(index), _run_folder(call, one, index)
+    drawn = folder / "set-0" / "distilled.png"
+    picture = f"{name}.webp" if index == 0 and drawn.exists() else ""
     entry = Entry(
         row=one.row.name,
         case=one.case.name,
         set=index,
-        request=asked,
+        request=one.request(index),
         record=RunRecord.read(folder, 1, failure),
         following=tuple(following),
         picture=picture,
-        environment=_environment(job.place.device),
+        environment=_environment(one.job.place.device),
     )
     write_text(call.folder / f"{name}.json", entry.model_dump_json(indent=1) + "\n")
     if picture:
-        small_picture(first / "distilled.png", call.folder / picture)
+        small_picture(drawn, call.folder / picture)
 
 
 def small_picture(source: Path, target: Path) -> None:
@@ -326,12 +358,13 @@ def _finished(folder: Path, one: _Case, index: int) -> bool:
     return same and (entry.record.result is not None or entry.record.collapsed)
 
 
-def _write_page(what: str, reproduction: Reproduction, scale: ScaleName, folder: Path) -> None:
+def _write_page(call: _Call) -> None:
     """Writes the page and the figures of the rows that exist."""
-    rows, cases = reproduction.rows_at(scale), reproduction.scales[scale].cases
+    reproduction, folder = call.reproduction, call.folder
+    rows, cases = reproduction.rows_at(call.scale), reproduction.scales[call.scale].cases
     entries = {(row.name, case.name): found for case in cases for row in rows if (found := _sets(folder, row, case))}
-    drawn = [_draw(reproduction, case, rows, entries, folder) for case in cases] if reproduction.figure else []
-    text = page(what, reproduction, scale, entries, [name for names in drawn for name in names])
+    drawn = [draw(reproduction, case, rows, entries, folder) for case in cases] if reproduction.figure else []
+    text = page(call.what, reproduction, call.scale, entries, [name for names in drawn for name in names])
     write_text(folder / "page.md", text)
 
 
@@ -348,34 +381,3 @@ def _shared(entry: Entry) -> dict[str, Any]:
     asked = dict(entry.request)
     seed, expert_seed = asked.pop("seed"), asked.pop("expert_seed", None)
     return {**asked, "seed": seed - entry.set, "expert_seed": seed if expert_seed is None else expert_seed}
-
-
-def _draw(reproduction: Reproduction, case: Case, rows: Sequence[Row], entries: Entries, folder: Path) -> list[str]:
-    """Draws the figure of one case. Returns the names of the files."""
-    there = [(row.title, entries[row.name, case.name]) for row in rows if (row.name, case.name) in entries]
-    records = {title: sets.record for title, sets in there}
-    stem = f"figure-{case.name}"
-    if not there:
-        return []
-    match reproduction.figure:
-        case "images":
-            pictures = {title: folder / sets.entries[0].picture for title, sets in there if sets.entries[0].picture}
-            if not pictures:
-                return []
-            figures.sheet(pictures, folder / f"{stem}.png")
-        case "bars":
-            scores = {name: record.result.accuracy for name, record in records.items() if record.result}
-            values = {name: (100 * score.mean, 100 * score.std if score.n > 1 else None) for name, score in scores.items()}
-            figures.save(figures.bars(values, "accuracy %"), folder / f"{stem}.png")
-        case "experts":
-            figures.save(figures.expert_curves(records), folder / f"{stem}.png")
-        case "inner_loss":
-            figures.save(figures.inner_loss(records), folder / f"{stem}.png")
-        case "initialisation":
-            figures.save(figures.initialisation(next(iter(records.values()))), folder / f"{stem}.png")
-        case str(key):
-            figures.save(figures.curves(records, key), folder / f"{stem}.png")
-            if key == "validation_accuracy":
-                figures.save(figures.curves(records, key, "seconds"), folder / f"{stem}-seconds.png")
-                return [f"{stem}.png", f"{stem}-seconds.png"]
-    return [f"{stem}.png"]

@@ -177,7 +177,7 @@ def _in_processes(
         for _ in range(workers):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(there, threads, torch.are_deterministic_algorithms_enabled()), daemon=daemon
+                target=_serve, args=(there, threads, torch.are_deterministic_algorithms_enabled(), _card()), daemon=daemon
             )
             process.start()
             processes.append(process)
@@ -227,7 +227,12 @@ def _received(connection: Connection) -> tuple[str, Any]:
     return message
 
 
-def _serve(connection: Connection, threads: int, deterministic: bool) -> None:
+def _card() -> int | None:
+    """The number of the card that this process works on; None if it uses none."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _serve(connection: Connection, threads: int, deterministic: bool, card: int | None) -> None:
     """The main function of a worker process.
 
     It ignores SIGINT: Ctrl-C reaches all processes, and the parent's SIGTERM would then be the second signal.
@@ -237,6 +242,8 @@ def _serve(connection: Connection, threads: int, deterministic: bool) -> None:
     torch.set_num_threads(threads)
     if deterministic:
         ask_for_determinism()
+    if card is not None:
+        torch.cuda.set_device(card)
     with contextlib.suppress(Terminated):
         _work_on(connection)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to clean up
