@@ -108,6 +108,7 @@ def test_two_processes_make_the_set_of_one_and_only_the_first_one_speaks(tmp_pat
     assert list((tmp_path / "cache-b" / "ranks").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_needs_no_work_ends_and_so_does_a_mistake(tmp_path: Path) -> None:
     code, printed, said = finished(torchrun(cache=tmp_path, command=["ls", "methods"]))
     assert code == 0 and [line.split()[0] for line in printed.splitlines() if line].count("rat-bptt") == 1, said
@@ -116,7 +117,8 @@ def test_what_needs_no_work_ends_and_so_does_a_mistake(tmp_path: Path) -> None:
     assert said.count("dstill: unknown method 'dmm'") == 1, said
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_killed_in_the_middle_changes_no_bit(rank: int, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = torchrun("--max-restarts=3", cache=tmp_path / "cache", command=run_into(out, 100))
