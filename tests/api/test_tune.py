@@ -147,7 +147,7 @@ def test_a_candidate_that_collapses_is_out(tmp_path: Path, clock: None, monkeypa
     def collapse(*_: object, **__: object) -> None:
         raise CollapseError("gone")
 
-    monkeypatch.setattr(tuning, "run_method", collapse)
+    monkeypatch.setattr(tuning, "run_shared", collapse)
     with pytest.raises(DstillError, match="all of 4 candidates collapsed"):
         dstill.tune(
             "digits",

@@ -57,7 +57,7 @@ def small(tokens: list[str]) -> list[str]:
     }
     plain, _, changes = joined.partition("--set")  # --set takes everything after it, so further options come first
     changed = f"--set {changes}" if changes else ""
-    elsewhere = "-o changed" if changes and "-o" not in plain else ""
+    elsewhere = "-o changed" + re.sub(r"\W+", "-", changes) if changes and "-o" not in plain else ""
     return [command, *shlex.split(f"{plain} {extra.get(command, '')} {elsewhere} {changed}")]
 
 

@@ -64,7 +64,7 @@ class Reference:
     def balance(self, t: int) -> float:
         """Eq. 20."""
         base = {"paper": math.e, "released": 5.0}[self.options["balanced_loss"]]
-        middle = LAST / 2
+        middle = LAST // 2 if self.options["balanced_loss"] == "released" else LAST / 2
         return math.log(abs(t - middle) + 8, base) if t >= middle else 1 / math.log(abs(middle - t) + 8, base)
 
     def step(self, images: Tensor, alpha: Tensor, generator: torch.Generator) -> tuple[Metrics, Tensor, Tensor]:

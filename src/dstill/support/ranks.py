@@ -82,7 +82,7 @@ class Team:
         _remove_leftovers(folder.parent)
         self.lock = FileLock(f"{folder}.lock")
         self.lock.acquire()
-        folder.mkdir()
+        folder.mkdir(mode=0o700)  # what lies there is trusted
         self.folder = folder
         self._announce("look", str(folder))
         for number in range(1, self.size):
