@@ -53,11 +53,10 @@ def run_apart(job: Job, folder: Path, task: Task, asked: Mapping[str, Any]) -> R
     stamp.unlink(missing_ok=True)  # from now on, a result in the folder may belong to another run
     if job.place.fresh:
         result = run_job(job, folder, task)
-        write_text(stamp, text)
-        return result
-    quiet = replace(job, place=replace(job.place, reporter=Silent()))  # reporters stay in the process that displays them
-    work = functools.partial(_work, quiet, folder, task)
-    result = apart(work, None, lambda _, told: pass_on(told, reporter))
+    else:
+        quiet = replace(job, place=replace(job.place, reporter=Silent()))  # reporters stay in the process that displays them
+        work = functools.partial(_work, quiet, folder, task)
+        result = apart(work, None, lambda _, told: pass_on(told, reporter))
     write_text(stamp, text)
     return result
 

@@ -16,15 +16,14 @@ from dstill.artifacts.run_folder import IDENTITY_NAME
 from dstill.config import recipes
 from dstill.config.settings import Recipe, canonical
 from dstill.data.real import RealSet, Source, load_real
-from dstill.distillation.folder import processes
-from dstill.distillation.loop import Cadence, follow, run_method
+from dstill.distillation.folder import sharing
+from dstill.distillation.loop import Cadence, run_method
 from dstill.errors import DamagedFileError, DstillError
 from dstill.jobs.job import Job, Task, Workplace, shape_of
 from dstill.jobs.options import Budget, Choice
 from dstill.methods.base import Problem
 from dstill.planning.budget import PREPROCESS, Offer, Rivals, Until, best_offer, described, method_for, with_iterations
 from dstill.planning.clock import QUICK, Clock
-from dstill.support.mates import together
 from dstill.support.progress import expect
 from dstill.support.workers import Workers
 
@@ -214,7 +213,7 @@ def with_method(choice: Choice, source: Source, place: Workplace) -> tuple[Choic
 def _pace(problem: Problem, most: float, workers: Workers) -> float:
     """Seconds of an iteration, measured for about so many seconds. The first, which warms up, counts only if it is alone."""
     seconds: list[float] = []
-    with together(follow, problem, processes(problem.recipe, problem.device, workers), workers) as crew:
+    with sharing(problem, workers) as crew:
         cadence = Cadence(checkpoint=0, until=time.perf_counter() + most)
         run_method(problem, cadence=cadence, observer=lambda done, total, row: seconds.append(row["seconds"]), crew=crew)
     return statistics.fmean(seconds[1:] or seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -123,10 +124,14 @@ def run_shared(
     problem: Problem, cadence: Cadence, watcher: Watcher, folder: RunFolder | None = None, workers: Workers = 1
 ) -> DistilledSet:
     """`run_method` in as many processes as the draws of an iteration occupy, see `processes`."""
-    size = processes(problem.recipe, problem.device, workers)
-    with together(follow, problem, size, workers) as watcher.crew:
+    with sharing(problem, workers) as watcher.crew:
         options: dict[str, Any] = {"observer": watcher, "painter": watcher.picture, "crew": watcher.crew}
         return run_method(problem, folder, cadence=cadence, **options)
+
+
+def sharing(problem: Problem, workers: Workers) -> AbstractContextManager[Crew]:
+    """The processes that share the draws of a problem, led by this one, see `processes`."""
+    return together(follow, problem, processes(problem.recipe, problem.device, workers), workers)
 
 
 def processes(recipe: Recipe, device: torch.device, workers: Workers) -> int:
