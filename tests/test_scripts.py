@@ -17,8 +17,13 @@ def missing(script: Path) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "dstill":
-            for alias in node.names:
+            try:
                 home = importlib.import_module(node.module)
+            except ModuleNotFoundError as error:
+                if error.name == "triton":  # optional
+                    continue
+                raise
+            for alias in node.names:
                 if not hasattr(home, alias.name):
                     try:
                         importlib.import_module(f"{node.module}.{alias.name}")

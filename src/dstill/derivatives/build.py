@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 
 from dstill.artifacts.files import atomic
+from dstill.derivatives import tiles
+from dstill.derivatives.convolution import Convolution
+from dstill.derivatives.tiles import Product
 from dstill.derivatives.unit import TensorUnit
 from dstill.errors import DstillError
 from dstill.support.cache import cache_folder
@@ -76,9 +79,26 @@ def kernels() -> Kernels | None:
     return _found()[0]
 
 
-def fused_unit() -> type[TensorUnit] | None:
+def fused_unit(*, channels_last: bool = False) -> type[TensorUnit] | None:
     """The `Unit` in Triton kernels for NVIDIA cards; None if Triton does not work or DSTILL_NATIVE=0 is set."""
-    return _found_fused()[0]
+    found = _found_fused()[0]
+    if found is None or not channels_last:
+        return found
+    from dstill.derivatives.cuda_unit import ChannelsLastUnit
+
+    return ChannelsLastUnit
+
+
+def tiled(device: torch.device, product: Product, inputs: int, outputs: int, size: tuple[int, int]) -> Convolution | None:
+    """Our own convolution for a card, where it was measured to be faster than the library's; see `dstill.derivatives.tiles`."""
+    if device.type != "cuda" or fused_unit() is None:
+        return None
+    tile = tiles.measured().tile(torch.cuda.get_device_name(device), product, inputs, outputs, size)
+    if tile is None:
+        return None
+    from dstill.derivatives.cuda_convolution import Tiled
+
+    return Tiled(product, tile)
 
 
 def describe(device: torch.device, *, compiled: bool = False) -> str:

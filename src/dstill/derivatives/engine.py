@@ -10,13 +10,14 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dstill.derivatives import tangent
-from dstill.derivatives.build import Kernels, fused_unit, kernels
+from dstill.derivatives import build, tangent
+from dstill.derivatives.build import Kernels, fused_unit, kernels, tiled
 from dstill.derivatives.convolution import Convolution, Direct
 from dstill.derivatives.cpu_convolutions import Patches, Winograd
 from dstill.derivatives.cpu_unit import NativeUnit
 from dstill.derivatives.cuda_graphs import Caller, Recorder, directly
 from dstill.derivatives.tangent import Operations, Sum, UnitMaker
+from dstill.derivatives.tiles import Product
 from dstill.derivatives.unit import TensorUnit, Unit
 from dstill.nets.convnet import ConvNet
 from dstill.support.devices import full_precision
@@ -108,14 +109,16 @@ class Derivatives:
         suitable = native and device.type == "cpu" and dtype in (torch.float32, torch.float64)
         compiled_kernels = kernels() if suitable else None
         self.native = compiled_kernels is not None
-        exact: list[Convolution] = [_exact(compiled_kernels, channels, size, dtype) for channels, size in self.geometry]
-        # With few channels there is little to multiply, so a copy in another type would cost more than it saves.
-        rounded: list[Convolution] = [e if isinstance(e, Patches) else Direct(dtype, torch.bfloat16) for e in exact]
+        self.tiled = functools.partial(tiled, device) if native and dtype == torch.float32 else _never
+        blocks = [(channels, net.width, size) for channels, size in self.geometry]
+        exact = [self._exact(compiled_kernels, *block) for block in blocks]
+        rounded = [self._rounded(convolution, *block) for convolution, block in zip(exact, blocks, strict=True)]
         first = rounded if precision == "bfloat16" else exact
         if compiled_kernels is not None:
             unit: UnitMaker = functools.partial(NativeUnit, compiled_kernels)
         else:
-            fused = fused_unit() if native and device.type == "cuda" else None
+            own = not all(isinstance(convolution, Direct) for convolution in first)
+            fused = fused_unit(channels_last=own) if native and device.type == "cuda" else None
             unit = fused or (_compiled_unit() if compiled else TensorUnit)
         self.operations = Operations(unit, first, exact if precision == "float32" else rounded)
         self.threads = 1 if device.type != "cpu" else threads or torch.get_num_threads()
@@ -123,6 +126,16 @@ class Derivatives:
         self.piece = _piece(self.geometry, net.width, dtype, budget) if device.type == "cpu" else None
         self._pool: ThreadPoolExecutor | None = None
         self._call = call
+
+    def _exact(self, kernels: Kernels | None, inputs: int, outputs: int, size: tuple[int, int]) -> Convolution:
+        if kernels is None or (min(size) < _SMALL_SIDE and inputs >= _FEW_CHANNELS):
+            return self.tiled("tf32x3", inputs, outputs, size) or Direct(self.dtype)
+        return Patches(kernels, inputs, size) if inputs < _FEW_CHANNELS else Winograd(kernels, size)
+
+    def _rounded(self, exact: Convolution, inputs: int, outputs: int, size: tuple[int, int]) -> Convolution:
+        if isinstance(exact, Patches):  # little to multiply: a copy in another type would cost more than it saves
+            return exact
+        return self.tiled("bfloat16", inputs, outputs, size) or Direct(self.dtype, torch.bfloat16)
 
     def kept_bytes(self, images: int) -> int:
         """Approximate bytes that `gradient(keep=True)` keeps for a batch of `images` images."""
@@ -247,6 +260,10 @@ class Derivatives:
             return list(self._pool.map(torch.no_grad()(work), pieces))
 
 
+def _never(product: Product, inputs: int, outputs: int, size: tuple[int, int]) -> None:
+    """Stands for `tiled` where our own convolutions cannot run."""
+
+
 @functools.cache
 def _compiled_unit() -> type[TensorUnit]:
     """`TensorUnit` with each form compiled by itself, since compiling a whole pass takes ten times as long."""
@@ -256,18 +273,30 @@ def _compiled_unit() -> type[TensorUnit]:
     return type("CompiledUnit", (TensorUnit,), {f: torch.compile(getattr(TensorUnit, f), dynamic=False) for f in forms})
 
 
+def describe(net: nn.Module, device: torch.device, precision: Precision = "float32", *, compiled: bool = False) -> str:
+    """What differentiates a network in an unrolled student, as a phrase for the log.
+
+    Example:
+        >>> describe(nn.Linear(2, 2), torch.device("cpu"))
+        'torch double backward'
+    """
+    if not supports(net):
+        return "torch double backward"
+    first = Derivatives(net, device, precision=precision, compiled=compiled).operations.first
+    own = [
+        str(block)
+        for block, convolution in enumerate(first, 1)
+        if device.type == "cuda" and not isinstance(convolution, Direct)
+    ]
+    return build.describe(device, compiled=compiled) + (f" with own convolutions in block {', '.join(own)}" if own else "")
+
+
 def derivatives_of(net: nn.Module, *, precision: Precision = "float32", compiled: bool = False) -> Derivatives | None:
     """The hand-written derivatives of a network on its device, recorded on an NVIDIA card; None if it has none."""
     if not supports(net):
         return None
     weight = next(net.parameters())
     return Derivatives(net, weight.device, weight.dtype, precision, compiled=compiled, call=Recorder())
-
-
-def _exact(kernels: Kernels | None, channels: int, size: tuple[int, int], dtype: torch.dtype) -> Convolution:
-    if kernels is None or (min(size) < _SMALL_SIDE and channels >= _FEW_CHANNELS):
-        return Direct(dtype)
-    return Patches(kernels, channels, size) if channels < _FEW_CHANNELS else Winograd(kernels, size)
 
 
 def _piece(geometry: Sequence[tuple[int, tuple[int, int]]], channels: int, dtype: torch.dtype, budget: int) -> int:

@@ -18,8 +18,6 @@ from dstill.data import formation
 from dstill.data.catalog import Shape
 from dstill.data.preprocess import Preprocess, from_bytes
 from dstill.data.real import RealSet
-from dstill.derivatives import build as native
-from dstill.derivatives.engine import supports
 from dstill.experts.trained import TrainedNetwork
 from dstill.experts.trajectory import Trajectories
 from dstill.nets import networks as nets
@@ -208,11 +206,6 @@ class Method(abc.ABC):
 def library_bytes(net: NetConfig, images: int, shape: Shape) -> float:
     """Memory that torch holds for a batch in float32; see `Method.peak_bytes`."""
     return 4 * images * 4 * (net.width or 128) * math.prod(shape.size)
-
-
-def hand_written(problem: Problem, *, compiled: bool) -> str:
-    """What differentiates the recipe's network in an unrolled student, as a phrase for the log."""
-    return native.describe(problem.device, compiled=compiled) if supports(problem.network()) else "torch double backward"
 
 
 def method_class(name: str) -> type[Method]:

@@ -23,7 +23,8 @@ from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Case, Count, Momentum, Passes, Positive, Recipe
 from dstill.data import siamese
 from dstill.data.catalog import Shape
-from dstill.methods.base import Metrics, Problem, State, hand_written, library_bytes
+from dstill.derivatives import engine
+from dstill.methods.base import Metrics, Problem, State, library_bytes
 from dstill.methods.batches import RealBatches, draw_steps
 from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, move_averages, with_averages
 from dstill.methods.guard import Guard
@@ -343,5 +344,5 @@ class Bptt(DrawingMethod):
     @classmethod
     def engine(cls, problem: Problem) -> str:
         settings = problem.settings(BpttConfig)
-        engine = hand_written(problem, compiled=settings.compile)
-        return f"{engine}, {settings.precision}, {'exact' if settings.precision == 'float32' else 'inexact'}"
+        by = engine.describe(problem.network(), problem.device, settings.precision, compiled=settings.compile)
+        return f"{by}, {settings.precision}, {'exact' if settings.precision == 'float32' else 'inexact'}"

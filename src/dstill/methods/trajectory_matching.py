@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Recipe
 from dstill.data.catalog import Shape
+from dstill.derivatives import engine
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
-from dstill.methods.base import Metrics, Problem, State, hand_written, library_bytes
+from dstill.methods.base import Metrics, Problem, State, library_bytes
 from dstill.methods.batches import draw_steps
 from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, move_averages, with_averages
 from dstill.methods.expert_labels import expert_labels, gradient_through_labels, mean_expert_labels
@@ -205,9 +206,11 @@ class TrajectoryMatching(DrawingMethod):
     @classmethod
     def engine(cls, problem: Problem) -> str:
         settings = problem.settings(MatchingConfig)
-        engine = "library autograd" if settings.gradient == "graph" else hand_written(problem, compiled=settings.compile)
+        by = "library autograd"
+        if settings.gradient != "graph":
+            by = engine.describe(problem.network(), problem.device, settings.precision, compiled=settings.compile)
         exact = settings.gradient != "tesla" and settings.precision == "float32"
-        return f"{engine}, {settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
+        return f"{by}, {settings.gradient} in {settings.precision}, {'exact' if exact else 'inexact'}"
 
 
 def matching_settings(distilled: DistilledSet) -> MatchingConfig:
