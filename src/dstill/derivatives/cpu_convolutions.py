@@ -48,18 +48,12 @@ class Winograd:
         self.tiles = -(-size[0] // _TILE) * -(-size[1] // _TILE)
 
     def weight(self, weight: Tensor) -> Filters:
-        outputs, inputs = weight.shape[:2]
-        weight = weight.contiguous()
-        by_output, by_input = _domain(weight, outputs, inputs), _domain(weight, inputs, outputs)
-        plane = by_output.stride(0)
-        self.kernels.call("winograd_weight", weight, by_output, plane, outputs, inputs, inputs, 1)
-        self.kernels.call("winograd_weight", weight, by_input, plane, inputs, outputs, 1, inputs)
-        return Filters(by_output, by_input)
+        return Filters(self._filters(weight), self._filters(weight.transpose(0, 1)))
 
     def weight_adjoint(self, total: Tensor) -> Tensor:
         outputs, inputs = total.shape[1:]
         weight = total.new_empty(outputs, inputs, 3, 3)
-        self.kernels.call("winograd_weight_adjoint", total, weight, total.stride(0), outputs, inputs)
+        self.kernels.call("winograd_weight_adjoint", total, weight, total.stride(0), outputs * inputs)
         return weight
 
     def input(self, x: Tensor) -> Tensor:
@@ -78,6 +72,11 @@ class Winograd:
 
     def by_weight(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
         return _products(self.kernels, [(g.transpose(1, 2), x) for g, x in pairs])
+
+    def _filters(self, weight: Tensor) -> Tensor:
+        domain = _domain(weight, *weight.shape[:2])
+        self.kernels.call("winograd_weight", weight.contiguous(), domain, domain.stride(0), len(weight) * weight.shape[1])
+        return domain
 
     def _into(self, name: str, images: Tensor) -> Tensor:
         batch, channels = images.shape[:2]

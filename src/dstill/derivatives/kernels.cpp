@@ -62,54 +62,70 @@ struct Size {
   long pooled() const { return (height / 2) * (width / 2); }
 };
 
-// Sum over an image, row by row: the rounding error grows with the side and not with the number of pixels.
-template <class T, class Term>
-Vec<T> sum(const Size& s, Term term) {
-  Vec<T> total{};
-  for (long i = 0; i < s.height; ++i) {
-    Vec<T> row{};
-    for (long j = 0; j < s.width; ++j) row += term(i, j);
-    total += row;
-  }
-  return total;
-}
-
-// One image and one run of channels of a block:  n = (z - mean) r,  a = n scale + shift.
-template <class T, bool Full>
+// One image and a group of neighbouring runs of channels of a block:  n = (z - mean) r,  a = n scale + shift. A group of
+// several runs reads each pixel in one piece of memory, which the processor can foresee.
+template <class T, int Runs, bool Full>
 struct Unit {
   Channels<T, Full> lanes;
   Size s;
   const T* z;
-  Vec<T> mean, r, scale, shift;
+  Vec<T> mean[Runs], r[Runs], scale[Runs], shift[Runs];
 
+  Vec<T> load(const T* p, int run) const { return lanes.load(p + run * Simd<T>::lanes); }
+  void store(T* p, int run, Vec<T> v) const { lanes.store(p + run * Simd<T>::lanes, v); }
   long at(long i, long j) const { return (i * s.width + j) * s.channels; }
+  long pooled(long i, long j) const { return (i / 2 * (s.width / 2) + j / 2) * s.channels; }
   bool inside(long i, long j) const { return i < s.height / 2 * 2 && j < s.width / 2 * 2; }
-  Vec<T> normalised(long i, long j) const { return (lanes.load(z + at(i, j)) - mean) * r; }
-  Vec<T> activation(Vec<T> n) const { return n * scale + shift; }
+  Vec<T> normalised(long pixel, int run) const { return (load(z + pixel, run) - mean[run]) * r[run]; }
+  Vec<T> activation(Vec<T> n, int run) const { return n * scale[run] + shift[run]; }
   // Backward through pooling and ReLU: the gradient at pixel (i, j), from the gradient `gy` at the pooled pixels.
-  Vec<T> unpooled(const T* gy, Vec<T> n, long i, long j) const {
+  Vec<T> unpooled(const T* gy, Vec<T> n, long i, long j, int run) const {
     if (!inside(i, j)) return Vec<T>{};
-    const Vec<T> quarter = lanes.load(gy + ((i / 2) * (s.width / 2) + j / 2) * s.channels) * T(0.25);
-    return activation(n) > T(0) ? quarter : Vec<T>{};
+    const Vec<T> quarter = load(gy + pooled(i, j), run) * T(0.25);
+    return activation(n, run) > T(0) ? quarter : Vec<T>{};
+  }
+
+  template <class Body>
+  void for_runs(Body body) const {
+    for (int run = 0; run < Runs; ++run) body(run);
+  }
+  template <class Body>
+  void for_pixels(Body body) const {
+    for (long i = 0; i < s.height; ++i)
+      for (long j = 0; j < s.width; ++j) for_runs([&](int run) { body(i, j, run); });
+  }
+  // Sums over the image, row by row: the rounding error grows with the side and not with the number of pixels.
+  template <class Term>
+  void sum(Vec<T>* total, Term term) const {
+    for_runs([&](int run) { total[run] = Vec<T>{}; });
+    for (long i = 0; i < s.height; ++i) {
+      Vec<T> row[Runs] = {};
+      for (long j = 0; j < s.width; ++j) for_runs([&](int run) { row[run] += term(i, j, run); });
+      for_runs([&](int run) { total[run] += row[run]; });
+    }
   }
 };
 
-template <class T, class Body>
-void for_units(long images, Size s, const T* z, const T* scale, const T* shift, Body body) {
-  for (long b = 0; b < images; ++b)
-    for_channels<T>(s.channels, [&](long c, auto lanes) {
-      Unit<T, std::is_same_v<decltype(lanes), Channels<T, true>>> u{lanes, s, z + b * s.pixels() * s.channels + c};
-      u.scale = lanes.load(scale + c);
-      u.shift = lanes.load(shift + c);
-      body(u, b * s.channels + c, b * s.pixels() * s.channels + c, b * s.pooled() * s.channels + c);
+template <class T, int Runs, bool Full, class Body>
+void for_group(long images, Size s, const T* z, const T* scale, const T* shift, long c, Channels<T, Full> lanes, Body body) {
+  for (long b = 0; b < images; ++b) {
+    Unit<T, Runs, Full> u{lanes, s, z + b * s.pixels() * s.channels + c};
+    u.for_runs([&](int run) {
+      u.scale[run] = u.load(scale + c, run);
+      u.shift[run] = u.load(shift + c, run);
     });
+    body(u, b * s.channels + c, b * s.pixels() * s.channels + c, b * s.pooled() * s.channels + c);
+  }
 }
 
-template <class T, class Value>
-void pool(const Size& s, T* y, Value value) {
-  for (long i = 0; i < s.height / 2; ++i)
-    for (long j = 0; j < s.width / 2; ++j)
-      value(y + (i * (s.width / 2) + j) * s.channels, 2 * i, 2 * j);
+// Groups of Runs runs, then of half as many, and at last what does not fill a vector.
+template <class T, int Runs = 8, class Body>
+void for_units(long images, Size s, const T* z, const T* scale, const T* shift, Body body, long c = 0) {
+  constexpr long width = Simd<T>::lanes;
+  const Channels<T, true> all{width};
+  for (; c + Runs * width <= s.channels; c += Runs * width) for_group<T, Runs>(images, s, z, scale, shift, c, all, body);
+  if constexpr (Runs > 1) for_units<T, Runs / 2>(images, s, z, scale, shift, body, c);
+  else if (c < s.channels) for_group<T, 1>(images, s, z, scale, shift, c, Channels<T, false>{s.channels - c}, body);
 }
 
 template <class T>
@@ -117,21 +133,25 @@ void unit_forward(const T* z, const T* scale, const T* shift, T* y, T* mean, T* 
   const T share = T(1) / s.pixels();
   for_units(images, s, z, scale, shift, [&](auto u, long stat, long, long out) {
     using V = Vec<T>;
-    u.mean = sum<T>(s, [&](long i, long j) { return u.lanes.load(u.z + u.at(i, j)); }) * share;
-    V variance = sum<T>(s, [&](long i, long j) {
-      const V d = u.lanes.load(u.z + u.at(i, j)) - u.mean;
+    decltype(u.mean) variance;
+    u.sum(u.mean, [&](long i, long j, int run) { return u.load(u.z + u.at(i, j), run); });
+    u.for_runs([&](int run) { u.mean[run] *= share; });
+    u.sum(variance, [&](long i, long j, int run) {
+      const V d = u.load(u.z + u.at(i, j), run) - u.mean[run];
       return V(d * d);
-    }) * share;
-    for (long k = 0; k < Simd<T>::lanes; ++k) u.r[k] = T(1) / std::sqrt(variance[k] + eps);
-    u.lanes.store(mean + stat, u.mean);
-    u.lanes.store(r + stat, u.r);
-    pool(s, y + out, [&](T* p, long i, long j) {
-      V total{};
-      for (long k = 0; k < 4; ++k) {
-        total += relu<T>(u.activation(u.normalised(i + k / 2, j + k % 2)));
-      }
-      u.lanes.store(p, total * T(0.25));
     });
+    u.for_runs([&](int run) {
+      for (long k = 0; k < Simd<T>::lanes; ++k) u.r[run][k] = T(1) / std::sqrt(variance[run][k] * share + eps);
+      u.store(mean + stat, run, u.mean[run]);
+      u.store(r + stat, run, u.r[run]);
+    });
+    for (long i = 0; i < s.height / 2 * 2; i += 2)
+      for (long j = 0; j < s.width / 2 * 2; j += 2)
+        u.for_runs([&](int run) {
+          V total{};
+          for (long k = 0; k < 4; ++k) total += relu<T>(u.activation(u.normalised(u.at(i + k / 2, j + k % 2), run), run));
+          u.store(y + out + u.pooled(i, j), run, total * T(0.25));
+        });
   });
 }
 
@@ -141,22 +161,25 @@ void unit_backward(const T* z, const T* mean, const T* r, const T* scale, const 
   const T share = T(1) / s.pixels();
   for_units(images, s, z, scale, shift, [&](auto u, long stat, long full, long half) {
     using V = Vec<T>;
-    u.mean = u.lanes.load(mean + stat);
-    u.r = u.lanes.load(r + stat);
-    V total_n{};
-    const V total = sum<T>(s, [&](long i, long j) {
-      const V n = u.normalised(i, j), ga = u.unpooled(gy + half, n, i, j);
-      total_n += ga * n;
+    u.for_runs([&](int run) {
+      u.mean[run] = u.load(mean + stat, run);
+      u.r[run] = u.load(r + stat, run);
+    });
+    decltype(u.mean) total, total_n = {};
+    u.sum(total, [&](long i, long j, int run) {
+      const V n = u.normalised(u.at(i, j), run), ga = u.unpooled(gy + half, n, i, j, run);
+      total_n[run] += ga * n;
       return ga;
     });
-    u.lanes.store(sum_ga + stat, total);
-    u.lanes.store(sum_ga_n + stat, total_n);
-    const V mean_ga = total * share, mean_ga_n = total_n * share, factor = u.scale * u.r;
-    for (long i = 0; i < s.height; ++i)
-      for (long j = 0; j < s.width; ++j) {
-        const V n = u.normalised(i, j), ga = u.unpooled(gy + half, n, i, j);
-        u.lanes.store(gz + full + u.at(i, j), factor * (ga - mean_ga - n * mean_ga_n));
-      }
+    u.for_runs([&](int run) {
+      u.store(sum_ga + stat, run, total[run]);
+      u.store(sum_ga_n + stat, run, total_n[run]);
+    });
+    u.for_pixels([&](long i, long j, int run) {
+      const V mean_ga = total[run] * share, mean_ga_n = total_n[run] * share, factor = u.scale[run] * u.r[run];
+      const V n = u.normalised(u.at(i, j), run), ga = u.unpooled(gy + half, n, i, j, run);
+      u.store(gz + full + u.at(i, j), run, factor * (ga - mean_ga - n * mean_ga_n));
+    });
   });
 }
 
@@ -167,32 +190,37 @@ void unit_tangent(const T* z, const T* mean, const T* r, const T* scale, const T
   for_units(images, s, z, scale, shift, [&](auto u, long stat, long full, long half) {
     using V = Vec<T>;
     const long c = stat % s.channels;
-    u.mean = u.lanes.load(mean + stat);
-    u.r = u.lanes.load(r + stat);
-    const V ds = dscale ? u.lanes.load(dscale + c) : V{}, dh = dshift ? u.lanes.load(dshift + c) : V{};
-    V along{};
-    const V m = sum<T>(s, [&](long i, long j) {
-      const V d = u.lanes.load(dz + full + u.at(i, j));
-      along += d * u.normalised(i, j);
+    decltype(u.mean) m, p = {}, ds = {}, dh = {};
+    u.for_runs([&](int run) {
+      u.mean[run] = u.load(mean + stat, run);
+      u.r[run] = u.load(r + stat, run);
+      if (dscale) ds[run] = u.load(dscale + c, run);
+      if (dshift) dh[run] = u.load(dshift + c, run);
+    });
+    u.sum(m, [&](long i, long j, int run) {
+      const V d = u.load(dz + full + u.at(i, j), run);
+      p[run] += d * u.normalised(u.at(i, j), run);
       return d;
-    }) * share;
-    const V p = along * share;
-    u.lanes.store(mean_dz + stat, m);
-    u.lanes.store(projection + stat, p);
-    for (long i = 0; i < s.height / 2; ++i)
-      for (long j = 0; j < s.width / 2; ++j) {
-        V total{}, dtotal{};
-        for (long k = 0; k < 4; ++k) {
-          const long q = u.at(2 * i + k / 2, 2 * j + k % 2);
-          const V n = (u.lanes.load(u.z + q) - u.mean) * u.r, a = u.activation(n);
-          const V dn = u.r * (u.lanes.load(dz + full + q) - m - n * p), da = dn * u.scale + n * ds + dh;
-          total += relu<T>(a);
-          dtotal += a > T(0) ? da : V{};
-        }
-        const long out = half + (i * (s.width / 2) + j) * s.channels;
-        u.lanes.store(y + out, total * T(0.25));
-        u.lanes.store(dy + out, dtotal * T(0.25));
-      }
+    });
+    u.for_runs([&](int run) {
+      u.store(mean_dz + stat, run, m[run] *= share);
+      u.store(projection + stat, run, p[run] *= share);
+    });
+    for (long i = 0; i < s.height / 2 * 2; i += 2)
+      for (long j = 0; j < s.width / 2 * 2; j += 2)
+        u.for_runs([&](int run) {
+          V total{}, dtotal{};
+          for (long k = 0; k < 4; ++k) {
+            const long q = u.at(i + k / 2, j + k % 2);
+            const V n = u.normalised(q, run), a = u.activation(n, run);
+            const V dn = u.r[run] * (u.load(dz + full + q, run) - m[run] - n * p[run]);
+            const V da = dn * u.scale[run] + n * ds[run] + dh[run];
+            total += relu<T>(a);
+            dtotal += a > T(0) ? da : V{};
+          }
+          u.store(y + half + u.pooled(i, j), run, total * T(0.25));
+          u.store(dy + half + u.pooled(i, j), run, dtotal * T(0.25));
+        });
   });
 }
 
@@ -203,31 +231,41 @@ void unit_tangent_backward(const T* z, const T* mean, const T* r, const T* scale
   const T share = T(1) / s.pixels();
   for_units(images, s, z, scale, shift, [&](auto u, long stat, long full, long half) {
     using V = Vec<T>;
-    u.mean = u.lanes.load(mean + stat);
-    u.r = u.lanes.load(r + stat);
-    const V m = u.lanes.load(mean_dz + stat), p = u.lanes.load(projection + stat);
-    const V mean_ga = u.lanes.load(sum_ga + stat) * share, mean_ga_n = u.lanes.load(sum_ga_n + stat) * share;
-    const V ds = dscale ? u.lanes.load(dscale + stat % s.channels) : V{};
-    const auto tangent_n = [&](V n, long q) { return V(u.r * (u.lanes.load(dz + full + q) - m - n * p)); };
-    V mixed{};
-    const V total = sum<T>(s, [&](long i, long j) {
-      const V n = u.normalised(i, j), dga = u.unpooled(dgy + half, n, i, j), ga = u.unpooled(gy + half, n, i, j);
-      mixed += dga * n + ga * tangent_n(n, u.at(i, j));
+    decltype(u.mean) m, p, mean_ga, mean_ga_n, ds = {}, mean_dga, mixed = {};
+    u.for_runs([&](int run) {
+      u.mean[run] = u.load(mean + stat, run);
+      u.r[run] = u.load(r + stat, run);
+      m[run] = u.load(mean_dz + stat, run);
+      p[run] = u.load(projection + stat, run);
+      mean_ga[run] = u.load(sum_ga + stat, run) * share;
+      mean_ga_n[run] = u.load(sum_ga_n + stat, run) * share;
+      if (dscale) ds[run] = u.load(dscale + stat % s.channels, run);
+    });
+    const auto tangent_n = [&](V n, long q, int run) {
+      return V(u.r[run] * (u.load(dz + full + q, run) - m[run] - n * p[run]));
+    };
+    u.sum(mean_dga, [&](long i, long j, int run) {
+      const V n = u.normalised(u.at(i, j), run);
+      const V dga = u.unpooled(dgy + half, n, i, j, run), ga = u.unpooled(gy + half, n, i, j, run);
+      mixed[run] += dga * n + ga * tangent_n(n, u.at(i, j), run);
       return dga;
     });
-    u.lanes.store(sum_dga + stat, total);
-    u.lanes.store(sum_scale + stat, mixed);
-    const V mean_dga = total * share, mean_mixed = mixed * share;
-    const V factor = u.scale * u.r, dfactor = ds * u.r - u.scale * u.r * u.r * p;
-    for (long i = 0; i < s.height; ++i)
-      for (long j = 0; j < s.width; ++j) {
-        const long k = u.at(i, j);
-        const V n = u.normalised(i, j), dga = u.unpooled(dgy + half, n, i, j), ga = u.unpooled(gy + half, n, i, j);
-        const V q = ga - mean_ga - n * mean_ga_n;
-        const V dq = dga - mean_dga - tangent_n(n, k) * mean_ga_n - n * mean_mixed;
-        u.lanes.store(gz + full + k, factor * q);
-        u.lanes.store(dgz + full + k, dfactor * q + factor * dq);
-      }
+    u.for_runs([&](int run) {
+      u.store(sum_dga + stat, run, mean_dga[run]);
+      u.store(sum_scale + stat, run, mixed[run]);
+      mean_dga[run] *= share;
+      mixed[run] *= share;
+    });
+    u.for_pixels([&](long i, long j, int run) {
+      const long k = u.at(i, j);
+      const V factor = u.scale[run] * u.r[run], dfactor = ds[run] * u.r[run] - u.scale[run] * u.r[run] * u.r[run] * p[run];
+      const V n = u.normalised(k, run);
+      const V dga = u.unpooled(dgy + half, n, i, j, run), ga = u.unpooled(gy + half, n, i, j, run);
+      const V q = ga - mean_ga[run] - n * mean_ga_n[run];
+      const V dq = dga - mean_dga[run] - tangent_n(n, k, run) * mean_ga_n[run] - n * mixed[run];
+      u.store(gz + full + k, run, factor * q);
+      u.store(dgz + full + k, run, dfactor * q + factor * dq);
+    });
   });
 }
 
@@ -378,25 +416,23 @@ void winograd_output_adjoint(const T* y, T* m, long plane, long images, Size s) 
   });
 }
 
-// Weights are [output, input, 3, 3] in memory. Lanes run over the inner index of the plane that is written: U[output, input]
-// or its transpose; `step` and `row` are the strides of the inner and the outer index in filters.
+// `count` filters of nine numbers; lanes run over filters.
 template <class T>
-void winograd_weight(const T* g, T* u, long plane, long outer, long inner, long row, long step) {
-  for (long i = 0; i < outer; ++i)
-    for_channels<T>(inner, [&](long j, auto lanes) {
-      T gathered[9][Simd<T>::lanes] = {};
-      for (long lane = 0; lane < lanes.n; ++lane)
-        for (int k = 0; k < 9; ++k) gathered[k][lane] = g[(i * row + (j + lane) * step) * 9 + k];
-      Vec<T> d[9], w[kPatch * kPatch];
-      std::memcpy(d, gathered, sizeof d);
-      both_sides<3, kPatch>(d, w, weight_1d<T, Vec<T>>);
-      for (int k = 0; k < kPatch * kPatch; ++k) lanes.store(u + k * plane + i * inner + j, w[k]);
-    });
+void winograd_weight(const T* g, T* u, long plane, long count) {
+  for_channels<T>(count, [&](long i, auto lanes) {
+    T gathered[9][Simd<T>::lanes] = {};
+    for (long lane = 0; lane < lanes.n; ++lane)
+      for (int k = 0; k < 9; ++k) gathered[k][lane] = g[(i + lane) * 9 + k];
+    Vec<T> d[9], w[kPatch * kPatch];
+    std::memcpy(d, gathered, sizeof d);
+    both_sides<3, kPatch>(d, w, weight_1d<T, Vec<T>>);
+    for (int k = 0; k < kPatch * kPatch; ++k) lanes.store(u + k * plane + i, w[k]);
+  });
 }
 
 template <class T>
-void winograd_weight_adjoint(const T* u, T* g, long plane, long outputs, long inputs) {
-  for_channels<T>(outputs * inputs, [&](long i, auto lanes) {
+void winograd_weight_adjoint(const T* u, T* g, long plane, long count) {
+  for_channels<T>(count, [&](long i, auto lanes) {
     Vec<T> w[kPatch * kPatch], d[9];
     for (int k = 0; k < kPatch * kPatch; ++k) w[k] = lanes.load(u + k * plane + i);
     both_sides<kPatch, 3>(w, d, weight_adjoint_1d<T, Vec<T>>);
@@ -414,8 +450,28 @@ constexpr int kRows = kBytes == 64 ? 6 : 4, kVectors = kBytes == 64 ? 4 : 2;
 // Sums are cut into chains of this length: a single chain of 128 additions would lose half a digit more than all the rest.
 constexpr long kChain = 32;
 
+// Memory that the next product will read. It is fetched into the cache while this one is computed, since the processor's own
+// prefetching stops at the end of each page.
+struct Ahead {
+  struct Range {
+    const char *at = nullptr, *end = nullptr;
+  } left, right;
+
+  template <class T>
+  static Range range(const T* first, long count) {
+    return {reinterpret_cast<const char*>(first), reinterpret_cast<const char*>(first + count)};
+  }
+  void fetch() {
+    Range& range = left.at < left.end ? left : right;
+    if (range.at < range.end) {
+      __builtin_prefetch(range.at, 0, 2);
+      range.at += 64;
+    }
+  }
+};
+
 template <class T, int Rows, int Vectors, bool Full>
-void tile(const Matrices& x, const T* a, const T* b, T* c, bool add, Channels<T, Full> lanes) {
+void tile(const Matrices& x, const T* a, const T* b, T* c, bool add, Channels<T, Full> lanes, Ahead& ahead) {
   constexpr long width = Simd<T>::lanes;
   Vec<T> total[Rows][Vectors] = {};
   for (int i = 0; i < Rows; ++i)
@@ -423,6 +479,7 @@ void tile(const Matrices& x, const T* a, const T* b, T* c, bool add, Channels<T,
   for (long first = 0; first < x.k; first += kChain) {
     Vec<T> chain[Rows][Vectors] = {};
     for (long k = first; k < std::min(first + kChain, x.k); ++k) {
+      ahead.fetch();
       Vec<T> row[Vectors];
       for (int j = 0; j < Vectors; ++j) row[j] = lanes.load(b + k * x.b_row + j * width);
       for (int i = 0; i < Rows; ++i) {
@@ -441,41 +498,47 @@ void tile(const Matrices& x, const T* a, const T* b, T* c, bool add, Channels<T,
 }
 
 template <class T, int Vectors, bool Full>
-void column(const Matrices& x, const T* a, const T* b, T* c, bool add, Channels<T, Full> lanes) {
+void column(const Matrices& x, const T* a, const T* b, T* c, bool add, Channels<T, Full> lanes, Ahead& ahead) {
   long i = 0;
-  for (; i + kRows <= x.m; i += kRows) tile<T, kRows, Vectors>(x, a + i * x.a_row, b, c + i * x.c_row, add, lanes);
-  for (; i + 2 <= x.m; i += 2) tile<T, 2, Vectors>(x, a + i * x.a_row, b, c + i * x.c_row, add, lanes);
-  if (i < x.m) tile<T, 1, Vectors>(x, a + i * x.a_row, b, c + i * x.c_row, add, lanes);
+  for (; i + kRows <= x.m; i += kRows) tile<T, kRows, Vectors>(x, a + i * x.a_row, b, c + i * x.c_row, add, lanes, ahead);
+  for (; i + 2 <= x.m; i += 2) tile<T, 2, Vectors>(x, a + i * x.a_row, b, c + i * x.c_row, add, lanes, ahead);
+  if (i < x.m) tile<T, 1, Vectors>(x, a + i * x.a_row, b, c + i * x.c_row, add, lanes, ahead);
 }
 
 template <class T>
-void product(const Matrices& x, const T* a, const T* b, T* c, bool add) {
+void product(const Matrices& x, const T* a, const T* b, T* c, bool add, Ahead& ahead) {
   constexpr long width = Simd<T>::lanes;
   const Channels<T, true> all{width};
   long j = 0;
-  for (; j + kVectors * width <= x.n; j += kVectors * width) column<T, kVectors>(x, a, b + j, c + j, add, all);
-  for (; j + 2 * width <= x.n; j += 2 * width) column<T, 2>(x, a, b + j, c + j, add, all);
-  for (; j + width <= x.n; j += width) column<T, 1>(x, a, b + j, c + j, add, all);
-  if (j < x.n) column<T, 1>(x, a, b + j, c + j, add, Channels<T, false>{x.n - j});
+  for (; j + kVectors * width <= x.n; j += kVectors * width) column<T, kVectors>(x, a, b + j, c + j, add, all, ahead);
+  for (; j + 2 * width <= x.n; j += 2 * width) column<T, 2>(x, a, b + j, c + j, add, all, ahead);
+  for (; j + width <= x.n; j += width) column<T, 1>(x, a, b + j, c + j, add, all, ahead);
+  if (j < x.n) column<T, 1>(x, a, b + j, c + j, add, Channels<T, false>{x.n - j}, ahead);
 }
 
 // Long sums are computed in sections whose operands stay in the cache while every tile of C reads them.
 constexpr long kStretch = 512;
 
 template <class T>
-void sum_of_products(const Matrices& x, const T* a, const T* b, T* c, bool add) {
+void sum_of_products(const Matrices& x, const T* a, const T* b, T* c, bool add, Ahead ahead) {
   for (long first = 0; first < x.k; first += kStretch) {
     Matrices stretch = x;
     stretch.k = std::min(kStretch, x.k - first);
-    product(stretch, a + first * x.a_column, b + first * x.b_row, c, add || first > 0);
+    product(stretch, a + first * x.a_column, b + first * x.b_row, c, add || first > 0, ahead);
   }
 }
 
 template <class T>
 void products(const T* a, const T* b, const T* a2, const T* b2, T* c, const Matrices& x) {
+  const auto operands = [&](const T* left, const T* right, long p) {
+    if (p == x.planes) return Ahead{};
+    return Ahead{Ahead::range(left + p * x.a_plane, x.m * x.k), Ahead::range(right + p * x.b_plane, x.k * x.n)};
+  };
   for (long p = 0; p < x.planes; ++p) {
-    sum_of_products(x, a + p * x.a_plane, b + p * x.b_plane, c + p * x.c_plane, false);
-    if (a2) sum_of_products(x, a2 + p * x.a_plane, b2 + p * x.b_plane, c + p * x.c_plane, true);
+    T* result = c + p * x.c_plane;
+    const Ahead next = operands(a, b, p + 1);
+    sum_of_products(x, a + p * x.a_plane, b + p * x.b_plane, result, false, a2 ? operands(a2, b2, p) : next);
+    if (a2) sum_of_products(x, a2 + p * x.a_plane, b2 + p * x.b_plane, result, true, next);
   }
 }
 
@@ -570,11 +633,9 @@ void adam_pullback(const T* __restrict__ g, const T* __restrict__ first, const T
   void winograd_output_adjoint_##S(const T* y, T* m, long plane, long b, long h, long w, long c) {                                      \
     winograd_output_adjoint<T>(y, m, plane, b, {h, w, c});                                                                         \
   }                                                                                                                         \
-  void winograd_weight_##S(const T* g, T* u, long plane, long outer, long inner, long row, long step) {                      \
-    winograd_weight<T>(g, u, plane, outer, inner, row, step);                                                               \
-  }                                                                                                                         \
-  void winograd_weight_adjoint_##S(const T* u, T* g, long plane, long o, long i) {                                          \
-    winograd_weight_adjoint<T>(u, g, plane, o, i);                                                                          \
+  void winograd_weight_##S(const T* g, T* u, long plane, long count) { winograd_weight<T>(g, u, plane, count); }            \
+  void winograd_weight_adjoint_##S(const T* u, T* g, long plane, long count) {                                              \
+    winograd_weight_adjoint<T>(u, g, plane, count);                                                                         \
   }                                                                                                                         \
   void patches_##S(const T* x, T* rows, long length, long b, long h, long w, long c) {                                      \
     patches<T>(x, rows, length, b, {h, w, c});                                                                              \
