@@ -69,7 +69,7 @@ class Recorder:
         """`function(*args)`, in tensors that the next call does not overwrite."""
         turn = self._turns.get(threading.current_thread())
         if turn is not None:
-            return turn.ask(Call((function.__name__, _shape(args)), function, args))
+            return turn.ask(Call(self._kind(function, args), function, args))
         return self._performed(function, [args])[0]
 
     def side_by_side(self, works: Sequence[Callable[[], _Result]]) -> list[_Result]:
@@ -96,6 +96,10 @@ class Recorder:
                 if turn.thread.is_alive():
                     turn.thread.join()
             self._turns = {}
+
+    def _kind(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Calls of one kind can be branches of one graph. Elsewhere they run one by one, whatever their shapes."""
+        return (function.__name__, _shape(args) if self._on_a_card([args]) else None)
 
     def _serve(self, waiting: Sequence[Turn[Any]], most: int) -> None:
         """Performs the calls of one kind, in the order of the turns, and lets these go on."""

@@ -334,7 +334,7 @@ class Bptt(UnrollingMethod):
         vectors = optimiser(settings.optimiser, momentum=settings.student_momentum).vectors
         weights = 4 * student.numel * (settings.differentiated * vectors + 8)
         block = min(_BLOCK, settings.batch_real)
-        real = RealBatches.peak_bytes(shape, settings.batch_real, device)
+        real = RealBatches.peak_bytes(shape, students * settings.batch_real, device)
         kept = unrolled_bytes(student, settings.differentiated, batch, settings.memory, device, students)
         of_block = student.kept_bytes(torch.zeros(1), block)
         if kept is None or of_block is None:
