@@ -19,8 +19,8 @@ from dstill.support.console import ConsoleReporter
 
 CHOICE = "--method mtt --ipc 3 --recipe smoke --net alexnet --set a=1 b=2"
 CHOSEN = {"method": "mtt", "ipc": 3, "recipe": "smoke", "net": "alexnet", "changes": ("a=1", "b=2")}
-PLACE = "--device cpu --cache c --threads 3 --workers 2 --deterministic --seed 5 --quiet"
-MACHINE = {"machine": Machine("cpu", "c", 3, 2, True), "seed": 5}
+PLACE = "--device cpu --cache c --threads 3 --workers 2 --deterministic --streams 4 --seed 5 --quiet"
+MACHINE = {"machine": Machine("cpu", "c", 3, 2, True, 4), "seed": 5}
 JUDGED = "--nets vgg11,alexnet --networks 4 --no-random --whole --also ast,mtt"
 EVALUATION = Evaluation(("vgg11", "alexnet"), 4, False, True, ("ast", "mtt"))
 RECORDED = "--validate-every 6 --checkpoint-every 7 --picture-every 8 --log wandb,tensorboard"

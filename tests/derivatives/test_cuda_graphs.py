@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from tests.recording import OnTheProcessor
 from torch import Tensor
 
 from dstill.data import siamese
@@ -17,8 +18,6 @@ from dstill.derivatives.cuda_graphs import (
     MOST_SHAPES,
     Caller,
     Recorder,
-    _by_type,
-    _Recording,
     directly,
     tensors,
     with_tensors,
@@ -57,30 +56,6 @@ def test_what_is_put_together_shares_nothing_with_what_it_came_from() -> None:
     assert not {part.data_ptr() for part in vars(copied).values()} & {part.data_ptr() for part in tensors(unit)}
 
 
-class _Graph:
-    """Imitates a CUDA graph by running the function again."""
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self.run, self.outputs, self.replays = run, run(), 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        for old, new in zip(tensors(self.outputs), tensors(self.run()), strict=True):
-            old.copy_(new)
-
-
-class _OnTheProcessor(Recorder):
-    """Records on the CPU, without a card."""
-
-    def _on_a_card(self, args: Any) -> bool:
-        return True
-
-    def _record(self, function: Any, args: Any) -> Any:
-        inputs = [tensor.clone() for tensor in tensors(args)]
-        graph = _Graph(lambda: function(*with_tensors(args, iter(inputs))))
-        return _Recording(graph, _by_type(inputs), graph.outputs)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
@@ -95,7 +70,7 @@ def test_a_student_that_is_replayed_takes_the_same_way(precision: Any, soft: boo
     steps = [Step(some, siamese.sample("flip_crop_colour", len(some), generator)) for some in rows]
     targets = {len(steps): (theta + 0.02, 1.0)}
     found: list[list[Tensor]] = []
-    recorder = _OnTheProcessor()
+    recorder = OnTheProcessor()
     ways: tuple[Caller, ...] = (directly, recorder)
     for call in ways:
         student = Student(net, precision=precision, native=False)
@@ -116,17 +91,17 @@ def test_beyond_the_most_shapes_and_without_memory_functions_run_as_they_are(mon
     def double(x: Tensor) -> list[Tensor]:
         return [2 * x]
 
-    recorder = _OnTheProcessor()
+    recorder = OnTheProcessor()
     for size in range(1, MOST_SHAPES + 3):
         for _ in range(CALLS_BEFORE + 2):
             assert torch.equal(recorder(double, torch.ones(size))[0], 2 * torch.ones(size))
     assert len(recorder.recordings) == MOST_SHAPES
 
-    def full(self: Any, function: Any, args: Any) -> Any:
+    def full(self: Any, function: Any, calls: Any) -> Any:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(_OnTheProcessor, "_record", full)
-    recorder = _OnTheProcessor()
+    monkeypatch.setattr(OnTheProcessor, "_record", full)
+    recorder = OnTheProcessor()
     for _ in range(CALLS_BEFORE + 3):
         assert torch.equal(recorder(double, torch.ones(2))[0], 2 * torch.ones(2))
     assert list(recorder.recordings.values()) == [None]

@@ -154,7 +154,7 @@ def test_no_whitening_of_images_that_are_small_on_one_side_alone() -> None:
     assert (kind((32, 32)), kind((32, 1000)), kind((1000, 32))) == ("zca", "standardise", "standardise")
 
 
-@pytest.mark.parametrize("option", ["threads", "workers"])
+@pytest.mark.parametrize("option", ["threads", "workers", "streams"])
 def test_a_machine_works_with_at_least_one_of_each(option: str) -> None:
     with pytest.raises(DstillError, match=f"{option} must be at least 1.*, got 0"):
         dstill.plan("digits", method="random", recipe="smoke", machine=dstill.Machine(**{option: 0}), progress=False)
@@ -185,6 +185,22 @@ def test_a_copy_that_holds_a_known_set_gets_its_recipe(tmp_path: Path, monkeypat
     place = Workplace.of(dstill.Machine(device="cpu", cache=tmp_path / "cache"), False)
     job = Job.resolve(pictures(tmp_path / "anything"), Choice("ast"), 0, place)
     assert (job.name, job.recipe, job.origin) == ("anything", load_recipe("cifar10/ast-ipc1"), "recipe cifar10/ast-ipc1")
+
+
+def test_draws_side_by_side_are_for_nvidia_cards_and_reach_the_problem(tiny_real: RealSet, tmp_path: Path) -> None:
+    where: dict[str, Any] = {"device": "cpu", "cache": tmp_path}
+    with pytest.raises(DstillError, match="streams 2 needs an NVIDIA card, and the device is cpu: leave it at 1"):
+        Workplace.of(dstill.Machine(**where, streams=2))
+    assert Workplace.of(dstill.Machine(**where)).streams == 1
+    place = replace(Workplace.of(dstill.Machine(**where), False), streams=3)
+    job = Job.resolve(tiny_real, Choice("dm", recipe="smoke"), 0, place)
+    assert job.problem(0, None).streams == 3
+
+
+def test_streams_of_a_card_reach_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dstill.jobs.job.resolve_device", torch.device)
+    place = Workplace.of(dstill.Machine(device="cuda", cache=tmp_path, streams=3), False)
+    assert (place.device.type, place.streams) == ("cuda", 3)
 
 
 class _Noting(_Counting):

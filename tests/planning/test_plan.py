@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from dstill.data.catalog import DATASETS, Shape
 from dstill.data.real import RealSet
 from dstill.errors import DstillError
 from dstill.evaluation.protocols import load_protocol
+from dstill.jobs.job import Job, Task, Workplace
+from dstill.jobs.options import Choice
 from dstill.planning.clock import Clock
-from dstill.planning.plan import together
+from dstill.planning.plan import plan_job, together
 from dstill.planning.stages import Plan
 
 SMALL: dict[str, Any] = {"recipe": "smoke", "changes": ["net.width=4"]}
@@ -104,6 +107,20 @@ def test_draws_are_taken_in_rounds_of_as_many_as_there_are_processes(
         assert found.peak_bytes == several * one.peak_bytes
         assert 100 * several in threads or several == 1
         assert found.note == f"5 iterations of {draws} draws" + (f" in {several} processes" if several > 1 else "")
+
+
+def test_memory_is_that_of_the_draws_that_a_process_takes_side_by_side(tiny_real: RealSet, tmp_path: Path) -> None:
+    place = Workplace.of(on(tmp_path), False)
+
+    def memory(method: str, streams: int) -> Any:
+        changes = ["net.width=4", "distill.draws=3", *(["distill.memory=keep"] if method == "bptt" else [])]
+        job = Job.resolve(tiny_real, Choice(method, recipe="smoke", changes=changes), 0, replace(place, streams=streams))
+        clock = Clock(job.shape, place.device)
+        return stage(plan_job(job, Task(), clock, "distilling"), "distilling").peak_bytes
+
+    one, two, three, four = (memory("bptt", streams) for streams in (1, 2, 3, 4))
+    assert one < two and two - one == pytest.approx(three - two) and four == three, "at most as many as there are draws"
+    assert memory("dm", 1) == memory("dm", 3), "it takes its draws one after another"
 
 
 def test_an_evaluation_takes_the_training_and_the_judging_of_its_networks(

@@ -45,6 +45,7 @@ class Workplace:
         workers: processes that train experts and networks.
         reporter: receives progress.
         fresh: whether this process was started for a single run, which then needs none of its own.
+        streams: draws of an iteration that the card runs side by side.
     """
 
     device: torch.device
@@ -52,22 +53,28 @@ class Workplace:
     workers: Workers
     reporter: Reporter
     fresh: bool = False
+    streams: int = 1
 
     @classmethod
     def of(cls, machine: Machine, progress: Progress = None) -> Workplace:
         """The place that the options describe. Sets the number of threads and determinism for this process.
 
         Raises:
-            DstillError: this machine has no such device, or the number of workers or threads is below 1.
+            DstillError: this machine has no such device; or the number of workers, threads or streams is below 1; or several
+                streams are asked for on a device that is not an NVIDIA card.
         """
-        at_least_one(threads=machine.threads)
+        at_least_one(threads=machine.threads, streams=machine.streams)
+        device = resolve_device(machine.device)
+        if machine.streams > 1 and device.type != "cuda":
+            raise DstillError(f"streams {machine.streams} needs an NVIDIA card, and the device is {device}: leave it at 1")
         if machine.threads is not None:
             torch.set_num_threads(machine.threads)
         if machine.deterministic:
             ask_for_determinism()
         workers = 1 if machine.workers is None else machine.workers
         check_workers(workers)
-        return cls(resolve_device(machine.device), cache_folder(machine.cache), workers, reporter_of(progress))
+        cache, reporter = cache_folder(machine.cache), reporter_of(progress)
+        return cls(device, cache, workers, reporter, streams=machine.streams)
 
 
 @dataclass(frozen=True)
@@ -242,7 +249,8 @@ class Job:
         """What the method works on to distil one set. Whatever it needs beside the experts is made first."""
         describing = None if initial is not None else self.describing_expert(trajectories)
         trained, preprocess = self.trained_networks(), self.preprocess()
-        return Problem(self.real, preprocess, self.recipe, trajectories, self.place.device, seed, describing, trained, initial)
+        known = (self.real, preprocess, self.recipe, trajectories, self.place.device, seed)
+        return Problem(*known, describing, trained, initial, self.place.streams)
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,8 @@ class Machine:
             enough. Left out: auto on the command line; 1 in Python, where each process imports the calling script.
         deterministic: ask torch for deterministic algorithms, with a warning for operations that have none. On a CPU, the
             same seed and number of threads give the same bits without it.
+        streams: draws of an iteration that an NVIDIA card runs side by side, for methods that unroll a student. This has not
+            been measured yet.
 
     Example:
         >>> Machine(device="cpu", workers=2).workers
@@ -149,6 +151,7 @@ class Machine:
     threads: Whole | None = None
     workers: Processes = None
     deterministic: Flag = False
+    streams: Whole = 1
 
 
 class Executor(NamedTuple):

@@ -47,6 +47,7 @@ class Problem:
         feature_expert: the expert whose last epoch gives the features of real images; the first of `trajectories` if left out.
         trained: the recipe's network trained on all real images, as often as the method asks; empty if it needs none.
         initial: a set whose images are the start of the synthetic set, instead of the recipe's initialisation.
+        streams: how many draws of an iteration an NVIDIA card runs side by side, if the method unrolls a student.
     """
 
     real: RealSet
@@ -58,6 +59,7 @@ class Problem:
     feature_expert: Trajectories | None = None
     trained: tuple[TrainedNetwork, ...] = ()
     initial: DistilledSet | None = None
+    streams: int = 1
 
     def settings(self, kind: type[_Settings]) -> _Settings:
         """The recipe's `distill` section, which is an instance of the method's settings class."""

@@ -26,11 +26,12 @@ from dstill.data.catalog import Shape
 from dstill.derivatives import engine
 from dstill.methods.base import Metrics, Problem, State, library_bytes
 from dstill.methods.batches import RealBatches, draw_steps
-from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, move_averages, with_averages
+from dstill.methods.drawing import Drawn, Mean, Told, averaged, move_averages, with_averages
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
 from dstill.methods.learned_labels import label_logits, one_hot_start, through_logits
 from dstill.methods.unrolled_config import UnrolledConfig
+from dstill.methods.unrolling_method import UnrollingMethod
 from dstill.nets import networks as nets
 from dstill.unrolling.optimisers import Adam, optimiser
 from dstill.unrolling.student import Student
@@ -184,7 +185,7 @@ def real_loss(student: Student, images: Tensor, labels: Tensor) -> FinalLoss:
     return loss
 
 
-class Bptt(DrawingMethod):
+class Bptt(UnrollingMethod):
     """State: `images` with Adam's moments, `images.first` and `images.second` `[S, C, H, W]`, likewise `log_alpha` if it is
     learned and `labels` `[S, K]` if they are; `norm`, the running norm of the gradient; `taken` and `skipped`, numbers of
     steps; `images.average` and `labels.average` if a moving average is kept. A draw is one training of a fresh network, with a
@@ -260,7 +261,7 @@ class Bptt(DrawingMethod):
             optimiser=self.optimiser,
             burn_in=start,
             memory=settings.memory,
-            sharers=self.crew.size,
+            sharers=self.sharers,
         )
         yield Drawn(self._by_name(state, unrolled.grads, rates), {"loss": float(unrolled.loss)})
 
@@ -324,7 +325,7 @@ class Bptt(DrawingMethod):
         state[f"{name}.first"], state[f"{name}.second"] = first, second
 
     @classmethod
-    def peak_bytes(cls, recipe: Recipe, shape: Shape, device: torch.device) -> float:
+    def peak_bytes(cls, recipe: Recipe, shape: Shape, device: torch.device, students: int = 1) -> float:
         """Counts the vectors of the differentiated steps, what the unroll keeps of them, and a block of real images."""
         settings = recipe.distill
         assert isinstance(settings, BpttConfig)
@@ -334,12 +335,12 @@ class Bptt(DrawingMethod):
         vectors = optimiser(settings.optimiser, momentum=settings.student_momentum).vectors
         weights = 4 * student.numel * (settings.differentiated * vectors + 8)
         block = min(_BLOCK, settings.batch_real)
-        real = RealBatches.peak_bytes(shape, settings.batch_real, device)
-        kept = unrolled_bytes(student, settings.differentiated, batch, settings.memory, device)
+        real = RealBatches.peak_bytes(shape, students * settings.batch_real, device)
+        kept = unrolled_bytes(student, settings.differentiated, batch, settings.memory, device, students)
         of_block = student.kept_bytes(torch.zeros(1), block)
         if kept is None or of_block is None:
-            return weights + real + library_bytes(recipe.net, max(batch, block), shape)
-        return weights + real + kept + 2 * of_block  # a block's first-order pass, forward and back
+            return students * weights + real + library_bytes(recipe.net, max(batch, block), shape)
+        return students * (weights + 2 * of_block) + real + kept  # a block's first-order pass, forward and back
 
     @classmethod
     def engine(cls, problem: Problem) -> str:

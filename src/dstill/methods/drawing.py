@@ -101,7 +101,7 @@ class DrawingMethod(Method):
         own = {k: self.draw(state, iteration, k, self._source(iteration, k, generator)) for k in share}
         ended = dict[int, Metrics]()
         while True:
-            taken = {k: next(draw) for k, draw in own.items()}
+            taken = self.taken(own)
             parcels = self.crew.gathered({k: Told.parcel(drawn) for k, drawn in taken.items()})
             drawn = [Told.of(k, parcel, self.problem.device) for k, parcel in parcels.items()]
             told = self.update(state, iteration, drawn, functools.partial(self._mean, taken))
@@ -109,6 +109,10 @@ class DrawingMethod(Method):
             if all(one.last for one in drawn):
                 return {**mean_metrics([ended[k] for k in sorted(ended)]), **told}
             own = {k: draw for k, draw in own.items() if k not in ended}
+
+    def taken(self, draws: Mapping[int, Iterator[Drawn]]) -> dict[int, Drawn]:
+        """What each of these draws contributes to the next update."""
+        return {k: next(draw) for k, draw in draws.items()}
 
     def _mean(self, taken: Mapping[int, Drawn], drawn: Sequence[Told]) -> dict[str, Tensor]:
         own = {k: one.gradients for k, one in taken.items()}

@@ -17,11 +17,12 @@ from dstill.experts.trajectory import Segment, Trajectories
 from dstill.methods.alignment import balanced_loss, intermediate_matching, perturb_weights
 from dstill.methods.base import Metrics, Problem, State, library_bytes
 from dstill.methods.batches import draw_steps
-from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, move_averages, with_averages
+from dstill.methods.drawing import Drawn, Mean, Told, averaged, move_averages, with_averages
 from dstill.methods.expert_labels import expert_labels, gradient_through_labels, mean_expert_labels
 from dstill.methods.guard import Guard
 from dstill.methods.initialisation import initial_images
 from dstill.methods.matching_config import MatchingConfig
+from dstill.methods.unrolling_method import UnrollingMethod
 from dstill.nets import networks as nets
 from dstill.unrolling.optimisers import Sgd, sgd_step
 from dstill.unrolling.student import Student
@@ -29,7 +30,7 @@ from dstill.unrolling.types import Targets, Unrolled
 from dstill.unrolling.unroll import unroll, unrolled_bytes
 
 
-class TrajectoryMatching(DrawingMethod):
+class TrajectoryMatching(UnrollingMethod):
     """The images and α are optimised so that a student trained on them follows segments of expert trajectories.
 
     State: `images` and `images.momentum` `[S, C, H, W]`, `alpha` and `alpha.momentum`, `skipped`; `labels` `[S, K]` if they
@@ -93,7 +94,7 @@ class TrajectoryMatching(DrawingMethod):
             optimiser=Sgd(settings.student_momentum),
             gradient=settings.gradient,
             memory=settings.memory,
-            sharers=self.crew.size,
+            sharers=self.sharers,
         )
         unrolled = follow(self.student)
         gradients = {"images": self._by_images(state, segment, unrolled), "alpha": unrolled.grads.alpha}
@@ -191,7 +192,7 @@ class TrajectoryMatching(DrawingMethod):
         return True
 
     @classmethod
-    def peak_bytes(cls, recipe: Recipe, shape: Shape, device: torch.device) -> float:
+    def peak_bytes(cls, recipe: Recipe, shape: Shape, device: torch.device, students: int = 1) -> float:
         """Counts the vectors θ_0 … θ_N, their buffers, and what the unroll keeps of the student's steps."""
         settings = recipe.distill
         assert isinstance(settings, MatchingConfig)
@@ -200,8 +201,8 @@ class TrajectoryMatching(DrawingMethod):
         batch = settings.student_batch(count)
         vectors = (settings.student_steps + settings.expert_epochs + 8) * (2 if settings.student_momentum else 1)
         weights = 4 * student.numel * vectors
-        kept = unrolled_bytes(student, settings.student_steps, batch, settings.memory, device)
-        return weights + (library_bytes(recipe.net, batch, shape) if kept is None else kept)
+        kept = unrolled_bytes(student, settings.student_steps, batch, settings.memory, device, students)
+        return students * weights + (library_bytes(recipe.net, batch, shape) if kept is None else kept)
 
     @classmethod
     def engine(cls, problem: Problem) -> str:

@@ -64,8 +64,15 @@ def ask_for_determinism() -> None:
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """While active, float32 convolutions on NVIDIA cards multiply in float32, not in TF32, torch's default."""
+    with precision_restored():
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+
+
+@contextlib.contextmanager
+def precision_restored() -> Iterator[None]:
+    """Afterwards, float32 convolutions on NVIDIA cards multiply as before, whatever was set meanwhile."""
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:

@@ -64,7 +64,7 @@ def unroll(
         memory: what the adjoint keeps of the forward sweep. `recompute`: θ_n alone, the memory of one step. `keep`: also the
             outputs of the convolutions of every step, about a fifth faster. `auto`: these outputs for as many steps as fit
             into half of the memory that is available now. On a CPU the numbers are the same to the last bit.
-        sharers: number of processes, with this one, that divide this memory between them.
+        sharers: number of unrolled students, with this one, that divide this memory between them.
 
     NVIDIA cards round the inputs of convolutions to TF32 by torch's default; here they do not (see `full_precision`).
 
@@ -112,14 +112,18 @@ def _check(steps: int, alpha: Tensor, targets: Targets | FinalLoss, burn_in: int
         raise DstillError(f"matching points must lie in {burn_in + 1} … {steps}, at least one of them, got {sorted(targets)}")
 
 
-def unrolled_bytes(student: Student, steps: int, batch: int, memory: Memory, device: torch.device) -> float | None:
+def unrolled_bytes(
+    student: Student, steps: int, batch: int, memory: Memory, device: torch.device, students: int = 1
+) -> float | None:
     """About how much memory `unroll` keeps of `steps` steps with `batch` images each, besides vectors of the size of θ.
 
-    None if nothing can be kept, as for networks without hand-written derivatives.
+    That is for this number of students at a time. None if nothing can be kept, as for networks without hand-written
+    derivatives.
     """
-    a_step = student.kept_bytes(torch.zeros(1), batch)
-    if a_step is None:
+    of_one = student.kept_bytes(torch.zeros(1), batch)
+    if of_one is None:
         return None
+    a_step = students * of_one
     whole = a_step * steps
     some = min(whole, max(a_step, KEPT_SHARE * available_memory(device)))
     return {"keep": whole, "auto": some, "recompute": a_step}[memory]
