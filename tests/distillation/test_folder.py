@@ -13,7 +13,7 @@ from dstill.artifacts import pictures
 from dstill.config.settings import NetConfig, Recipe
 from dstill.data import preprocess
 from dstill.data.real import RealSet
-from dstill.distillation.folder import distill_into
+from dstill.distillation.folder import Watcher, distill_into
 from dstill.distillation.loop import Cadence
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories, save_expert
@@ -21,6 +21,7 @@ from dstill.jobs.job import Job, Workplace
 from dstill.jobs.options import Choice, Machine
 from dstill.methods.base import Problem
 from dstill.nets.networks import build
+from dstill.support.crew import Crew
 from dstill.support.progress import Silent
 
 NET = NetConfig(width=4, depth=1)
@@ -87,3 +88,24 @@ def test_a_run_from_other_images_is_another_run(tiny_real: RealSet, experts: Pat
     for other in (one, replace(one, initial=replace(start, images=start.images + 0.1))):
         with pytest.raises(DstillError, match=r"holds a run with other settings .*initial"):
             distil(other, tmp_path / "run")
+
+
+class Slow(Crew):
+    def straggler(self) -> str:
+        return "process 1 is slow"
+
+
+def test_a_process_that_holds_up_the_others_is_told_once(tiny_real: RealSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, silent = list[str](), Silent()
+    monkeypatch.setattr(silent, "note", told.append)
+    watcher = Watcher(problem(tiny_real), silent)
+    for iteration in range(150):
+        watcher(iteration, 400, {"seconds": 1.0})
+    assert told == [], "alone, a process waits for nobody"
+    watcher.crew = Slow()
+    for iteration in range(150, 199):
+        watcher(iteration, 400, {"seconds": 1.0})
+    assert told == [], "the first iterations say little about the pace"
+    for iteration in range(199, 400):
+        watcher(iteration, 400, {"seconds": 1.0})
+    assert told == ["process 1 is slow"]

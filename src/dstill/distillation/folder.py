@@ -53,6 +53,7 @@ class Watcher:
         self.images = recipe.distill.draws * sum(passes.times * passes.images for passes in work if passes.kind != "tangent")
         self.validation = ""
         self.crew: Crew = ALONE
+        self.warned = False  # of a process that holds up the others
 
     def __call__(self, iteration: int, total: int, row: dict[str, float]) -> None:
         if "gradient_cosine" in row:
@@ -68,8 +69,9 @@ class Watcher:
         self.reporter.progress("distilling", iteration + 1, total, "  ".join(parts))
         for sink in self.sinks:
             sink.log(iteration + 1, row)
-        if iteration % _WATCH_EVERY == _WATCH_EVERY - 1 and (slow := self.crew.straggler()):
+        if iteration % _WATCH_EVERY == _WATCH_EVERY - 1 and not self.warned and (slow := self.crew.straggler()):
             self.reporter.note(slow)
+            self.warned = True
 
     def picture(self, iteration: int, distilled: DistilledSet) -> None:
         """Stores a picture of the images after an iteration."""
