@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dstill.artifacts.distilled import DistilledSet
     from dstill.artifacts.exporting import export
     from dstill.artifacts.hub import push_to_hub
+    from dstill.artifacts.ready import load_set
     from dstill.artifacts.result import Result
     from dstill.config.recipes import load_recipe
     from dstill.config.registry import MethodInfo
@@ -74,6 +75,7 @@ __all__ = [
     "leaderboard",
     "load_real",
     "load_recipe",
+    "load_set",
     "plan",
     "push_to_hub",
     "report",
@@ -116,6 +118,7 @@ _HOME = {
     "leaderboard": "api.leaderboard",
     "load_real": "data.real",
     "load_recipe": "config.recipes",
+    "load_set": "artifacts.ready",
     "plan": "planning.plan",
     "push_to_hub": "artifacts.hub",
     "report": "reporting.page",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dstill.artifacts import files, whitening
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
+from dstill.artifacts.ready import ready_file, ready_names
 from dstill.artifacts.result import Claim
 from dstill.artifacts.whitening import MissingWhitening
 from dstill.config.registry import known
@@ -52,12 +53,15 @@ def located(path: str | Path) -> Path:
     """The file of a set.
 
     Args:
-        path: the file, its folder, or the folder of a run that holds one set.
+        path: the file, its folder, the folder of a run that holds one set, or the name of a set that ships with the package.
+            A path comes before a name.
 
     Raises:
         DstillError: the folder holds no set, or several.
     """
     source = Path(path)
+    if not source.exists() and str(path) in ready_names():
+        return ready_file(str(path))
     if not source.is_dir() or (source / FILE_NAME).exists():
         return source / FILE_NAME if source.is_dir() else source
     sets = sorted(source.glob(f"set-*/{FILE_NAME}"), key=lambda file: (len(file.parent.name), file.parent.name))
@@ -184,7 +188,7 @@ def from_contents(said: dict[str, Any], stored: dict[str, Tensor], source: Path)
     try:
         about = _Header.model_validate(said)
         one = DistilledSet(
-            images=stored["images"],
+            images=stored["images"].float() if stored["images"].dtype == torch.float16 else stored["images"],
             labels=stored["labels"],
             alpha=float(stored["alpha"]) if "alpha" in stored else None,
             preprocess=_preprocess(about, stored, source),

@@ -152,7 +152,7 @@ def show(path: Path, *, png: Path | None = None, stored: Flag = False, source: s
 
 @app.command
 def ls(
-    kind: Literal["methods", "networks", "datasets", "recipes", "protocols", "reproductions"],
+    kind: Literal["methods", "networks", "datasets", "recipes", "protocols", "reproductions", "sets"],
     *,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dstill.artifacts.ready import ready_card, ready_names
 from dstill.config import recipes
 from dstill.config.measured import reached
 from dstill.config.registry import methods
@@ -49,6 +50,9 @@ def rows(kind: str) -> list[dict[str, Any]]:
             return [{"name": name, "note": entry.note, "hub": entry.hub} for name, entry in DATASETS.items()]
         case "recipes":
             return [{"name": name, **head} for name, head in recipes.recipe_heads().items()]
+        case "sets":
+            cards = {name: ready_card(name) for name in ready_names()}
+            return [{"name": n, "note": f"{one.measured[0]}; {one.title}", **one.model_dump()} for n, one in cards.items()]
         case "reproductions":
             entries = [(name, load_reproduction(name)) for name in reproduction_names()]
             return [{"name": name, "note": f"{r.paper}: {r.title}", "rows": len(r.rows)} for name, r in entries]

@@ -118,13 +118,13 @@ void for_group(long images, Size s, const T* z, const T* scale, const T* shift, 
   }
 }
 
-// Groups of Runs runs, then of half as many, and at last what does not fill a vector.
+// Groups of eight runs, then of two, then single runs, and at last what does not fill one.
 template <class T, int Runs = 8, class Body>
 void for_units(long images, Size s, const T* z, const T* scale, const T* shift, Body body, long c = 0) {
   constexpr long width = Simd<T>::lanes;
   const Channels<T, true> all{width};
   for (; c + Runs * width <= s.channels; c += Runs * width) for_group<T, Runs>(images, s, z, scale, shift, c, all, body);
-  if constexpr (Runs > 1) for_units<T, Runs / 2>(images, s, z, scale, shift, body, c);
+  if constexpr (Runs > 1) for_units<T, Runs == 8 ? 2 : 1>(images, s, z, scale, shift, body, c);
   else if (c < s.channels) for_group<T, 1>(images, s, z, scale, shift, c, Channels<T, false>{s.channels - c}, body);
 }
 
