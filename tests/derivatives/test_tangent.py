@@ -158,6 +158,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_for_other_kernels(tmp_path:
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DSTILL_NATIVE", raising=False)
+    monkeypatch.setattr(native, "_FLAGS", ["-O0" if flag == "-O3" else flag for flag in native._FLAGS])  # a third of the time
     find = native._found.__wrapped__
     assert find()[0] is not None
     monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "other"))

@@ -90,7 +90,7 @@ COMMANDS = [(page.stem, tokens) for page in PAGES for tokens in documented(page)
 
 
 def test_the_pages_have_commands() -> None:
-    assert len(COMMANDS) == 50
+    assert len(COMMANDS) == 52
     assert {"run", "judge", "export", "import", "plan", "report", "reproduce", "compare"} <= {c[0] for _, c in COMMANDS}
 
 
