@@ -1,6 +1,8 @@
 """Finds the shapes at which our own convolutions are faster than the library's on this NVIDIA card, and their tiles.
 
-    python benchmarks/tiles_cuda.py -o tiles.yaml            # some minutes; then DSTILL_TILES=tiles.yaml dstill run …
+    python benchmarks/tiles_cuda.py -o tiles.yaml            # minutes; then DSTILL_TILES=tiles.yaml dstill run …
+
+Most of the time goes to the compiler, which runs on all cores.
 
 The products of one step of the unrolled gradient are measured in turns, by medians: two forward, two by the input and two by
 the weight, one of each a sum of two. A shape is written if our own kernels win at every size of batch. Tiles with which a
@@ -12,7 +14,9 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import multiprocessing
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +31,12 @@ from dstill.derivatives.cuda_convolution import Tiled
 from dstill.derivatives.tiles import Product, Row, Table, Tile
 from dstill.errors import DstillError
 from dstill.support.devices import full_precision
+from dstill.support.workers import cores
 
 TILES = [
     Tile(rows=rows, columns=columns, depth=32, warps=warps, stages=stages)
     for rows, columns, warps in ((32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8))
-    for stages in (2, 3, 4)
+    for stages in (2, 4)
 ]
 REPEATS, WARM = 10, 2  # products per measurement; measurements that are not counted
 
@@ -44,10 +49,12 @@ class Shape(NamedTuple):
     side: int
 
 
-def shapes(width: int) -> list[Shape]:
-    """Those of ConvNets for images of 32, 64 and 128 pixels."""
-    firsts = [Shape(3, width, side) for side in (32, 64, 128)]
-    return [*firsts, *(Shape(width, width, side) for side in (8, 16, 32, 64))]
+def shapes(width: int, side: int) -> list[Shape]:
+    """Those of the ConvNet for images of this side, whose smallest images have 8 pixels or fewer."""
+    found = [Shape(3, width, side)]
+    while (side := side // 2) >= 8:
+        found.append(Shape(width, width, side))
+    return found
 
 
 def operands(shape: Shape, batch: int, device: str, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -78,8 +85,9 @@ def fastest(shape: Shape, product: Product, batches: Iterable[int], rounds: int,
     """The row of a shape; None where the library is as fast at one size of batch."""
     library = Direct(torch.float32, torch.bfloat16 if product == "bfloat16" else None)
     allowed = 2 * error(library, shape, device)
-    ways = {tile: Tiled(product, tile) for tile in TILES}
-    ways = {tile: way for tile, way in ways.items() if _runs(way, shape, allowed, device)}
+    with executor() as pool:  # each leaves what it has compiled on disk
+        fit = list(pool.map(_runs, TILES, *(itertools.repeat(same) for same in (product, shape, allowed, device))))
+    ways = {tile: Tiled(product, tile) for tile, runs in zip(TILES, fit, strict=True) if runs}
     speeds: dict[Tile, list[float]] = {tile: [] for tile in ways}
     for batch in batches:
         given = operands(shape, batch, device)
@@ -103,34 +111,42 @@ def _repeated(conv: Convolution, given: Any) -> None:
         products(conv, given)
 
 
-def _runs(way: Tiled, shape: Shape, allowed: float, device: str) -> bool:
+def executor() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(min(len(TILES), cores()), multiprocessing.get_context("spawn"))
+
+
+def _runs(tile: Tile, product: Product, shape: Shape, allowed: float, device: str) -> bool:
     """Whether a tile fits the card and is accurate enough."""
     try:
-        return error(way, shape, device) <= allowed
+        with full_precision(), torch.no_grad():
+            return error(Tiled(product, tile), shape, device) <= allowed
     except Exception as found:  # of many types: too much shared memory, a compiler that gives up
-        print(shape, way.tile, str(found).splitlines()[:1], flush=True)
+        print(shape, tile, str(found).splitlines()[:1], flush=True)
         return False
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="the table to write")
-    parser.add_argument("--widths", default="128,32", help="joined by commas")
+    parser.add_argument("--widths", default="128", help="joined by commas")
+    parser.add_argument("--sides", default="32", help="sides of the images, joined by commas")
     parser.add_argument("--batches", default="10,100", help="images at once, joined by commas")
     parser.add_argument("--products", default="tf32x3,bfloat16", help="joined by commas")
     parser.add_argument("--rounds", type=int, default=7, help="number of measurements per time")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise DstillError("this measures an NVIDIA card, and torch finds none here")
-    batches = [int(batch) for batch in options.batches.split(",")]
+    batches, widths, sides = (
+        [int(one) for one in text.split(",")] for text in (options.batches, options.widths, options.sides)
+    )
     rows: list[Row] = []
-    with full_precision(), torch.no_grad():
-        for width, product in itertools.product(map(int, options.widths.split(",")), options.products.split(",")):
-            for shape in shapes(width):
+    for product, width, side in itertools.product(options.products.split(","), widths, sides):
+        for shape in shapes(width, side):
+            with full_precision(), torch.no_grad():
                 row = fastest(shape, product, batches, options.rounds, "cuda")
-                rows += [] if row is None else [row]
-                table = Table(cards={torch.cuda.get_device_name(): tuple(rows)})
-                files.write_text(options.out, dump(table.model_dump(mode="json")))
+            rows += [] if row is None or row in rows else [row]
+            table = Table(cards={torch.cuda.get_device_name(): tuple(rows)})
+            files.write_text(options.out, dump(table.model_dump(mode="json")))
 
 
 if __name__ == "__main__":
