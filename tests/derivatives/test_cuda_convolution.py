@@ -63,6 +63,17 @@ def test_the_products_are_those_of_autograd(shape: tuple[int, ...], pairs: int) 
         torch.testing.assert_close(value, torch.stack(terms).sum(0), rtol=0, atol=1e-12)
 
 
+def test_what_is_not_a_number_spreads_to_its_neighbours_alone() -> None:
+    """The last block of places and channels is not full."""
+    from dstill.derivatives.cuda_convolution import Tiled
+
+    x, w = normal(1, 5, 7, 7, seed=0), normal(3, 5, 3, 3, seed=1)
+    x[0, 2, 3, 3] = float("nan")
+    conv = Tiled("ieee", SMALL)
+    found = conv.forward((conv.input(x), conv.weight(w)))
+    assert torch.equal(found.isnan(), F.conv2d(x, w, padding=1).isnan())
+
+
 @pytest.mark.parametrize(("product", "tolerance"), [("tf32x3", 1e-6), ("tf32", 2e-3), ("bfloat16", 2e-2)])
 def test_float32_is_as_accurate_as_its_product_allows(product: Any, tolerance: float) -> None:
     """The interpreter multiplies as float32; a card rounds first."""
