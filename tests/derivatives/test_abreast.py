@@ -261,13 +261,14 @@ def test_a_group_that_the_card_has_no_memory_for_is_performed_one_by_one(monkeyp
     assert recording is not None and isinstance(recording.graph, Graph) and recording.graph.replays > CALLS_BEFORE
 
 
-def test_groups_count_among_the_most_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_number_of_calls_has_shapes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "CALLS_BEFORE", 0)
     recorder = OnTheProcessor()
     for size in range(1, MOST_SHAPES + 3):
         found = recorder.side_by_side([chain(recorder, 1.0, "d", size)] * 2)
         assert all(torch.equal(value, torch.full((size,), 3.0)) for value in found)
-    assert len(recorder.recordings) == MOST_SHAPES
+    recorded = [calls for _, calls, _ in recorder.recordings]
+    assert recorded == [2] * MOST_SHAPES + [1] * 2, "those beyond are performed one by one"
 
 
 def test_the_order_keeps_no_tensor() -> None:

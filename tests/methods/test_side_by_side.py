@@ -14,7 +14,7 @@ from dstill.data.catalog import Shape
 from dstill.derivatives import cuda_graphs
 from dstill.derivatives.cuda_graphs import Recorder
 from dstill.methods.base import Problem, State
-from dstill.methods.unrolling_method import UnrollingMethod, beside
+from dstill.methods.unrolling_method import UnrollingMethod, at_once
 from dstill.support.crew import Alone
 from dstill.unrolling.student import Student
 
@@ -84,7 +84,7 @@ def test_draws_of_a_round_divide_the_memory_with_those_of_other_processes(
         assert (method.beside, method.sharers) == (streams, streams)
     method.crew = Three()
     assert (method.beside, method.sharers) == (2, 6)
-    assert beside(4, 0) == 1, "a process that has no draw"
+    assert at_once(4, 0) == 1, "a process that has no draw"
 
 
 @pytest.mark.parametrize("name", ["ast", "rat-bptt"])

@@ -96,10 +96,11 @@ def load_set(name: str, *, real: RealSet | None = None) -> DistilledSet:
 
     Args:
         name: its name, such as `cifar10-ipc1`.
-        real: the data that it was distilled from. A set on whitened images needs them once, to fit the whitening.
+        real: the data that it was distilled from. A set on whitened images needs them once, to fit the whitening; without them
+            it comes with a warning.
 
     Returns:
-        The set, with the accuracy that `dstill ls sets` says.
+        The set. Its accuracy is the first that `dstill ls sets` shows.
 
     Raises:
         DstillError: unknown name, or `real` holds other data.

@@ -146,8 +146,8 @@ class Tiled:
         self._launch(_convolve, grid, x, w, x2, w2, z, count, **sizes)
         return z.permute(0, 3, 1, 2)
 
-    def _launch(self, kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **constants: Any) -> None:
+    def _launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         tile, divided = self.tile, {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
         constants |= {"PRODUCT": self.product, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-        with torch.cuda.device_of(like):
-            kernel[grid](like, *arguments, **constants, **divided)
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, **constants, **divided)

@@ -49,7 +49,7 @@ class Recorder:
 
     The first `CALLS_BEFORE` calls of a function with arguments of one shape run as usual. The next call records its kernels,
     and from then on the recording is replayed. Shapes beyond the first `MOST_SHAPES` are not recorded. Several calls side by
-    side are recorded as one, which counts as a shape of its own.
+    side are recorded as one; each number of calls has shapes of its own.
 
     The arguments of a function are tensors on one device, units, and lists and tuples of these; all other arguments must be
     hashable. The function returns floating-point tensors in such structures. It must neither wait for the card nor draw random
@@ -126,7 +126,7 @@ class Recorder:
             self._calls[key] += 1
             if self._calls[key] <= CALLS_BEFORE:
                 return [function(*args) for args in calls]
-            if len(self.recordings) < MOST_SHAPES:
+            if sum(one[1] == len(calls) for one in self.recordings) < MOST_SHAPES:
                 self.recordings[key] = self._recorded(function, calls)
         recording = self.recordings.get(key)
         if recording is not None:

@@ -605,7 +605,7 @@ void adam_pullback(const T* __restrict__ g, const T* __restrict__ first, const T
 
 #define EXPORT(T, S)                                                                                                        \
   extern "C" {                                                                                                              \
-  void unit_forward_##S(const T* z, const T* scale, const T* shift, T* y, T* mean, T* r, double eps, long b, long h, long w, \
+  void unit_forward_##S(const T* z, const T* scale, const T* shift, T* y, T* mean, T* r, double eps, long b, long h, long w,\
                         long c) {                                                                                           \
     unit_forward<T>(z, scale, shift, y, mean, r, T(eps), b, {h, w, c});                                                     \
   }                                                                                                                         \
@@ -625,13 +625,17 @@ void adam_pullback(const T* __restrict__ g, const T* __restrict__ first, const T
     unit_tangent_backward<T>(z, mean, r, scale, shift, dz, mean_dz, projection, dscale, gy, sum_ga, sum_ga_n, dgy, gz, dgz, \
                              sum_dga, sum_scale, b, {h, w, c});                                                             \
   }                                                                                                                         \
-  void winograd_input_##S(const T* x, T* v, long plane, long b, long h, long w, long c) { winograd_input<T>(x, v, plane, b, {h, w, c}); }      \
-  void winograd_input_adjoint_##S(const T* v, T* x, long plane, long b, long h, long w, long c) {                                       \
-    winograd_input_adjoint<T>(v, x, plane, b, {h, w, c});                                                                          \
+  void winograd_input_##S(const T* x, T* v, long plane, long b, long h, long w, long c) {                                   \
+    winograd_input<T>(x, v, plane, b, {h, w, c});                                                                           \
   }                                                                                                                         \
-  void winograd_output_##S(const T* m, T* y, long plane, long b, long h, long w, long c) { winograd_output<T>(m, y, plane, b, {h, w, c}); }    \
-  void winograd_output_adjoint_##S(const T* y, T* m, long plane, long b, long h, long w, long c) {                                      \
-    winograd_output_adjoint<T>(y, m, plane, b, {h, w, c});                                                                         \
+  void winograd_input_adjoint_##S(const T* v, T* x, long plane, long b, long h, long w, long c) {                           \
+    winograd_input_adjoint<T>(v, x, plane, b, {h, w, c});                                                                   \
+  }                                                                                                                         \
+  void winograd_output_##S(const T* m, T* y, long plane, long b, long h, long w, long c) {                                  \
+    winograd_output<T>(m, y, plane, b, {h, w, c});                                                                          \
+  }                                                                                                                         \
+  void winograd_output_adjoint_##S(const T* y, T* m, long plane, long b, long h, long w, long c) {                          \
+    winograd_output_adjoint<T>(y, m, plane, b, {h, w, c});                                                                  \
   }                                                                                                                         \
   void winograd_weight_##S(const T* g, T* u, long plane, long count) { winograd_weight<T>(g, u, plane, count); }            \
   void winograd_weight_adjoint_##S(const T* u, T* g, long plane, long count) {                                              \

@@ -92,7 +92,8 @@ def measured() -> Table:
     """
     named = os.environ.get("DSTILL_TILES")
     file = Path(named) if named else resources.files(__package__).joinpath("tiles.yaml")
+    source = f"{file} (DSTILL_TILES)" if named else str(file)
     try:
-        return Table.model_validate(parse(file.read_text(encoding="utf-8"), f"{file} (DSTILL_TILES)"))
+        return Table.model_validate(parse(file.read_text(encoding="utf-8"), source))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise DstillError(f"{file} (DSTILL_TILES) is not a table of tiles: {str(error).splitlines()[0]}") from error
+        raise DstillError(f"{source} is not a table of tiles: {str(error).splitlines()[0]}") from error

@@ -26,7 +26,7 @@ class UnrollingMethod(DrawingMethod):
     @property
     def beside(self) -> int:
         """How many draws of this process run side by side."""
-        return beside(self.problem.streams, len(self.crew.share(self.problem.recipe.distill.draws)))
+        return at_once(self.problem.streams, len(self.crew.share(self.problem.recipe.distill.draws)))
 
     @property
     def sharers(self) -> int:
@@ -47,6 +47,6 @@ class UnrollingMethod(DrawingMethod):
         """As in `Method`, for this number of students side by side."""
 
 
-def beside(streams: int, draws: int) -> int:
+def at_once(streams: int, draws: int) -> int:
     """How many of the draws of a process run side by side, of at most `streams`; one, if it has none."""
     return max(1, min(streams, draws))

@@ -22,7 +22,7 @@ from dstill.jobs.checks import check_early
 from dstill.jobs.job import Job, Task, Workplace
 from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.methods.base import method_class
-from dstill.methods.unrolling_method import UnrollingMethod, beside
+from dstill.methods.unrolling_method import UnrollingMethod, at_once
 from dstill.nets import networks as nets
 from dstill.planning.clock import Clock
 from dstill.planning.evaluating import Measured, evaluation_stages, image_bytes, network_seconds
@@ -238,7 +238,7 @@ def _peak_bytes(job: Job, draws: int) -> float:
     """Memory of a process that takes this number of draws in an iteration."""
     method, given = method_class(job.recipe.method), (job.recipe, job.shape, job.place.device)
     if issubclass(method, UnrollingMethod):
-        return method.peak_bytes(*given, beside(job.place.streams, draws))
+        return method.peak_bytes(*given, at_once(job.place.streams, draws))
     return method.peak_bytes(*given)
 
 
