@@ -163,6 +163,8 @@ def test_sets_and_run_folders_are_drawn_and_nothing_else(
     for path in ("run/result.json", "."):
         print_drawing(tmp_path / path)
         assert capsys.readouterr().out == ""
+    print_drawing(Path("digits-ipc1"))
+    assert "▀" in capsys.readouterr().out, "a set that ships with the package"
     monkeypatch.setenv("NO_COLOR", "1")
     print_drawing(tmp_path / "run")
     assert capsys.readouterr().out == ""

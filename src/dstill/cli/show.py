@@ -52,8 +52,11 @@ def write_picture(path: Path, png: Path, *, real: RealSet | None = None, stored:
 def print_drawing(path: Path, *, stored: bool = False) -> None:
     """Draws the images of a set, or of the first set of a run folder, if there are some and the terminal has colours."""
     console = Console(highlight=False)
-    file = set_file.located(path / "set-0" if (path / "set-0" / FILE_NAME).exists() else path)
-    if can_draw(console) and file.suffix == ".safetensors" and file.exists():
+    if not can_draw(console):
+        return
+    folder = path / "set-0" if (path / "set-0" / FILE_NAME).exists() else path
+    file = folder / FILE_NAME if folder.is_dir() else set_file.located(folder)
+    if file.suffix == ".safetensors" and file.exists():
         one = set_file.read(file)
         if not isinstance(one.preprocess, MissingWhitening):
             console.print(Drawing(one, stored=stored))

@@ -95,6 +95,19 @@ class Direct:
         return total
 
 
+def rows(x: Tensor) -> Tensor:
+    """`[B, C, H, W]` as a contiguous `[B, H, W, C]`; not copied if it is channels-last already."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The tensor with its memory in the order [image, row, column, channel].
+
+    `torch.channels_last` would be ambiguous where the number of channels or a side is 1.
+    """
+    return rows(x).permute(0, 3, 1, 2)
+
+
 def _backward(g: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
     mask = [which == 0, which == 1, False]
     gradients = torch.ops.aten.convolution_backward(g, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dstill.derivatives.build import Kernels
+from dstill.derivatives.convolution import rows
 
 _PLANES, _TILE = 36, 4
 # Bytes of padding between planes. Planes that lie a power of two apart would all map to the same cache lines.
@@ -137,11 +138,6 @@ class Patches:
 
     def by_weight(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
         return _products(self.kernels, [(x.transpose(1, 2), g) for g, x in pairs])
-
-
-def rows(x: Tensor) -> Tensor:
-    """`[B, C, H, W]` as a contiguous `[B, H, W, C]`; not copied if it is channels-last already."""
-    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _domain(like: Tensor, rows: int, columns: int) -> Tensor:

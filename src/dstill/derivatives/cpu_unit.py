@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dstill.derivatives.build import Kernels
-from dstill.derivatives.cpu_convolutions import rows
+from dstill.derivatives.convolution import channels_last
 from dstill.derivatives.unit import EPSILON
 
 
@@ -24,7 +24,7 @@ class NativeUnit:
         self.z: Tensor | None = None
 
     def forward(self, z: Tensor) -> Tensor:
-        self.z = z = _channels_last(z)
+        self.z = z = channels_last(z)
         self.mean, self.r = self._statistics(z)
         y = self._pooled(z)
         self.kernels.call("unit_forward", z, self.scale, self.shift, y, self.mean, self.r, EPSILON, *_shape(z))
@@ -32,7 +32,7 @@ class NativeUnit:
 
     def backward(self, gy: Tensor) -> Tensor:
         z = self._kept()
-        self.gy, gz = _channels_last(gy), torch.empty_like(z)
+        self.gy, gz = channels_last(gy), torch.empty_like(z)
         self.sum_ga, self.sum_ga_n = self._statistics(z)
         self.kernels.call("unit_backward", z, *self._norm(), self.gy, gz, self.sum_ga, self.sum_ga_n, *_shape(z))
         return gz
@@ -42,7 +42,7 @@ class NativeUnit:
 
     def tangent(self, dz: Tensor, dscale: Tensor | None, dshift: Tensor | None) -> tuple[Tensor, Tensor]:
         z = self._kept()
-        self.dz, self.dscale = _channels_last(dz), dscale if dscale is None else dscale.contiguous()
+        self.dz, self.dscale = channels_last(dz), dscale if dscale is None else dscale.contiguous()
         dshift = dshift if dshift is None else dshift.contiguous()
         y, dy = self._pooled(z), self._pooled(z)
         self.mean_dz, self.projection = self._statistics(z)
@@ -61,7 +61,7 @@ class NativeUnit:
             z,
             *self._norm(),
             *before,
-            _channels_last(dgy),
+            channels_last(dgy),
             gz,
             dgz,
             self.sum_dga,
@@ -75,7 +75,7 @@ class NativeUnit:
 
     def _kept(self) -> Tensor:
         assert self.z is not None
-        self.z = _channels_last(self.z)
+        self.z = channels_last(self.z)
         return self.z
 
     def _norm(self) -> tuple[Tensor, ...]:
@@ -90,14 +90,6 @@ class NativeUnit:
     def _pooled(z: Tensor) -> Tensor:
         batch, height, width, channels = _shape(z)
         return z.new_empty(batch, height // 2, width // 2, channels).permute(0, 3, 1, 2)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """The tensor with its memory in the order [image, row, column, channel].
-
-    `torch.channels_last` would be ambiguous where the number of channels or a side is 1.
-    """
-    return rows(x).permute(0, 3, 1, 2)
 
 
 def _shape(z: Tensor) -> tuple[int, int, int, int]:

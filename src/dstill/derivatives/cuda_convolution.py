@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dstill.derivatives.convolution import Pair
+from dstill.derivatives.convolution import Pair, rows
 from dstill.derivatives.tiles import Product, Tile
 
 
@@ -112,10 +112,10 @@ class Tiled:
         return total.view(3, 3, -1, total.shape[1]).permute(3, 2, 0, 1).contiguous()
 
     def input(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1).contiguous()
+        return rows(x)
 
     def output(self, g: Tensor) -> Tensor:
-        return g.permute(0, 2, 3, 1).contiguous()
+        return rows(g)
 
     def forward(self, *pairs: Pair) -> Tensor:
         return self._convolved(pairs, pairs[0][1].shape[1], transposed=False)
@@ -127,13 +127,12 @@ class Tiled:
         (g, x), (g2, x2) = pairs[0], pairs[-1]
         (batch, height, width, channels), outputs = x.shape, g.shape[3]
         count, tile = batch * height * width, self.tile
-        blocks = triton.cdiv(9 * channels, tile.rows) * triton.cdiv(outputs, tile.columns)
-        shares = max(1, min(self.programs // blocks, triton.cdiv(count, tile.depth)))
+        blocks = triton.cdiv(9 * channels, tile.rows), triton.cdiv(outputs, tile.columns)
+        shares = max(1, min(self.programs // (blocks[0] * blocks[1]), triton.cdiv(count, tile.depth)))
         share = triton.cdiv(triton.cdiv(count, shares), tile.depth) * tile.depth
         parts = x.new_empty(triton.cdiv(count, share), 9 * channels, outputs)
-        grid = (triton.cdiv(9 * channels, tile.rows), triton.cdiv(outputs, tile.columns), len(parts))
         sizes = {"PAIRS": len(pairs), "H": height, "W": width, "C": channels, "N": outputs}
-        self._launch(_correlate, grid, g, x, g2, x2, parts, count, share, **sizes)
+        self._launch(_correlate, (*blocks, len(parts)), g, x, g2, x2, parts, count, share, **sizes)
         return parts.sum(0)
 
     def _convolved(self, pairs: tuple[Pair, ...], outputs: int, *, transposed: bool) -> Tensor:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dstill.derivatives.convolution import channels_last
 from dstill.derivatives.unit import EPSILON, TensorUnit
 
 _MOST_POOLED = 4096  # pooled pixels of a row: the numbers of one program must fit its registers
@@ -196,7 +197,7 @@ class FusedUnit(TensorUnit):
         return self.mean, self.r, self.scale, self.shift
 
     def _arranged(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if self.channels_last else x.contiguous()
+        return channels_last(x) if self.channels_last else x.contiguous()
 
     def _pooled(self, z: Tensor) -> Tensor:
         batch, channels, height, width = z.shape
