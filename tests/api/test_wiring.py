@@ -114,12 +114,18 @@ def test_a_run_looks_stores_and_paints_as_often_as_it_is_asked(
 
     stored: list[int] = []
     monkeypatch.setattr(RunFolder, "checkpoint", lambda self, done, state: stored.append(done))
-    recording = dstill.Recording(validate_every=2, checkpoint_every=3, picture_every=4)
+    recording = dstill.Recording(validate_every=2, checkpoint_every=3, picture_every=4, keep_every=2)
     dstill.distill(tiny_real, method="dm", out=tmp_path / "o", recording=recording, **options)
     rows = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] + 1 for row in rows if "validation_accuracy" in row] == [2, 4, 5]
     assert stored == [3]
     assert sorted(path.name for path in (tmp_path / "o" / "frames").iterdir()) == ["0000004.png", "0000005.png"]
+    kept = {path.name: dstill.DistilledSet.load(path) for path in sorted((tmp_path / "o").glob("after-*"))}
+    assert list(kept) == ["after-0000002.safetensors", "after-0000004.safetensors"]
+    two, four = (one.images for one in kept.values())
+    assert not two.equal(four)
+    fewer = dstill.distill(tiny_real, method="dm", distill={"iterations": 2}, **options)
+    assert fewer.images.equal(two), "what is kept is the set after so many iterations"
 
 
 def test_a_run_keeps_how_its_data_were_read_as_far_as_it_is_told(

@@ -17,7 +17,7 @@ from dstill.data import preprocess
 from dstill.data.real import RealSet
 from dstill.errors import CollapseError
 from dstill.evaluation.baselines import RANDOM_DRAWS, RANDOM_RATES, random_set
-from dstill.evaluation.networks import evaluate_set, prepared, train_and_measure
+from dstill.evaluation.networks import evaluate_set, prepared, score_network, train_network
 from dstill.evaluation.protocols import load_protocol, protocol_names
 from dstill.nets import networks as nets
 from dstill.support import seeding
@@ -102,10 +102,11 @@ def test_training_equals_a_hand_written_loop(tiny_real: RealSet, short: str) -> 
     fitted = preprocess.fit("standardise", tiny_real.train.images)
     images, labels = prepared(tiny_real.train, fitted, torch.device("cpu"))
     test = prepared(tiny_real.test, fitted, torch.device("cpu"))
-    measured = train_and_measure(
-        NET, images[:5], labels[:5], test, classes=3, protocol=protocol, lr=0.05, augmentation="none",
+    network = train_network(
+        NET, images[:5], labels[:5], classes=3, protocol=protocol, lr=0.05, augmentation="none",
         generator=seeding.generator(0, "x"),
     )  # fmt: skip
+    measured = score_network(network, test, 3)
 
     generator = seeding.generator(0, "x")
     net = nets.build(NET, 3, 3, (8, 8), generator)

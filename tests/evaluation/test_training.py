@@ -15,7 +15,7 @@ from dstill.config.settings import NetConfig, Protocol
 from dstill.data import preprocess, siamese
 from dstill.data.real import RealSet
 from dstill.evaluation.baselines import RANDOM_RATES, random_baseline, random_set, whole_set
-from dstill.evaluation.networks import Trial, evaluate_set, measure, prepared, train_and_measure, trials_of
+from dstill.evaluation.networks import Trial, evaluate_set, measure, prepared, score_network, train_network, trials_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.nets import networks as nets
 from dstill.support import seeding
@@ -128,11 +128,12 @@ def test_every_network_of_a_set_has_weights_of_its_own(syn: DistilledSet, noise:
 def test_rows_of_the_confusion_are_true_classes_and_columns_predicted_ones(tiny_real: RealSet, syn: DistilledSet) -> None:
     images, labels = prepared(tiny_real.train, syn.preprocess, CPU)
     test, classes = prepared(tiny_real.test, syn.preprocess, CPU)
-    measured = train_and_measure(
-        NetConfig(width=8, depth=2), images, labels, (test, torch.where(classes == 0, 2, classes)), classes=3,
+    network = train_network(
+        NetConfig(width=8, depth=2), images, labels, classes=3,
         protocol=PROTOCOL.model_copy(update={"batch_size": 20}), lr=0.05, augmentation="none",
         generator=seeding.generator(0, "confusion"),
     )  # fmt: skip
+    measured = score_network(network, (test, torch.where(classes == 0, 2, classes)), 3)
     # What is seen is learned without a mistake; the first class is called the third.
     assert measured.confusion == [[0, 0, 0], [0, 10, 0], [10, 0, 10]]
     assert measured.accuracy == pytest.approx(2 / 3)

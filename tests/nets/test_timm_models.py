@@ -15,7 +15,7 @@ import dstill
 from dstill import DstillError
 from dstill.config.settings import NetConfig, Protocol
 from dstill.data.real import RealSet
-from dstill.evaluation.networks import train_and_measure
+from dstill.evaluation.networks import score_network, train_network
 from dstill.nets import networks as nets
 
 TINY = "timm:test_resnet"  # half a million weights, with batch norm
@@ -153,7 +153,8 @@ def measured(net: str, batch_size: int = 8) -> float:
     test = (torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(200) % 4)
     generator = torch.Generator().manual_seed(3)
     shape: dict[str, Any] = {"classes": 4, "protocol": protocol, "lr": 0.01, "augmentation": "none", "generator": generator}
-    return train_and_measure(NetConfig(name=net), images, torch.arange(9) % 4, test, **shape).accuracy
+    network = train_network(NetConfig(name=net), images, torch.arange(9) % 4, **shape)
+    return score_network(network, test, 4).accuracy
 
 
 def test_dropout_is_drawn_from_the_seed(stand_in: list[dict[str, Any]]) -> None:

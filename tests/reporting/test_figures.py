@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dstill.artifacts.record import SetRecord
-from dstill.reporting.figures import bars, run_curves
+from dstill.artifacts.record import Curve, SetRecord
+from dstill.reporting.figures import bars, looks, run_curves
 
 
 def test_a_bar_of_a_single_value_has_no_spread() -> None:
@@ -13,6 +13,16 @@ def test_a_bar_of_a_single_value_has_no_spread() -> None:
     assert two[:, 0].tolist() == [46.0, 54.0]
     assert len(one) == 0
     assert axes.get_xlim()[0] == 46.0 - 0.15 * 60.0
+
+
+def test_looks_are_drawn_for_every_set_and_named_once() -> None:
+    curves = [Curve(iterations=(1, 2), values=(0.1 * k, 0.2 * k)) for k in range(1, 4)]
+    (axes,) = looks({"one": curves[:2], "two": curves[2:]}).axes
+    assert [line.get_ydata().tolist() for line in axes.lines] == [list(curve.values) for curve in curves]
+    first, again, other = (line.get_color() for line in axes.lines)
+    assert first == again != other
+    assert axes.lines[0].get_linewidth() > axes.lines[1].get_linewidth()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
 
 
 def test_curves_have_a_panel_for_each_thing_that_was_measured() -> None:

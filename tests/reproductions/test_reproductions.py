@@ -19,14 +19,15 @@ from dstill.data.catalog import DATASETS
 from dstill.errors import CollapseError
 from dstill.planning.clock import Clock
 from dstill.reproductions.page import Entry, Sets, cell, page, paired_difference, seconds, table, verdict
-from dstill.reproductions.run import applies, plan_reproduction
+from dstill.reproductions.resolving import applies
+from dstill.reproductions.run import plan_reproduction
 from dstill.reproductions.spec import Case, Row, ScaleName, load_reproduction, reproduction_names
 
 SCALES: tuple[ScaleName, ...] = ("smoke", "cpu", "paper")
-NAMES = [*(f"table{k}" for k in range(1, 9)), *(f"fig{k}" for k in range(3, 12))]
+NAMES = [*(f"table{k}" for k in range(1, 9)), *(f"fig{k}" for k in range(3, 12)), "peeking", "untried"]
 
 
-def test_all_tables_and_figures_are_there() -> None:
+def test_all_tables_figures_and_experiments_are_there() -> None:
     assert reproduction_names() == NAMES
     with pytest.raises(DstillError, match="table3"):
         load_reproduction("tabel3")
@@ -39,7 +40,9 @@ def test_a_file_names_what_exists(what: str) -> None:
     assert len(set(names)) == len(names)
     assert set(SCALES) <= set(reproduction.scales) <= {*SCALES, "gpu"}
     assert {row.method for row in reproduction.rows} <= set(methods())
+    assert bool(reproduction.paper) == what.startswith(("table", "fig"))
     for scale in reproduction.scales.values():
+        assert not scale.kept or scale.judged_on == "test"
         assert {*scale.rows, *scale.row_changes} <= set(names)
         assert {case.data for case in scale.cases} <= set(DATASETS)
     at_paper_scale = {case.name for case in reproduction.scales["paper"].cases}
@@ -195,6 +198,14 @@ def test_a_set_that_collapsed_leaves_those_beside_it_standing() -> None:
     reproduction = load_reproduction("table8")
     text = page("table8", reproduction, "cpu", {("base", "cifar10-ipc10"): row}, [])
     assert "- `b`, set 1: no way" in text
+
+
+def test_a_page_says_whether_the_paper_asks() -> None:
+    assert page("table8", load_reproduction("table8"), "cpu", {}, []).startswith("# Table VIII: The parts of AST")
+    own = page("peeking", load_reproduction("peeking"), "cpu", {}, [])
+    assert own.startswith("# The price of looking\n\nThe question: how far above the truth")
+    assert "| validation accuracy % |" in page("untried", load_reproduction("untried"), "cpu", {}, []), "and on what it judges"
+    assert "| accuracy % |" in own
 
 
 def test_a_page_names_the_rows_whose_settings_nobody_published() -> None:

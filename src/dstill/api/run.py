@@ -196,8 +196,13 @@ def _distilled(
 ) -> DistilledSet:
     """Distils one set, with or without a folder."""
     problem, reporter = job.problem(seed, trajectories, initial), job.place.reporter
-    pictures = recording.picture_every if out else 0
-    cadence = Cadence(checkpoint=recording.checkpoint_every, validate=recording.validate_every, picture=pictures, until=until)
+    cadence = Cadence(
+        checkpoint=recording.checkpoint_every,
+        validate=recording.validate_every,
+        picture=recording.picture_every if out else 0,
+        keep=recording.keep_every if out else 0,
+        until=until,
+    )
     if out is None:
         return run_shared(problem, cadence, Watcher(problem, reporter), workers=job.place.workers)
     distilled = distill_into(out, problem, job.identity(seed), cadence, reporter, recording.logs, job.place.workers)

@@ -25,6 +25,7 @@ EXPERTS_NAME = "experts.json"
 MAP_NAME = "initialisation.json"
 INITIAL_NAME = "initial.safetensors"
 FRAMES_NAME = "frames"
+KEPT_NAME = "after-{:07d}.safetensors"  # the number of iterations done
 SOURCE_NAME = "source.json"
 _MOST_POINTS = 200
 

@@ -234,14 +234,14 @@ def reproduce(
     where: Rows = _ROWS,
     common: Common = _COMMON,
 ) -> None:
-    """Run a table or figure of the paper and show our figures beside the published ones.
+    """Run a table or figure of the paper, or an experiment beside it, and show our figures beside the published ones.
 
     After an interruption, the same command resumes.
 
     Args:
-        what: table1 to table8, fig3 to fig11 (`dstill ls reproductions`).
-        scale: smoke: seconds on the digits; cpu: hours on a few cores; gpu: minutes per row on a large card (table3,
-            fig6); paper: as published.
+        what: table1 to table8, fig3 to fig11, or another experiment (`dstill ls reproductions`).
+        scale: smoke: seconds on the digits; cpu: hours on a few cores; gpu: minutes per row on a large card (for some);
+            paper: as published.
         source: NAME=SOURCE for data that are not to be taken from the hub, for example cifar10=data/cifar10-*.parquet.
         only: names of rows to run, joined by commas; the others are shown if they exist.
         sets: distilled sets per row (default: the scale's number); a later call with more makes only those that are missing.

@@ -14,7 +14,7 @@ import torch
 
 from dstill.artifacts import files, pictures, set_file
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
-from dstill.artifacts.record import EXPERTS_NAME, FRAMES_NAME, MAP_NAME, RECIPE_NAME, SetRecord
+from dstill.artifacts.record import EXPERTS_NAME, FRAMES_NAME, KEPT_NAME, MAP_NAME, RECIPE_NAME, SetRecord
 from dstill.artifacts.result import Cost
 from dstill.artifacts.run_folder import RunFolder
 from dstill.config import recipes
@@ -81,6 +81,11 @@ class Watcher:
         for sink in self.sinks:
             sink.picture(iteration, pictures.grid(distilled))
 
+    def keep(self, iteration: int, distilled: DistilledSet) -> None:
+        """Stores the set after an iteration."""
+        if self.out is not None:
+            distilled.save(self.out / KEPT_NAME.format(iteration))
+
     def __enter__(self) -> Self:
         return self
 
@@ -127,8 +132,8 @@ def run_shared(
 ) -> DistilledSet:
     """`run_method` in as many processes as the draws of an iteration occupy, see `processes`."""
     with sharing(problem, workers) as watcher.crew:
-        options: dict[str, Any] = {"observer": watcher, "painter": watcher.picture, "crew": watcher.crew}
-        return run_method(problem, folder, cadence=cadence, **options)
+        options: dict[str, Any] = {"observer": watcher, "painter": watcher.picture, "keeper": watcher.keep}
+        return run_method(problem, folder, cadence=cadence, crew=watcher.crew, **options)
 
 
 def sharing(problem: Problem, workers: Workers) -> AbstractContextManager[Crew]:

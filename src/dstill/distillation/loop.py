@@ -34,12 +34,14 @@ class Cadence:
             (half a second or more), less often, so that it takes at most a twentieth of the time.
         validate: train a network on the set so far, under the protocol `quick`, and measure it on the validation part.
         picture: pass the set so far to the painter, also after the last iteration.
+        keep: pass the set so far to the keeper.
         until: after this moment, by `time.perf_counter`, no iteration begins, and the set so far is the result.
     """
 
     checkpoint: int = 25
     validate: int = 0
     picture: int = 0
+    keep: int = 0
     until: float = math.inf
 
 
@@ -74,6 +76,7 @@ def run_method(
     cadence: Cadence = Cadence(),
     observer: Callable[[int, int, Metrics], None] | None = None,
     painter: Callable[[int, DistilledSet], None] | None = None,
+    keeper: Callable[[int, DistilledSet], None] | None = None,
     crew: Crew = ALONE,
 ) -> DistilledSet:
     """Runs a method and returns the distilled set. Resumes from the folder's checkpoint if there is one.
@@ -87,6 +90,7 @@ def run_method(
         cadence: how often to checkpoint and to validate.
         observer: called after each iteration with its number, the total, and the metrics.
         painter: called with the number of iterations done and the set so far.
+        keeper: the same.
         crew: the processes that share the draws, led by this one; the others run `follow`.
 
     Raises:
@@ -125,6 +129,8 @@ def run_method(
                 observer(iteration, total, row)
             if painter is not None and cadence.picture and (done % cadence.picture == 0 or last):
                 painter(done, method.result(state))
+            if keeper is not None and cadence.keep and done % cadence.keep == 0:
+                keeper(done, method.result(state))
             stopped = asked_to_stop()
             if stopped and folder:
                 folder.checkpoint(done, state)

@@ -13,7 +13,7 @@ from dstill.artifacts.result import Score
 from dstill.config.settings import NetConfig, Protocol
 from dstill.data.preprocess import from_bytes
 from dstill.data.real import RealSet, Split
-from dstill.evaluation.networks import Trial, TrialProgress, measure, prepared, train_and_measure, trials_of
+from dstill.evaluation.networks import Trial, TrialProgress, measure, prepared, score_network, train_network, trials_of
 from dstill.evaluation.protocols import load_protocol
 from dstill.experts.trained import Labeller
 from dstill.methods.initialisation import random_rows
@@ -134,19 +134,18 @@ def whole_set(
     """
     protocol = load_protocol("whole")
     images, labels = prepared(real.train, like.preprocess, test[0].device)
-    values = [
-        train_and_measure(
+    values = []
+    for k in range(protocol.networks):
+        network = train_network(
             net,
             images,
             labels,
-            test,
             classes=real.classes,
             protocol=protocol,
             lr=protocol.lr,
             augmentation=like.augmentation,
             generator=seeding.generator(seed, "whole", k),
             tick=tick and functools.partial(_after, tick, k * protocol.passes),
-        ).accuracy
-        for k in range(protocol.networks)
-    ]
+        )
+        values.append(score_network(network, test, real.classes).accuracy)
     return Score.of([values], lr=protocol.lr)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import NetConfig, Protocol
@@ -40,11 +40,10 @@ class Measured(NamedTuple):
     confusion: list[list[int]]
 
 
-def train_and_measure(
+def train_network(
     net: NetConfig,
     images: Tensor,
     labels: Tensor,
-    test: tuple[Tensor, Tensor],
     *,
     classes: int,
     protocol: Protocol,
@@ -52,14 +51,13 @@ def train_and_measure(
     augmentation: str,
     generator: torch.Generator,
     tick: Tick | None = None,
-) -> Measured:
-    """Trains a fresh network for as many passes as the protocol says, and measures it once at the end.
+) -> nn.Module:
+    """Trains a fresh network for as many passes as the protocol says.
 
     Args:
         net: the network.
         images: training images `[S, C, H, W]`, preprocessed.
         labels: class ids `[S]` or label logits `[S, K]`.
-        test: preprocessed test images and class ids.
         classes: number of outputs.
         protocol: how to train.
         lr: learning rate.
@@ -91,6 +89,11 @@ def train_and_measure(
             else warm_cosine(lr, protocol.warmup, protocol.passes),
             tick=tick,
         )
+    return network
+
+
+def score_network(network: nn.Module, test: tuple[Tensor, Tensor], classes: int) -> Measured:
+    """The performance of a trained network on preprocessed images with their class ids."""
     predicted, true = predictions(network, test[0]), test[1]
     counts = torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
     return Measured(float((predicted == true).cpu().double().mean()), counts.tolist())
@@ -198,21 +201,26 @@ def measure(
 def _measured(
     test: tuple[Tensor, Tensor], protocol: Protocol, trial: Trial, report: Callable[[tuple[float, float | None]], None]
 ) -> Measured:
-    distilled, device = trial.distilled.decoded, test[0].device
-    measured = train_and_measure(
+    network = train_on_set(trial, protocol, test[0].device, lambda passes: report((passes / protocol.passes, None)))
+    measured = score_network(network, test, trial.distilled.classes)
+    report((1.0, measured.accuracy))
+    return measured
+
+
+def train_on_set(trial: Trial, protocol: Protocol, device: torch.device, tick: Tick | None = None) -> nn.Module:
+    """The network of a trial, trained on its set; see `train_network`."""
+    distilled = trial.distilled.decoded
+    return train_network(
         trial.net,
         distilled.images.to(device),
         distilled.labels.to(device),
-        test,
         classes=distilled.classes,
         protocol=protocol,
         lr=trial.lr or learning_rate(distilled, protocol),
         augmentation=distilled.augmentation,
         generator=seeding.generator(trial.seed, "evaluate", trial.net.name, *trial.stream),
-        tick=lambda passes: report((passes / protocol.passes, None)),
+        tick=tick,
     )
-    report((1.0, measured.accuracy))
-    return measured
 
 
 def trials_of(

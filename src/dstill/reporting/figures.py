@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
 from dstill.artifacts.files import atomic
-from dstill.artifacts.record import RunRecord, SetRecord
+from dstill.artifacts.record import Curve, RunRecord, SetRecord
 
 Records = Mapping[str, RunRecord]
 
@@ -116,6 +116,23 @@ def initialisation(record: RunRecord) -> Figure:
         axes.set_title(_plain(one["name"]))
         axes.set_xlabel("first component")
     panels[0].set_ylabel("second component")
+    return figure
+
+
+def looks(runs: Mapping[str, Sequence[Curve]]) -> Figure:
+    """The accuracy of the sets on the way, over iterations.
+
+    Args:
+        runs: the curve of each set, by the name of the run. The first gets a thick line, the others get thin ones.
+    """
+    figure, (axes,) = _figure(1)
+    for position, (name, curves) in enumerate(runs.items()):
+        for k, curve in enumerate(curves):
+            colour, label = COLOURS[position % len(COLOURS)], None if k else _plain(name)
+            axes.plot(curve.iterations, curve.values, color=colour, linewidth=0.8 if k else 1.8, label=label)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("accuracy of the look")
+    _legend(axes, len(runs))
     return figure
 
 

@@ -15,6 +15,7 @@ from dstill.artifacts.record import RunRecord
 from dstill.artifacts.result import Score
 from dstill.config.recipes import DERIVED
 from dstill.errors import DstillError
+from dstill.reproductions.looking import Looks
 from dstill.reproductions.spec import Case, Measure, Reproduction, Row, ScaleName
 from dstill.support.console import duration
 from dstill.support.tables import markdown
@@ -30,6 +31,12 @@ HEADINGS: dict[Measure, str] = {
     "reached": "to the first row's last validation accuracy",
     "seconds": "seconds an iteration",
     "peak": "peak MiB",
+    "chosen": "chosen on validation %",
+    "averaged": "averaged images %",
+    "best_look": "best look at the test images % (a diagnostic, no result)",
+    "predicted": "best look as predicted %",
+    "spread": "spread of networks, of images",
+    "inflation": "best of 50 looks above their mean: one network each, five",
 }
 
 
@@ -43,6 +50,7 @@ class Entry(BaseModel):
         request: what the numbers depend on, see `dstill.api.apart.request`.
         record: record of the run.
         following: see `dstill.reproductions.following.accumulated_error`.
+        looks: what the sets on the way reach, if they were kept.
         picture: file name of the picture of the distilled images, beside this file.
         environment: the machine and software of the run.
     """
@@ -55,6 +63,7 @@ class Entry(BaseModel):
     request: dict[str, Any]
     record: RunRecord
     following: tuple[float, ...] = ()
+    looks: Looks | None = None
     picture: str = ""
     environment: dict[str, str] = {}
 
@@ -118,7 +127,43 @@ def cell(measure: Measure, sets: Sets, first: Sets | None) -> str:
             return f"{seconds(record, first.first.record if first else None):.2f}"
         case "peak" if record.cost and record.cost.peak_bytes is not None:
             return f"{record.cost.peak_bytes / 2**20:.0f}"
+        case "chosen" | "averaged" | "best_look" | "predicted" | "spread" | "inflation":
+            return looked(measure, [entry.looks for entry in sets.entries if entry.looks])
     return "–"
+
+
+def looked(measure: Measure, looks: Sequence[Looks]) -> str:
+    """What the looks of the sets of a row say; – if nobody looked."""
+    if not looks:
+        return "–"
+    spreads = [one.spread for one in looks]
+    match measure:
+        case "chosen":
+            return _accuracy(Score.pooled([one.chosen for one in looks]))
+        case "averaged":
+            return _accuracy(Score.pooled([one.averaged for one in looks]))
+        case "best_look":
+            return _percent([one.best for one in looks])
+        case "predicted":
+            return _percent([one.predicted for one in looks])
+        case "spread":
+            return ", ".join(
+                f"{100 * _together(kind):.1f}" for kind in zip(*((s.networks, s.images) for s in spreads), strict=True)
+            )
+        case _:
+            above = [_together([s.best_of(50, networks) - s.mean for s in spreads]) for networks in (1, 5)]
+            return ", ".join(f"+{100 * value:.1f}" for value in above)
+
+
+def _together(deviations: Sequence[float]) -> float:
+    """One deviation for several sets, the root of the mean of their squares."""
+    return math.sqrt(statistics.fmean(value * value for value in deviations))
+
+
+def _percent(values: Sequence[float]) -> str:
+    """The mean over the sets; with several sets, also the spread between them."""
+    spread = f" ± {100 * statistics.stdev(values):.1f} between sets" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{spread}"
 
 
 def _accuracy(score: Score) -> str:
@@ -168,15 +213,16 @@ def paired_difference(sets: Sets, first: Sets) -> str:
 
 
 def table(
-    measures: Sequence[Measure], nets: Sequence[str], rows: Sequence[Row], case: Case, entries: Entries
+    measures: Sequence[Measure], nets: Sequence[str], rows: Sequence[Row], case: Case, entries: Entries, judged_on: str = "test"
 ) -> list[list[str]]:
     """Heading and rows of one case, with the published figures of another case if the paper has none for this one."""
+    headings = HEADINGS | ({"accuracy": "validation accuracy %"} if judged_on == "validation" else {})
     where = published_case(rows, case)
     suffix = "" if where == case.name else f" ({where})"
     published = {row.name: row.published.get(where, {}) for row in rows}
     columns: list[tuple[str, Measure | str, bool]] = []
     for key in (*measures, *nets):
-        columns.append((HEADINGS.get(key, key), key, False))  # type: ignore[call-overload]
+        columns.append((headings.get(key, key), key, False))  # type: ignore[call-overload]
         if any(key in values for values in published.values()):
             columns.append((f"{key}, published{suffix}" if key in nets else f"published{suffix}", key, True))
     lines = [["", *(heading for heading, _, _ in columns)]]
@@ -260,11 +306,12 @@ def _span(values: Sequence[int]) -> str:
 def page(what: str, reproduction: Reproduction, scale: ScaleName, entries: Entries, figures: Sequence[str]) -> str:
     """The page of one reproduction at one scale, in Markdown."""
     settings, rows = reproduction.scales[scale], reproduction.rows_at(scale)
-    parts = [f"# {reproduction.paper}: {reproduction.title}", f"The paper: {reproduction.claim}"]
+    parts = [f"# {reproduction.paper}: {reproduction.title}" if reproduction.paper else f"# {reproduction.title}"]
+    parts += [f"{'The paper' if reproduction.paper else 'The question'}: {reproduction.claim}"]
     parts += [f"Scale `{scale}`: {settings.says}. {settings.remark}".rstrip()]
     for case in settings.cases:
         parts += [f"## {case}"] if len(settings.cases) > 1 else []
-        parts += [markdown(table(reproduction.measures, settings.nets, rows, case, entries))]
+        parts += [markdown(table(reproduction.measures, settings.nets, rows, case, entries, settings.judged_on))]
         parts += [verdict(rows, case, entries)] if scale != "smoke" and "accuracy" in reproduction.measures else []
     every = [entry for sets in entries.values() for entry in sets.entries]
     parts += ["\n".join(_failure(entry) for entry in every if entry.record.reason)]

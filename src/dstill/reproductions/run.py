@@ -13,27 +13,29 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dstill.api.apart import request, run_apart
+from dstill.api.apart import run_apart
 from dstill.api.rows import Hands
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import atomic, check_writable, write_text
 from dstill.artifacts.record import RunRecord
 from dstill.artifacts.run_folder import IDENTITY_NAME
-from dstill.config import recipes, yamls
-from dstill.config.settings import Recipe, canonical, digest
-from dstill.data.catalog import DATASETS, Shape
-from dstill.data.real import RealSet, Source, load_real
-from dstill.errors import DstillError, reason_of, suggest
+from dstill.config import yamls
+from dstill.config.settings import canonical, digest
+from dstill.data.catalog import Shape
+from dstill.data.real import Source, load_real
+from dstill.errors import reason_of
 from dstill.experts.trajectory import Trajectories
-from dstill.jobs.job import Job, Task, Workplace
-from dstill.jobs.options import Choice, Evaluation, Executor, Machine, Recording, Seeds, at_least_one
+from dstill.jobs.job import Job, Workplace
+from dstill.jobs.options import Executor, Machine
 from dstill.planning.clock import Clock
 from dstill.planning.plan import plan_job, together
 from dstill.planning.stages import Plan
 from dstill.reproductions.drawing import draw
 from dstill.reproductions.following import accumulated_error
+from dstill.reproductions.looking import Looks, look
 from dstill.reproductions.page import Entry, Sets, page
-from dstill.reproductions.spec import Case, Reproduction, Row, Scale, ScaleName, load_reproduction
+from dstill.reproductions.resolving import Work, apportioned, chosen, planned_task, resolved, row_name, task_of
+from dstill.reproductions.spec import Case, Reproduction, Row, ScaleName
 from dstill.support.console import Progress, duration
 from dstill.support.devices import processor
 from dstill.support.progress import Silent
@@ -41,40 +43,7 @@ from dstill.support.workers import cores, refuse_import
 from dstill.version import __version__
 
 # Determines how a set is evaluated, but not how it is distilled. The recipe names the protocol, whose content may change.
-_JUDGING = ("networks", "nets", "random", "whole", "protocol")
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A row of a case, resolved.
-
-    Attributes:
-        row: the row.
-        case: the case.
-        job: the job of the first set.
-        options: what the request contains beside the job's recipe and data.
-        sets: number of sets. Each has its own run and file, so that another machine can resume the work of this one.
-    """
-
-    row: Row
-    case: Case
-    job: Job
-    options: dict[str, Any]
-    sets: int
-
-    def seeded(self, index: int) -> Job:
-        """The job of one set, with its own seed and the experts that all sets share."""
-        return replace(self.job, seeds=Seeds(self.job.seeds.images + index, self.job.seeds.experts))
-
-    def request(self, index: int) -> dict[str, Any]:
-        """What the numbers of one set depend on."""
-        seeds = self.seeded(index).seeds
-        apart = {"expert_seed": seeds.experts} if index else {}
-        return request(self.job, {**self.options, "seed": seeds.images, **apart})
-
-    def name(self, index: int) -> str:
-        """File name of one set, without the extension."""
-        return _name(self.row, self.case, index)
+_JUDGING = ("networks", "nets", "random", "whole", "protocol", "look_networks")
 
 
 @dataclass(frozen=True)
@@ -96,10 +65,6 @@ class _Call:
     folder: Path
     runs: Path
     checkpoint_every: int
-
-
-def _name(row: Row, case: Case, index: int) -> str:
-    return f"{row.name}-{case.name}" + (f"-set{index}" if index else "")
 
 
 def reproduce(
@@ -124,9 +89,9 @@ def reproduce(
     stopped.
 
     Args:
-        what: `table1` … `table8`, `fig3` … `fig11`.
-        scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `gpu`, minutes per row on a large card, only
-            for `table3` and `fig6`; `paper`, as published.
+        what: `table1` … `table8`, `fig3` … `fig11`, or an experiment that the paper lacks, such as `peeking`.
+        scale: `smoke`, seconds on the digits; `cpu`, hours on a few cores; `gpu`, minutes per row on a large card, for
+            some; `paper`, as published.
         sources: by data set name, what `load_real` takes instead of the name.
         only: names of rows to run; the others are shown if they exist, else as pending.
         sets: distilled sets per row; the scale's number if left out. A later call with more makes those that `out`
@@ -153,11 +118,11 @@ def reproduce(
     """
     refuse_import("reproduce")
     place = Workplace.of(machine, progress)
-    reproduction, settings, rows = _chosen(what, scale, only, sets)
+    reproduction, settings, rows = chosen(what, scale, only, sets)
     given = {case.data: (sources or {}).get(case.data, case.data) for case in settings.cases}
-    reals = {name: load_real(source, progress=place.reporter) for name, source in given.items()}
+    reals = {name: apportioned(settings, load_real(source, progress=place.reporter), seed) for name, source in given.items()}
     silent = replace(place, reporter=Silent())
-    cases = [_resolved(settings, row, case, reals[case.data], seed, silent) for case in settings.cases for row in rows]
+    cases = [resolved(settings, row, case, reals[case.data], seed, silent) for case in settings.cases for row in rows]
     folder = Path(out) / what / scale
     write_text(folder / "reproduction.yaml", yamls.dump(canonical(reproduction)))
     missing = [(one, index) for one in cases for index in _missing(folder, one)]
@@ -197,107 +162,54 @@ def plan_reproduction(
         DstillError: a reproduction, row or scale is unknown.
     """
     place = Workplace.of(machine, False)
-    _, settings, rows = _chosen(what, scale, only, sets)
-    cases = [_resolved(settings, row, case, None, 0, place) for case in settings.cases for row in rows]
+    _, settings, rows = chosen(what, scale, only, sets)
+    cases = [resolved(settings, row, case, None, 0, place) for case in settings.cases for row in rows]
     return _together([(one, one.sets) for one in cases], f"{what} at scale {scale}")
 
 
-def _together(cases: Sequence[tuple[_Case, int]], title: str) -> Plan:
+def _together(cases: Sequence[tuple[Work, int]], title: str) -> Plan:
     """The plan of some sets of each row. What they share is counted once."""
     plans, clocks = list[Plan](), dict[Shape, Clock]()
     for one, sets in cases:
         if sets:
             clock = clocks.setdefault(one.job.shape, Clock(one.job.shape, one.job.place.device))
-            made = plan_job(one.job, replace(_task(one), sets=sets), clock)
+            made = plan_job(one.job, replace(planned_task(one), sets=sets), clock)
             plans.append(made.model_copy(update={"title": f"{one.row.title}, {one.case}"}))
     return together(plans, title)
 
 
-def _task(one: _Case, checkpoint_every: int = 25) -> Task:
-    """The task of each run of a row."""
-    judging = {key: one.options[key] for key in ("nets", "networks", "random", "whole")}
-    recording = Recording(validate_every=one.options["validate_every"], checkpoint_every=checkpoint_every)
-    return Task(one.options["sets"], Evaluation(**judging), recording)
-
-
-def _chosen(what: str, scale: ScaleName, only: Sequence[str], sets: int | None) -> tuple[Reproduction, Scale, list[Row]]:
-    at_least_one(sets=sets)
-    reproduction = load_reproduction(what)
-    if scale not in reproduction.scales:
-        raise DstillError(f"{what} has no scale {scale!r}: take one of {', '.join(reproduction.scales)}")
-    settings = reproduction.scales[scale]
-    rows = reproduction.rows_at(scale)
-    for name in only:
-        if name not in {row.name for row in rows}:
-            raise DstillError(f"{what} has no row {name!r} at scale {scale}; {suggest(name, [row.name for row in rows])}")
-    settings = settings.model_copy(update={"sets": sets or settings.sets})
-    return reproduction, settings, [row for row in rows if not only or row.name in only]
-
-
-def _resolved(settings: Scale, row: Row, case: Case, real: RealSet | None, seed: int, place: Workplace) -> _Case:
-    """A row and case, resolved for loaded data, or for the published shape if `real` is None."""
-    choice = Choice(row.method, case.ipc, _named(settings, row, case))
-    shape = DATASETS[case.data].shape if real is None else None
-    job = Job.resolve(case.data if real is None else real, choice, seed, place, shape=shape)
-    job = replace(job, recipe=_changed(job.recipe, settings, row))
-    return _Case(row, case, job, _options(settings, job.recipe, seed), settings.sets)
-
-
-def _named(settings: Scale, row: Row, case: Case) -> str | None:
-    """The recipe to start from. A tuned one is used only if the row names it."""
-    if settings.recipe is None and row.recipe:
-        return f"{case.data}/{row.recipe}-ipc{case.ipc}"
-    return settings.recipe or recipes.published(case.data, row.method, case.ipc)
-
-
-def _changed(recipe: Recipe, settings: Scale, row: Row) -> Recipe:
-    """The recipe with the scale's changes that apply to it, then the row's own, then the scale's changes for this row."""
-    shared = [change for change in settings.changes if applies(change, recipe)]
-    return recipes.changed(recipe, [*shared, *row.changes, *settings.row_changes.get(row.name, [])], f"row {row.name}")
-
-
-def applies(change: str, recipe: Recipe) -> bool:
-    """Whether a recipe has the setting that a shared change sets."""
-    section, _, rest = change.partition("=")[0].partition(".")
-    if section == "experts":
-        return recipe.experts is not None
-    if section == "distill":
-        return bool(recipe.distill.iterations) and rest.partition(".")[0] in type(recipe.distill).model_fields
-    return True
-
-
-def _options(settings: Scale, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """What a request contains beside recipe and data."""
-    every = max(1, recipe.distill.iterations // settings.looks) if settings.looks and recipe.distill.iterations else 0
-    judging = {"networks": settings.networks, "nets": settings.nets, "random": False, "whole": False}
-    return {"sets": 1, **judging, "seed": seed, "validate_every": every}
-
-
-def _work(call: _Call, piece: tuple[_Case, int], place: Workplace) -> None:
+def _work(call: _Call, piece: tuple[Work, int], place: Workplace) -> None:
     """Makes one set of a row and writes its file."""
     one, index = piece
     one = replace(one, job=replace(one.job, place=place))
     place.reporter.note(f"{call.what}: {one.row.title}, {one.case}" + (f", set {index}" if index else ""))
     job, folder = one.seeded(index), _run_folder(call, one, index)
-    following, failure = list[float](), None
+    following, looks, failure = list[float](), None, None
     try:
-        run_apart(job, folder, _task(one, call.checkpoint_every), one.request(index))
+        run_apart(job, folder, task_of(one, call.checkpoint_every), one.request(index))
         if "accumulated_error" in call.reproduction.measures:
             following = _followed(folder / "set-0", job)
+        if one.validation is not None:
+            looks = look(folder / "set-0", job, one.validation, one.options["look_networks"], one.options["networks"])
     except Exception as error:  # whatever went wrong, the other rows continue
         failure = error
         place.reporter.note(f"{one.name(index)} failed: {reason_of(error)}")
-    _write_entry(call, one, index, following, failure)
+    _write_entry(call, one, index, following, looks, failure)
 
 
-def _run_folder(call: _Call, one: _Case, index: int) -> Path:
+def _run_folder(call: _Call, one: Work, index: int) -> Path:
     """The run folder of a set. A set that is only evaluated in another way is not distilled again."""
     distilled = {key: value for key, value in one.request(index).items() if key not in _JUDGING}
     return call.runs / f"{one.case.name}-{one.job.recipe.method}-{digest(distilled)}"
 
 
 def _write_entry(
-    call: _Call, one: _Case, index: int, following: Sequence[float] = (), failure: Exception | None = None
+    call: _Call,
+    one: Work,
+    index: int,
+    following: Sequence[float] = (),
+    looks: Looks | None = None,
+    failure: Exception | None = None,
 ) -> None:
     """Writes the file of a set, and its picture."""
     name, folder = one.name(index), _run_folder(call, one, index)
@@ -310,6 +222,7 @@ def _write_entry(
         request=one.request(index),
         record=RunRecord.read(folder, 1, failure),
         following=tuple(following),
+        looks=looks,
         picture=picture,
         environment=_environment(one.job.place.device),
     )
@@ -343,12 +256,12 @@ def _environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def _missing(folder: Path, one: _Case) -> list[int]:
+def _missing(folder: Path, one: Work) -> list[int]:
     """Numbers of the sets that do not exist yet."""
     return [index for index in range(one.sets) if not _finished(folder, one, index)]
 
 
-def _finished(folder: Path, one: _Case, index: int) -> bool:
+def _finished(folder: Path, one: Work, index: int) -> bool:
     """Whether the set's file was made by the same request. A failed run is repeated unless it collapsed."""
     path = folder / f"{one.name(index)}.json"
     if not path.exists():
@@ -370,7 +283,7 @@ def _write_page(call: _Call) -> None:
 
 def _sets(folder: Path, row: Row, case: Case) -> Sets | None:
     """The existing sets of a row, in order, without those that an earlier call made with other settings."""
-    name = _name(row, case, 0)
+    name = row_name(row, case, 0)
     found = [Entry.load(path) for path in (*folder.glob(f"{name}.json"), *folder.glob(f"{name}-set*.json"))]
     entries = sorted(found, key=lambda entry: entry.set)
     return Sets([entry for entry in entries if _shared(entry) == _shared(entries[0])]) if entries else None

@@ -25,6 +25,12 @@ Measure = Literal[
     "reached",
     "seconds",
     "peak",
+    "chosen",
+    "averaged",
+    "best_look",
+    "predicted",
+    "spread",
+    "inflation",
 ]
 FigureName = Literal[
     "loss",
@@ -35,6 +41,7 @@ FigureName = Literal[
     "initialisation",
     "bars",
     "images",
+    "looks",
 ]
 
 
@@ -77,6 +84,13 @@ class Scale(Settings):
     """Evaluation networks, one column each; the first gives `accuracy`. Left out: the recipe's own."""
     looks: Annotated[int, Field(ge=0)] = 0
     """How often a run is measured on the validation part."""
+    judged_on: Literal["test", "validation"] = "test"
+    """`validation`: the validation part takes the place of the test images, for trials that choose settings."""
+    kept: Annotated[int, Field(ge=0)] = 0
+    """How many sets of a run are kept on its way and looked at, see `dstill.reproductions.looking`. The runs then do not see
+    the validation part. Not with `judged_on: validation`."""
+    look_networks: Count = 1
+    """Networks for each look."""
     remark: str = ""
     """What to bear in mind when comparing with the paper."""
 
@@ -99,14 +113,14 @@ class Row(Settings):
 
 
 class Reproduction(Settings):
-    """One table or figure of the paper."""
+    """One table or figure of the paper, or an experiment that the paper lacks."""
 
     title: str
     """Title of the page."""
-    paper: str
-    """Number of the table or figure in the paper."""
+    paper: str = ""
+    """Number of the table or figure in the paper; empty for an experiment that the paper lacks."""
     claim: str
-    """What the paper shows, for comparison with our figures."""
+    """What the paper shows, for comparison with our figures; or what the experiment asks."""
     measures: list[Measure]
     """Columns of the table."""
     figure: FigureName | None = None
@@ -123,8 +137,10 @@ class Reproduction(Settings):
 
 
 def reproduction_names() -> list[str]:
-    """`table1` … `fig11`."""
-    return sorted((path.stem for path in _FOLDER.glob("*.yaml")), key=lambda name: (name[0] == "f", len(name), name))
+    """`table1` … `fig11`, then the experiments that the paper lacks."""
+    names = [path.stem for path in _FOLDER.glob("*.yaml")]
+    kinds = {"table": 0, "fig": 1}
+    return sorted(names, key=lambda name: (kinds.get(name.rstrip("0123456789"), 2), len(name), name))
 
 
 def load_reproduction(what: str) -> Reproduction:
