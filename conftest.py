@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from dstill.support.cache import cache_folder
+from tests.caches import with_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -16,9 +15,5 @@ def examples_leave_nothing_behind(
     if not isinstance(request.node, pytest.DoctestItem):
         return
     folder: Path = tmp_path_factory.mktemp("example")
-    compiled = cache_folder(None) / "native"  # kernels are compiled once for all
-    compiled.mkdir(parents=True, exist_ok=True)
-    (folder / "cache").mkdir()
-    (folder / "cache" / "native").symlink_to(compiled, target_is_directory=True)
-    monkeypatch.setenv("DSTILL_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("DSTILL_CACHE", str(with_kernels(folder / "cache")))
     monkeypatch.chdir(folder)

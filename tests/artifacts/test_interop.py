@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.short import SHORT
 from torch.utils.data import DataLoader
 
 import dstill
@@ -224,7 +225,7 @@ def test_a_run_starts_from_any_set(tiny_real: RealSet, tmp_path: Path) -> None:
 
 def test_a_set_is_judged_without_its_labels_and_without_its_augmentation(tiny_real: RealSet, tmp_path: Path) -> None:
     options: dict[str, Any] = {
-        "protocol": "quick",
+        "protocol": SHORT,
         "networks": 1,
         "machine": dstill.Machine(cache=tmp_path / "cache"),
         "whole": False,
@@ -236,7 +237,7 @@ def test_a_set_is_judged_without_its_labels_and_without_its_augmentation(tiny_re
     by_augmentation = {(row.augmentation, str(row.result.random)) for row in judgement.rows}
     assert len(by_augmentation) == 2
     assert len(list((tmp_path / "cache" / "random").iterdir())) == 2, "measured once for each augmentation"
-    own = dstill.evaluate(make(tiny_real, soft=True), tiny_real, random=False, protocol="quick", networks=1)
+    own = dstill.evaluate(make(tiny_real, soft=True), tiny_real, random=False, protocol=SHORT, networks=1)
     assert judgement.rows[0].result.accuracy == own.accuracy
     assert (tmp_path / "judgement.md").read_text().count("\n|") == 1 + 4
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.short import SHORT
 
 import dstill
 from dstill.cli import main as cli
@@ -46,18 +47,19 @@ def small(tokens: list[str]) -> list[str]:
     joined = re.sub(r"distill.iterations=\d+", "distill.iterations=3", joined)
     extra = {
         "run": "--recipe smoke --networks 1",
-        "compare": "--recipe smoke --networks 1 --protocol quick --no-whole",
+        "compare": f"--recipe smoke --networks 1 --protocol {SHORT} --no-whole",
         "distill": "--recipe smoke",
         "train-experts": "--recipe smoke",
         "tune": "--recipe smoke",
-        "evaluate": "--protocol quick --networks 1",
-        "judge": "--protocol quick --networks 1 --no-whole",
-        "leaderboard": "--protocol quick --networks 1",
+        "evaluate": f"--protocol {SHORT} --networks 1",
+        "judge": f"--protocol {SHORT} --networks 1 --no-whole",
+        "leaderboard": f"--protocol {SHORT} --networks 1",
         "reproduce": "" if "--only" in joined else "--only base",  # tests/e2e/test_reproduce.py runs every row
     }
     plain, _, changes = joined.partition("--set")  # --set takes everything after it, so further options come first
-    changed = f"--set {changes}" if changes else ""
     elsewhere = "-o changed" + re.sub(r"\W+", "-", changes) if changes and "-o" not in plain else ""
+    changes += f" protocol={SHORT}" if command == "run" else ""
+    changed = f"--set {changes}" if changes else ""
     return [command, *shlex.split(f"{plain} {extra.get(command, '')} {elsewhere} {changed}")]
 
 
@@ -72,6 +74,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             real,
             method=method,
             recipe="smoke",
+            changes={"protocol": SHORT},
             out=out,
             evaluation=dstill.Evaluation(networks=1),
             machine=dstill.Machine(cache=folder / "cache"),
@@ -97,6 +100,8 @@ def test_the_pages_have_commands() -> None:
 @pytest.mark.parametrize("page", [page.stem for page in PAGES])
 def test_the_commands_of_a_page_run_one_after_another(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
+    # Starting a process takes three seconds; `tests/api/test_compare.py` tests that part.
+    monkeypatch.setattr("dstill.api.apart.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("DSTILL_CACHE", str(workplace / "cache"))
     for where, tokens in COMMANDS:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.caches import with_kernels
+from tests.short import SHORT
 
 import dstill
 from dstill import DistilledSet, DstillError
@@ -33,11 +35,12 @@ def command(method: str, out: Path, *, workers: int = 1) -> list[str]:
     changes = [change for change in CHANGES if METHODS[method].needs_experts or not change.startswith("experts")]
     long = [] if METHODS[method].family == "selection" else ["distill.iterations=40"]
     options = ["--recipe", "smoke", "--networks", "1", "--threads", "1", "--checkpoint-every", "3"]
-    return ["run", "digits", "--method", method, *options, "--workers", str(workers), "-o", str(out), "--set", *changes, *long]
+    changes = [f"protocol={SHORT}", *changes, *long]
+    return ["run", "digits", "--method", method, *options, "--workers", str(workers), "-o", str(out), "--set", *changes]
 
 
 def start(arguments: list[str], cache: Path, **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "DSTILL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "DSTILL_CACHE": str(with_kernels(cache)), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-m", "dstill", *arguments], env=environment, text=True, **pipes, **options)
 
@@ -88,7 +91,11 @@ def test_sigterm_stores_the_state_and_the_same_command_goes_on(tmp_path: Path) -
 
 
 def test_ctrl_c_reaches_a_row_once_and_stores_its_state(tmp_path: Path) -> None:
-    changes = ["net.width=4", "distill.iterations=10000"]  # still running when the signal comes, however busy the machine
+    changes = [
+        f"protocol={SHORT}",
+        "net.width=4",
+        "distill.iterations=10000",
+    ]  # still running when the signal comes, however busy the machine
     options = ["--recipe", "smoke", "--networks", "1", "--threads", "1", "--checkpoint-every", "0"]
     words = ["compare", "digits", "--methods", "mtt", *options, "-o", str(tmp_path / "out"), "--set", *changes]
     process = start(words, tmp_path / "cache", start_new_session=True)

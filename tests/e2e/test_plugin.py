@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tests.short import SHORT
 
 PLUGIN = Path(__file__).parents[2] / "examples" / "plugin"
 TESTS = Path(__file__).parents[1]
@@ -39,20 +41,49 @@ def python(installed: Path, folder: Path, *arguments: str) -> str:
 
 
 def test_a_package_adds_a_method_to_every_command(installed: Path, tmp_path: Path) -> None:
-    def dstill(*arguments: str) -> str:
-        return python(installed, tmp_path, "-m", "dstill", *arguments)
-
     small = ("digits", "--train-fraction", "0.2", "--recipe", "smoke", "--cache", "cache", "--threads", "1")
-    methods = {row["name"]: row for row in json.loads(dstill("ls", "methods", "--json"))}
-    assert methods["centroids"]["family"] == "clustering" and "ast" in methods
-    assert "centroids on digits" in dstill("plan", *small, "--method", "centroids")
-    assert "centroids is +" in dstill("run", *small, "--method", "centroids", "-o", "r", "--ipc", "2", "--networks", "1")
-    compared = dstill(
-        "compare", *small, "--methods", "random,centroids", "--networks", "1", "--protocol", "quick", "--no-whole"
+    run = ("--method", "centroids", "-o", "r", "--ipc", "2", "--networks", "1", "--set", f"protocol={SHORT}")
+    listed, planned, made, compared, reported = printed(
+        installed,
+        tmp_path,
+        ("ls", "methods", "--json"),
+        ("plan", *small, "--method", "centroids"),
+        ("run", *small, *run),
+        ("compare", *small, "--methods", "random,centroids", "--networks", "1", "--protocol", SHORT, "--no-whole"),
+        ("report", "r", "-o", "page.html"),
     )
+    methods = {row["name"]: row for row in json.loads(listed)}
+    assert methods["centroids"]["family"] == "clustering" and "ast" in methods
+    assert "centroids on digits" in planned
+    assert "centroids is " in made and "points from random images" in made
     assert "centroids" in compared and "failed" not in compared
-    assert Path(tmp_path / dstill("report", "r", "-o", "page.html").strip()).exists()
+    assert Path(tmp_path / reported.strip()).exists()
     assert "Movement of the centroids" in (tmp_path / "page.html").read_text(encoding="utf-8"), "the curve that it names"
+
+
+def printed(installed: Path, folder: Path, *commands: Sequence[str]) -> list[str]:
+    """What each command prints, one after another in a process that has the package installed."""
+    program = folder / "commands.py"
+    program.write_text(COMMANDS)
+    return list(json.loads(python(installed, folder, str(program), json.dumps(commands)).splitlines()[-1]))
+
+
+COMMANDS = """
+import contextlib, io, json, sys
+from dstill.cli import main as cli
+
+def printed(words):
+    sys.argv = ["dstill", *words]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert not stop.code, (words, stop.code)
+    return out.getvalue()
+
+if __name__ == "__main__":  # rows of a comparison import this file
+    print(json.dumps([printed(words) for words in json.loads(sys.argv[1])]))
+"""
 
 
 def test_the_contract_tests_find_it_and_it_keeps_the_contract(installed: Path, tmp_path: Path) -> None:

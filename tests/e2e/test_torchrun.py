@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from tests.caches import with_kernels
+from tests.short import SHORT
 
 import dstill
 from dstill import DistilledSet
@@ -23,7 +25,7 @@ SMOKE = ("digits", "--method", "dm", "--recipe", "smoke", "--networks", "1", "--
 
 
 def run_into(out: Path, iterations: int, *, draws: int = 2) -> list[str]:
-    changes = ["--set", "net.width=4", f"distill.draws={draws}", f"distill.iterations={iterations}"]
+    changes = ["--set", f"protocol={SHORT}", "net.width=4", f"distill.draws={draws}", f"distill.iterations={iterations}"]
     return ["run", *SMOKE, "--checkpoint-every", "3", "-o", str(out), *changes]
 
 
@@ -42,7 +44,7 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 def start(words: Sequence[str], cache: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "DSTILL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "DSTILL_CACHE": str(with_kernels(cache)), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     STARTED.append(subprocess.Popen(words, env=environment, text=True, **pipes))  # type: ignore[call-overload]
     return STARTED[-1]

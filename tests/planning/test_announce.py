@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.listening import Listener
+from tests.short import SHORT
 
 import dstill
 from dstill.data.real import RealSet
@@ -21,7 +22,8 @@ from dstill.support.progress import Expectation
 def test_the_stages_that_come_are_those_that_were_expected(tiny_real: RealSet, tmp_path: Path, method: str) -> None:
     listener = Listener()
     once = dstill.Evaluation(networks=1, whole=True)
-    options: dict[str, Any] = {"recipe": "smoke", "evaluation": once, "machine": dstill.Machine(cache=tmp_path / "cache")}
+    options: dict[str, Any] = {"recipe": "smoke", "changes": {"protocol": SHORT}, "evaluation": once}
+    options["machine"] = dstill.Machine(cache=tmp_path / "cache")
     dstill.run(tiny_real, method=method, sets=2, out=tmp_path / "run", progress=listener, **options)
     expected = [one.stage for one in listener.expected]
     assert set(listener.came) - {"fitting the whitening"} == set(expected)
@@ -86,7 +88,7 @@ def test_an_evaluation_and_a_judgement_announce_all_their_networks(
     monkeypatch.setattr("dstill.planning.clock.Clock._time", lambda *_: 0.01)
     syn = dstill.distill(tiny_real, method="frepo", recipe="smoke", progress=False, **options)
     once, ways = Listener(), Listener()
-    quick: dict[str, Any] = {"protocol": "quick", "networks": 1, **options}
+    quick: dict[str, Any] = {"protocol": SHORT, "networks": 1, **options}
     dstill.evaluate(syn, tiny_real, progress=once, **quick)
     dstill.judge(syn, tiny_real, whole=False, progress=ways, **quick)
     assert [one.stage for one in once.expected] == ["evaluation", "random images"]
@@ -104,7 +106,7 @@ def test_scores_announce_what_they_need_and_no_more(
 ) -> None:
     monkeypatch.setattr("dstill.planning.clock.Clock._time", lambda *_: 0.01)
     syn = dstill.distill(tiny_real, method="frepo", recipe="smoke", progress=False, **options)
-    quick: dict[str, Any] = {"protocol": "quick", "networks": 1, **options}
+    quick: dict[str, Any] = {"protocol": SHORT, "networks": 1, **options}
     once, soft, hard = Listener(), Listener(), Listener()
     elsewhere = {"machine": dstill.Machine(cache=tmp_path / "elsewhere")}
     dstill.evaluate(syn, tiny_real, whole=True, progress=once, **quick | elsewhere)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests.short import SHORT
 
 import dstill
 from dstill import DistilledSet, DstillError
@@ -57,6 +58,7 @@ def runs(tiny_real: RealSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     real = RealSet("tiny", tiny_real.train, tiny_real.test, HOSTILE)
     options: dict[str, Any] = {"recipe": "smoke", "machine": dstill.Machine(cache=folder / "cache"), "changes": ["net.width=4"]}
+    options["changes"].append(f"protocol={SHORT}")
     for method in ("ast", "frepo", "random"):
         validate = 0 if method == "random" else 3
         dstill.run(
