@@ -24,7 +24,7 @@ from dstill.reproductions.run import plan_reproduction
 from dstill.reproductions.spec import Case, Row, ScaleName, load_reproduction, reproduction_names
 
 SCALES: tuple[ScaleName, ...] = ("smoke", "cpu", "paper")
-NAMES = [*(f"table{k}" for k in range(1, 9)), *(f"fig{k}" for k in range(3, 12)), "peeking", "untried"]
+NAMES = [*(f"table{k}" for k in range(1, 9)), *(f"fig{k}" for k in range(3, 12)), "peeking", "untried", "against-mtt"]
 
 
 def test_all_tables_figures_and_experiments_are_there() -> None:
