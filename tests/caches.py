@@ -10,7 +10,9 @@ _COMPILED = cache_folder() / "native"
 
 
 def with_kernels(cache: Path) -> Path:
-    """A new cache that has the kernels which were compiled before, since compiling takes eight seconds.
+    """A new cache that has the kernels of the user's own, since compiling them takes eight seconds.
+
+    Tests that start no process compile them there as well.
 
     Args:
         cache: its folder; one that exists is left as it is.

@@ -24,7 +24,7 @@ MACHINE = {"machine": Machine("cpu", "c", 3, 2, True, 4), "seed": 5}
 JUDGED = "--nets vgg11,alexnet --networks 4 --no-random --whole --also ast,mtt"
 EVALUATION = Evaluation(("vgg11", "alexnet"), 4, False, True, ("ast", "mtt"))
 RECORDED = "--validate-every 6 --checkpoint-every 7 --picture-every 8 --keep-every 9 --log wandb,tensorboard"
-RECORDING = Recording(6, 7, 8, 9, ("wandb", "tensorboard"))
+RECORDING = Recording(6, 7, 8, ("wandb", "tensorboard"), 9)
 
 COMMANDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "run": (

@@ -16,7 +16,7 @@ from tests.short import SHORT
 from dstill import DistilledSet
 from dstill.cli import main as cli
 
-FAST = ["--recipe", "smoke", "--threads", "1", "--no-random", "--set", f"protocol={SHORT}"]
+FAST = ["--recipe", "smoke", "--threads", "1", "--set", f"protocol={SHORT}"]
 
 
 def dstill(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -69,7 +69,8 @@ def test_a_file_does_not_decide_what_is_imported(tmp_path: Path, monkeypatch: py
 
     def here(*words: str) -> int:
         """How a command ends in this process, which has not imported the module."""
-        monkeypatch.setattr(sys, "argv", ["dstill", *words, "out/set-0", "digits", "--protocol", SHORT, "--networks", "1"])
+        options = ["out/set-0", "digits", "--protocol", SHORT, "--networks", "1", "--threads", "1"]
+        monkeypatch.setattr(sys, "argv", ["dstill", *words, *options])
         try:
             cli.main()
         except SystemExit as stop:
@@ -77,14 +78,14 @@ def test_a_file_does_not_decide_what_is_imported(tmp_path: Path, monkeypatch: py
         return 0
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(tmp_path)
-    told = io.StringIO()
     for command in ("evaluate", "judge"):
+        told = io.StringIO()
         with contextlib.redirect_stderr(told):
             assert here(command) == 2
         assert "--nets mine:Small" in told.getvalue()
         assert not (tmp_path / "imported").exists()
-        told.truncate(0)
     try:
         assert here("evaluate", "--no-random", "--nets", "mine:Small") == 0
         assert (tmp_path / "imported").exists()

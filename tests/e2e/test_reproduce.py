@@ -125,6 +125,22 @@ def test_a_row_that_fails_keeps_its_reason_and_is_tried_again(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_a_look_that_fails_leaves_the_run_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, notes = places(tmp_path) | {"only": ["dm"]}, Notes()
+    with monkeypatch.context() as broken:
+        broken.setattr("dstill.reproductions.run.look", lambda *_: 1 / 0)
+        folder = dstill.reproduce("peeking", progress=notes, **where)
+    entry = Entry.load(folder / "dm-digits-ipc1.json")
+    assert entry.record.result is not None and entry.looks is None
+    run = next(where["runs"].glob("*-dm-*")) / "set-0" / "distilled.safetensors"
+    made = run.stat().st_mtime_ns
+    monkeypatch.setattr("dstill.reproductions.run.look", lambda *_: None)
+    dstill.reproduce("peeking", progress=notes, **where)
+    assert sum("for 1 of 1 run(s)" in note for note in notes.notes) == 2
+    assert run.stat().st_mtime_ns == made, "it is not distilled again"
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_later_call_adds_sets_to_those_that_are_there_also_on_another_machine(tmp_path: Path) -> None:
     where = places(tmp_path) | {"only": ["ast"]}
     del where["runs"]

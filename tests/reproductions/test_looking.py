@@ -76,9 +76,9 @@ class Kept:
         assert part is not None
         self.validation, place = part, Workplace.of(dstill.Machine(device="cpu", cache=folder / "cache", threads=1), False)
         short = {"name": "short", "version": 1, "passes": 9, "batch_size": 2, "momentum": 0.9, "weight_decay": 5e-4}
-        protocol = folder / "short.yaml"
-        protocol.write_text(json.dumps({**short, "lr": 0.05, "lr_factor": 0.5, "networks": 2}))
-        changes = {"net.width": 4, "distill.iterations": 4, "distill.lr_images": 100.0, "protocol": str(protocol)}
+        self.protocol = folder / "short.yaml"
+        self.protocol.write_text(json.dumps({**short, "lr": 0.05, "lr_factor": 0.5, "networks": 2}))
+        changes = {"net.width": 4, "distill.iterations": 4, "distill.lr_images": 100.0, "protocol": str(self.protocol)}
         self.job = Job.resolve(data, Choice("dm", 1, "smoke", changes=changes), 0, replace(place, reporter=Silent()))
         self.folder = folder / "set"
         recording = dstill.Recording(keep_every=1)
@@ -123,12 +123,11 @@ def test_every_look_measures_the_same_networks_on_both_kinds_of_images(kept: Kep
 def test_the_validation_part_chooses_and_other_networks_measure(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     made = [
         Look(iteration=k, validation=(v, v), test=(t, t))
-        for k, v, t in ((1, 0.2, 0.1), (2, 0.9, 0.3), (3, 0.4, 0.8), (4, 0.5, 0.2))
+        for k, v, t in ((1, 0.2, 0.95), (2, 0.9, 0.3), (3, 0.4, 0.8), (4, 0.5, 0.2))
     ]
-    (kept.folder / "looks.jsonl").write_text("".join(one.model_dump_json() + "\n" for one in made))
-    monkeypatch.setattr(looking, "train_on_set", lambda *_: pytest.fail("a look that was made is not made again"))
+    monkeypatch.setattr(looking, "_looked", lambda *_: tuple(made))
     found = kept.look()
-    assert found.best == 0.8, "the best look at the test images is another one"
+    assert found.best == 0.8, "the best look of the second half at the test images is another one"
     two, average = kept.set_after(2), averaged([kept.set_after(3), kept.set_after(4)])
     for score, syn in ((found.chosen, two), (found.averaged, average)):
         evaluation: dict[str, Any] = {"networks": 2, "random": False, "progress": False}
@@ -137,9 +136,8 @@ def test_the_validation_part_chooses_and_other_networks_measure(kept: Kept, monk
 
 def test_looks_go_on_where_they_were_interrupted(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = kept.look()
-    path = kept.folder / "looks.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:2]) + lines[2][:-9])
+    (path,) = kept.folder.glob("looks-*.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     trained, train = list[Any](), looking.train_on_set
 
     def recorded(trial: Trial, *rest: Any) -> torch.nn.Module:
@@ -149,26 +147,37 @@ def test_looks_go_on_where_they_were_interrupted(kept: Kept, monkeypatch: pytest
     monkeypatch.setattr(looking, "train_on_set", recorded)
     assert kept.look() == whole
     assert trained == [3, 3, 4, 4]
+    assert kept.look() == whole
+    assert len(trained) == 4, "all are stored"
     path.write_text("no look\n")
     with pytest.raises(DamagedFileError, match="the looks are made anew"):
         kept.look()
 
 
+def test_looks_of_another_protocol_or_number_of_networks_are_made_anew(kept: Kept) -> None:
+    first = kept.look()
+    assert len(look(kept.folder, kept.job, kept.validation, 1, 2).each[0].test) == 1
+    kept.protocol.write_text(kept.protocol.read_text().replace('"passes": 9', '"passes": 3'))
+    assert kept.look().each != first.each
+    assert len(list(kept.folder.glob("looks-*.jsonl"))) == 3
+
+
 def test_a_run_that_kept_nothing_is_refused(kept: Kept) -> None:
-    for path in list(kept.folder.glob("after-*"))[1:]:
+    for path in list(kept.folder.glob("after-*"))[2:]:
         path.unlink()
-    with pytest.raises(DstillError, match="has 1 sets that were kept"):
+    with pytest.raises(DstillError, match=f"has 2 set.s. that were kept on the way, .*: remove {kept.folder.parent} to"):
         kept.look()
 
 
 def test_a_plan_counts_the_networks_that_look(tiny_real: RealSet, tmp_path: Path) -> None:
     reproduction = load_reproduction("peeking")
-    scale, place = reproduction.scales["smoke"], Workplace.of(dstill.Machine(device="cpu", cache=tmp_path), False)
+    scale = reproduction.scales["smoke"].model_copy(update={"look_networks": 2})
+    place = Workplace.of(dstill.Machine(device="cpu", cache=tmp_path), False)
     row = next(row for row in reproduction.rows if row.name == "dm")
     work = resolved(scale, row, scale.cases[0], apportioned(scale, tiny_real, 0), 0, place)
     assert work.validation is not None and task_of(work).recording.keep_every == work.options["keep_every"] == 1
     looks = work.job.recipe.distill.iterations
-    assert planned_task(work).evaluation.networks == 3 * 1 + 2 * looks
+    assert planned_task(work).evaluation.networks == 3 * 1 + 2 * looks, "the last set, two others, and the looks"
     plain = load_reproduction("table3").scales["smoke"]
     without = resolved(plain, row, plain.cases[0], apportioned(plain, tiny_real, 0), 0, place)
     assert planned_task(without) == task_of(without) and "keep_every" not in without.options
@@ -196,6 +205,27 @@ def test_cells_say_what_the_looks_of_all_sets_found() -> None:
     assert looked("spread", looks) == "1.0, 0.0", "the root of the mean square"
     assert looked("predicted", looks[:1]) == f"{100 * (0.435 + largest_of(2) * 0.01):.1f}"
     above = 100 * largest_of(50) * 0.02 / math.sqrt(2)
-    assert looked("inflation", looks[:1]) == f"+{above:.1f}, +{above / math.sqrt(5):.1f}"
+    one, five = above, above / math.sqrt(5)
+    assert looked("inflation", looks[:1]) == f"+{one:.1f} ({one:.1f}), +{five:.1f} ({five:.1f})", "all of it is networks'"
     assert looks[0].curve.iterations == (0, 1, 2, 3)
-    assert looks[0].curve.values == pytest.approx([0.41, 0.42, 0.43, 0.44])
+    assert looks[0].curve.values == pytest.approx([41, 42, 43, 44])
+
+
+def test_looks_of_one_network_do_not_tell_networks_from_images() -> None:
+    alone = Looks(
+        each=tuple(Look(iteration=k, validation=(0.1,), test=(0.4 + 0.01 * k,)) for k in range(4)),
+        chosen=Score.of([[0.4]]),
+        averaged=Score.of([[0.3]]),
+    )
+    assert [looked(measure, [alone]) for measure in ("spread", "inflation", "best_look")] == ["–", "–", "43.0"]
+
+
+def test_what_a_set_reaches_is_nearer_to_its_best_look_if_images_scatter() -> None:
+    generator, looks = torch.Generator().manual_seed(0), 40
+    sets = 0.4 + 0.01 * torch.randn(20_000, looks, generator=generator, dtype=torch.float64)
+    seen = sets + 0.02 * torch.randn(sets.shape, generator=generator, dtype=torch.float64)
+    best = seen.argmax(1, keepdim=True)
+    illusion = float((seen.gather(1, best) - sets.gather(1, best)).mean())
+    assert Spread(0.4, 0.01, 0.02).illusion_of(looks, 1) == pytest.approx(illusion, rel=0.02)
+    assert Spread(0.4, 0.01, 0.04).illusion_of(looks, 4) == pytest.approx(illusion, rel=0.02)
+    assert Spread(0.4, 0.0, 0.0).illusion_of(looks, 4) == 0

@@ -21,7 +21,7 @@ from dstill.planning.clock import Clock
 from dstill.reproductions.page import Entry, Sets, cell, page, paired_difference, seconds, table, verdict
 from dstill.reproductions.resolving import applies
 from dstill.reproductions.run import plan_reproduction
-from dstill.reproductions.spec import Case, Row, ScaleName, load_reproduction, reproduction_names
+from dstill.reproductions.spec import Case, Row, Scale, ScaleName, load_reproduction, reproduction_names
 
 SCALES: tuple[ScaleName, ...] = ("smoke", "cpu", "paper")
 NAMES = [*(f"table{k}" for k in range(1, 9)), *(f"fig{k}" for k in range(3, 12)), "peeking", "untried", "against-mtt"]
@@ -42,7 +42,6 @@ def test_a_file_names_what_exists(what: str) -> None:
     assert {row.method for row in reproduction.rows} <= set(methods())
     assert bool(reproduction.paper) == what.startswith(("table", "fig"))
     for scale in reproduction.scales.values():
-        assert not scale.kept or scale.judged_on == "test"
         assert {*scale.rows, *scale.row_changes} <= set(names)
         assert {case.data for case in scale.cases} <= set(DATASETS)
     at_paper_scale = {case.name for case in reproduction.scales["paper"].cases}
@@ -200,10 +199,16 @@ def test_a_set_that_collapsed_leaves_those_beside_it_standing() -> None:
     assert "- `b`, set 1: no way" in text
 
 
+def test_sets_that_are_kept_are_not_judged_on_the_validation_part_alone() -> None:
+    scale = load_reproduction("peeking").scales["cpu"]
+    with pytest.raises(ValueError, match="judged_on must be test"):
+        Scale.model_validate(scale.model_dump() | {"judged_on": "validation"})
+
+
 def test_a_page_says_whether_the_paper_asks() -> None:
     assert page("table8", load_reproduction("table8"), "cpu", {}, []).startswith("# Table VIII: The parts of AST")
     own = page("peeking", load_reproduction("peeking"), "cpu", {}, [])
-    assert own.startswith("# The price of looking\n\nThe question: how far above the truth")
+    assert own.startswith("# The price of looking\n\nThe question: how far above their mean")
     assert "| validation accuracy % |" in page("untried", load_reproduction("untried"), "cpu", {}, []), "and on what it judges"
     assert "| accuracy % |" in own
 

@@ -204,8 +204,8 @@ class Recording:
         validate_every: measure the set on the validation part every so many iterations; 0 for never.
         checkpoint_every: store the state every so many iterations; 0 for never.
         picture_every: keep a picture of the images every so many iterations, and an animation of all; 0 for none.
-        keep_every: keep the set itself every so many iterations; 0 for never.
         logs: where metrics go in addition, joined by commas on the command line: tensorboard, wandb.
+        keep_every: keep the set itself every so many iterations; 0 for never.
 
     Example:
         >>> Recording(validate_every=50).checkpoint_every
@@ -215,8 +215,8 @@ class Recording:
     validate_every: Whole = 0
     checkpoint_every: Whole = 25
     picture_every: Whole = 0
-    keep_every: Whole = 0
     logs: Annotated[Names, Parameter(name="--log")] = ()
+    keep_every: Whole = 0
 
 
 @dataclass(frozen=True)

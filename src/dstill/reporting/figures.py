@@ -120,10 +120,11 @@ def initialisation(record: RunRecord) -> Figure:
 
 
 def looks(runs: Mapping[str, Sequence[Curve]]) -> Figure:
-    """The accuracy of the sets on the way, over iterations.
+    """Looks at the test images over iterations.
 
     Args:
-        runs: the curve of each set, by the name of the run. The first gets a thick line, the others get thin ones.
+        runs: the curves of each run's sets, in percent, by its name. The first set of a run gets a thick line, its other sets
+            get thin ones.
     """
     figure, (axes,) = _figure(1)
     for position, (name, curves) in enumerate(runs.items()):
@@ -131,7 +132,7 @@ def looks(runs: Mapping[str, Sequence[Curve]]) -> Figure:
             colour, label = COLOURS[position % len(COLOURS)], None if k else _plain(name)
             axes.plot(curve.iterations, curve.values, color=colour, linewidth=0.8 if k else 1.8, label=label)
     axes.set_xlabel("iteration")
-    axes.set_ylabel("accuracy of the look")
+    axes.set_ylabel("look at the test images, accuracy %")
     _legend(axes, len(runs))
     return figure
 

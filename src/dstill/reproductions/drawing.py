@@ -26,7 +26,9 @@ def draw(reproduction: Reproduction, case: Case, rows: Sequence[Row], entries: E
         case "bars":
             scores = {name: record.result.accuracy for name, record in records.items() if record.result}
             values = {name: (100 * score.mean, 100 * score.std if score.n > 1 else None) for name, score in scores.items()}
-            figures.save(figures.bars(values, "accuracy %"), folder / f"{stem}.png")
+            judged = {record.result.measured_on for record in records.values() if record.result}
+            label = "validation accuracy %" if judged == {"validation"} else "accuracy %"
+            figures.save(figures.bars(values, label), folder / f"{stem}.png")
         case "looks":
             looks = {title: [entry.looks.curve for entry in sets.entries if entry.looks] for title, sets in there}
             figures.save(figures.looks({title: curves for title, curves in looks.items() if curves}), folder / f"{stem}.png")

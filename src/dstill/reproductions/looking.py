@@ -1,12 +1,11 @@
 """What looking at test images buys: the sets on the way of a run, measured on the validation part and on the test images.
 
-The best of many looks at the test images lies above what its set reaches, since the looks scatter. Here the looks are made, the
-best one is shown as what it is, and their spread says how far above the truth it must lie.
+The best of many looks at the test images lies above their mean, since the looks scatter, and above what its own set reaches,
+since networks do. Here the looks are made, the best one is shown as what it is, and their spread says how far above it lies.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,21 +13,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from dstill.api.evaluate import measure_sets, protocol_of
-from dstill.artifacts import set_file, whitening
+from dstill.artifacts import files, set_file, whitening
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.record import KEPT_NAME, Curve
 from dstill.artifacts.result import Score
+from dstill.config.settings import canonical, digest
 from dstill.data.real import Split
 from dstill.errors import DamagedFileError, DstillError
 from dstill.evaluation.networks import prepared, score_network, train_on_set, trials_of
 from dstill.jobs.job import Job
 from dstill.jobs.options import Evaluation
 
-_LOOKS = "looks.jsonl"
+_LOOKS = "looks-{}.jsonl"  # a digest of how they are made
 _POINTS = 20_000  # of the integral over the quantiles of a maximum
 
 
@@ -65,18 +65,18 @@ class Looks(_Frozen):
 
     @property
     def best(self) -> float:
-        """The best look at the test images: what is reported by whoever chooses there."""
-        return max(self.curve.values)
+        """The best look at the test images in the second half of the run: what is reported by whoever chooses there."""
+        return max(statistics.fmean(look.test) for look in _second_half(self.each))
 
     @property
     def curve(self) -> Curve:
-        """The looks at the test images over the iterations."""
-        values = tuple(statistics.fmean(look.test) for look in self.each)
+        """The looks at the test images over the iterations, in percent."""
+        values = tuple(100 * statistics.fmean(look.test) for look in self.each)
         return Curve(iterations=tuple(float(look.iteration) for look in self.each), values=values)
 
     @property
     def predicted(self) -> float:
-        """What the best look should be, from the spread of those in the second half."""
+        """What `best` should be, from the spread."""
         settled = _second_half(self.each)
         return self.spread.best_of(len(settled), len(settled[0].test))
 
@@ -90,6 +90,8 @@ class Looks(_Frozen):
 class Spread:
     """How looks scatter: the accuracy of network k in look i is μ + a_i + e_ik, with independent normal a_i and e_ik.
 
+    A slow rise or fall of the run counts as scatter of the images, and neighbouring looks are less independent than this says.
+
     Attributes:
         mean: μ.
         images: standard deviation of a_i, from the changes of the images between looks.
@@ -99,6 +101,8 @@ class Spread:
         >>> spread = Spread(mean=0.44, images=0.0, networks=0.01)
         >>> round(spread.best_of(50, networks=1), 4), round(spread.best_of(50, networks=5), 4)
         (0.4625, 0.4501)
+        >>> round(spread.illusion_of(50, networks=1), 4)
+        0.0225
     """
 
     mean: float
@@ -119,7 +123,16 @@ class Spread:
 
     def best_of(self, looks: int, networks: int) -> float:
         """The accuracy to be expected of the best of so many looks, each the mean of so many networks."""
-        return self.mean + largest_of(looks) * math.sqrt(self.images**2 + self.networks**2 / networks)
+        return self.mean + largest_of(looks) * self._deviation(networks)
+
+    def illusion_of(self, looks: int, networks: int) -> float:
+        """How far the best look is expected to lie above what its own set reaches, which is the share of the networks."""
+        deviation = self._deviation(networks)
+        return largest_of(looks) * self.networks**2 / networks / deviation if deviation else 0.0
+
+    def _deviation(self, networks: int) -> float:
+        """The standard deviation of looks of so many networks."""
+        return math.sqrt(self.images**2 + self.networks**2 / networks)
 
 
 def largest_of(count: int) -> float:
@@ -158,13 +171,16 @@ def look(folder: Path, job: Job, validation: Split, networks: int, fresh: int | 
         fresh: networks that measure the sets that could be handed out; the protocol's number if None.
 
     Raises:
-        DstillError: the run kept no set; or a file of the folder is damaged.
+        DstillError: the run kept fewer than three sets; or a file of the folder is damaged.
     """
     kept = {int(path.stem.rpartition("-")[2]): path for path in sorted(folder.glob(KEPT_NAME.replace("{:07d}", "*")))}
-    if len(kept) < 2:
-        raise DstillError(f"{folder} has {len(kept)} sets that were kept on the way, and a choice needs two: run it anew")
+    if len(kept) < 3:
+        raise DstillError(
+            f"{folder} has {len(kept)} set(s) that were kept on the way, too few to choose from: remove {folder.parent} to "
+            "distil anew"
+        )
     sets = {done: _read(path, job) for done, path in kept.items()}
-    each = _looked(folder / _LOOKS, sets, job, validation, networks)
+    each = _looked(folder, sets, job, validation, networks)
     best = max(each, key=lambda one: statistics.fmean(one.validation))
 
     def score(one: DistilledSet) -> Score:
@@ -185,12 +201,12 @@ def _read(path: Path, job: Job) -> DistilledSet:
     return whitening.completed(set_file.read(path), job.real, job.place.cache)
 
 
-def _looked(path: Path, sets: dict[int, DistilledSet], job: Job, validation: Split, networks: int) -> tuple[Look, ...]:
-    """The looks at all sets. Each is written to the file once it is made."""
-    made = {one.iteration: one for one in _made(path) if len(one.test) == networks}
+def _looked(folder: Path, sets: dict[int, DistilledSet], job: Job, validation: Split, networks: int) -> tuple[Look, ...]:
+    """The looks at all sets. Each is stored once it is made, in a file for this protocol, seed and number of networks."""
     first, device = next(iter(sets.values())), job.place.device
-    splits = [prepared(split, first.preprocess, device) for split in (validation, job.real.test)]
     protocol = protocol_of(first, None)
+    path = folder / _LOOKS.format(digest({"protocol": canonical(protocol), "seed": job.seeds.images, "networks": networks}))
+    made, splits = _made(path), [prepared(split, first.preprocess, device) for split in (validation, job.real.test)]
     for number, (done, one) in enumerate(sets.items()):
         if done in made:
             continue
@@ -200,18 +216,17 @@ def _looked(path: Path, sets: dict[int, DistilledSet], job: Job, validation: Spl
             rows.append([score_network(network, split, one.classes).accuracy for split in splits])
         ours, theirs = zip(*rows, strict=True)
         made[done] = Look(iteration=done, validation=ours, test=theirs)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(made[done].model_dump_json() + "\n")
+        files.write_text(path, "".join(look.model_dump_json() + "\n" for look in made.values()))
         job.place.reporter.progress("looks", number + 1, len(sets))
     return tuple(made[done] for done in sets)
 
 
-def _made(path: Path) -> list[Look]:
-    """The looks in a file; a last line that is not complete does not count."""
+def _made(path: Path) -> dict[int, Look]:
+    """The looks in a file, by iteration."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return {}
     try:
-        return [Look.model_validate(json.loads(line)) for line in lines]
-    except (ValueError, ValidationError) as error:
+        looks = [Look.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
         raise DamagedFileError(f"{path} is damaged ({error}): remove it, and the looks are made anew") from error
+    return {look.iteration: look for look in looks}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ HEADINGS: dict[Measure, str] = {
     "peak": "peak MiB",
     "chosen": "chosen on validation %",
     "averaged": "averaged images %",
-    "best_look": "best look at the test images % (a diagnostic, no result)",
-    "predicted": "best look as predicted %",
-    "spread": "spread of networks, of images",
-    "inflation": "best of 50 looks above their mean: one network each, five",
+    "best_look": "best look of the second half at the test images % (a diagnostic, no result)",
+    "predicted": "the same as predicted %",
+    "spread": "spread of networks, of images, points",
+    "inflation": "best of 50 looks above the mean (above its own set), points: one network each, five",
 }
 
 
@@ -146,18 +146,21 @@ def looked(measure: Measure, looks: Sequence[Looks]) -> str:
             return _percent([one.best for one in looks])
         case "predicted":
             return _percent([one.predicted for one in looks])
+        case _ if len(looks[0].each[0].test) == 1:
+            return "–"  # a look of one network does not tell the two kinds of scatter apart
         case "spread":
-            return ", ".join(
-                f"{100 * _together(kind):.1f}" for kind in zip(*((s.networks, s.images) for s in spreads), strict=True)
-            )
+            return f"{_points(s.networks for s in spreads)}, {_points(s.images for s in spreads)}"
         case _:
-            above = [_together([s.best_of(50, networks) - s.mean for s in spreads]) for networks in (1, 5)]
-            return ", ".join(f"+{100 * value:.1f}" for value in above)
+            return ", ".join(
+                f"+{_points(s.best_of(50, networks) - s.mean for s in spreads)} "
+                f"({_points(s.illusion_of(50, networks) for s in spreads)})"
+                for networks in (1, 5)
+            )
 
 
-def _together(deviations: Sequence[float]) -> float:
-    """One deviation for several sets, the root of the mean of their squares."""
-    return math.sqrt(statistics.fmean(value * value for value in deviations))
+def _points(deviations: Iterable[float]) -> str:
+    """One deviation for several sets, the root of the mean of their squares, in points."""
+    return f"{100 * math.sqrt(statistics.fmean(value * value for value in deviations)):.1f}"
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -203,7 +206,7 @@ def reached(record: RunRecord, first: RunRecord) -> str:
 
 
 def paired_difference(sets: Sets, first: Sets) -> str:
-    """Mean difference over the sets that both rows have, in points, with its standard error. Pairs share seed and experts."""
+    """Mean difference over the sets that both rows have, in points, with its standard error. Pairs share their seed."""
     ours, theirs = sets.accuracies(), first.accuracies()
     gains = [100 * (ours[k] - theirs[k]) for k in sorted(ours.keys() & theirs.keys())]
     if not gains:

@@ -189,12 +189,22 @@ def _work(call: _Call, piece: tuple[Work, int], place: Workplace) -> None:
         run_apart(job, folder, task_of(one, call.checkpoint_every), one.request(index))
         if "accumulated_error" in call.reproduction.measures:
             following = _followed(folder / "set-0", job)
-        if one.validation is not None:
-            looks = look(folder / "set-0", job, one.validation, one.options["look_networks"], one.options["networks"])
+        looks = _looks(folder / "set-0", one, job)
     except Exception as error:  # whatever went wrong, the other rows continue
         failure = error
         place.reporter.note(f"{one.name(index)} failed: {reason_of(error)}")
     _write_entry(call, one, index, following, looks, failure)
+
+
+def _looks(distilled: Path, one: Work, job: Job) -> Looks | None:
+    """The looks at the sets that the run has kept; None if it kept none, or if looking fails, which does not undo the run."""
+    if one.validation is None:
+        return None
+    try:
+        return look(distilled, job, one.validation, one.options["look_networks"], one.options["networks"])
+    except Exception as error:
+        job.place.reporter.note(f"{one.row.title}: its sets on the way cannot be measured: {reason_of(error)}")
+        return None
 
 
 def _run_folder(call: _Call, one: Work, index: int) -> Path:
@@ -268,7 +278,8 @@ def _finished(folder: Path, one: Work, index: int) -> bool:
         return False
     entry = Entry.load(path)
     same = entry.request == json.loads(json.dumps(one.request(index)))
-    return same and (entry.record.result is not None or entry.record.collapsed)
+    whole = entry.record.result is not None and (one.validation is None or entry.looks is not None)
+    return same and (whole or entry.record.collapsed)
 
 
 def _write_page(call: _Call) -> None:

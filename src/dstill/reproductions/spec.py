@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dstill.config import yamls
 from dstill.config.settings import Count, Settings
@@ -88,11 +88,17 @@ class Scale(Settings):
     """`validation`: the validation part takes the place of the test images, for trials that choose settings."""
     kept: Annotated[int, Field(ge=0)] = 0
     """How many sets of a run are kept on its way and looked at, see `dstill.reproductions.looking`. The runs then do not see
-    the validation part. Not with `judged_on: validation`."""
+    the validation part."""
     look_networks: Count = 1
     """Networks for each look."""
     remark: str = ""
-    """What to bear in mind when comparing with the paper."""
+    """What to bear in mind when reading the table."""
+
+    @model_validator(mode="after")
+    def _choose_once(self) -> Self:
+        if self.kept and self.judged_on == "validation":
+            raise ValueError("kept sets are judged on test images as well, so judged_on must be test")
+        return self
 
 
 class Row(Settings):
