@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 import dstill
 from dstill import DstillError
@@ -18,6 +20,7 @@ from dstill.config.settings import Recipe
 from dstill.data.catalog import DATASETS
 from dstill.errors import CollapseError
 from dstill.planning.clock import Clock
+from dstill.reproductions.drawing import draw
 from dstill.reproductions.page import Entry, Sets, cell, page, paired_difference, seconds, table, verdict
 from dstill.reproductions.resolving import applies
 from dstill.reproductions.run import plan_reproduction
@@ -197,6 +200,23 @@ def test_a_set_that_collapsed_leaves_those_beside_it_standing() -> None:
     reproduction = load_reproduction("table8")
     text = page("table8", reproduction, "cpu", {("base", "cifar10-ipc10"): row}, [])
     assert "- `b`, set 1: no way" in text
+
+
+def test_bars_say_which_images_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = list[str]()
+
+    def bars(values: Mapping[str, Any], label: str) -> Figure:
+        labels.append(label)
+        return Figure()
+
+    monkeypatch.setattr("dstill.reporting.figures.bars", bars)
+    (entry,), reproduction = sets("mtt", [[0.3]]).entries, load_reproduction("untried")
+    for judged_on in ("test", "validation"):
+        record = entry.record.model_copy(update={"result": result([0.3]).model_copy(update={"measured_on": judged_on})})
+        one = Sets([entry.model_copy(update={"record": record})])
+        case, row = Case(data="cifar100", ipc=10), reproduction.rows[0]
+        assert draw(reproduction, case, [row], {("mtt", case.name): one}, tmp_path) == ["figure-cifar100-ipc10.png"]
+    assert labels == ["accuracy %", "validation accuracy %"]
 
 
 def test_sets_that_are_kept_are_not_judged_on_the_validation_part_alone() -> None:
