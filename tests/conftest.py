@@ -43,3 +43,9 @@ def _split(per_class: int, seed: int) -> Split:
 def tiny_real() -> RealSet:
     """Three classes of 8x8 colour images, 20 training and 10 test images each."""
     return RealSet("tiny", _split(20, 0), _split(10, 1), CLASSES)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting a process takes three seconds; `tests/api/test_compare.py` tests that part."""
+    monkeypatch.setattr("dstill.api.apart.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))

@@ -107,12 +107,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submitting, "_POLL", 0.0)
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting a process takes three seconds; `tests/api/test_compare.py` tests that part."""
-    monkeypatch.setattr("dstill.api.apart.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))
-
-
 def doubled(row: int, place: Workplace) -> tuple[int, Any, Path, int, bool]:
     place.reporter.note(f"row {row}")
     place.reporter.progress("working", row, 9)

@@ -97,11 +97,10 @@ def test_the_pages_have_commands() -> None:
     assert {"run", "judge", "export", "import", "plan", "report", "reproduce", "compare"} <= {c[0] for _, c in COMMANDS}
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("page", [page.stem for page in PAGES])
 def test_the_commands_of_a_page_run_one_after_another(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
-    # Starting a process takes three seconds; `tests/api/test_compare.py` tests that part.
-    monkeypatch.setattr("dstill.api.apart.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("DSTILL_CACHE", str(workplace / "cache"))
     for where, tokens in COMMANDS:

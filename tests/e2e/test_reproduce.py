@@ -32,12 +32,6 @@ def places(folder: Path) -> dict[str, Any]:
     return {"out": folder / "results", "runs": folder / "runs", "machine": cache}
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting a process takes three seconds; `tests/api/test_compare.py` tests that part."""
-    monkeypatch.setattr("dstill.api.apart.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))
-
-
 # Every kind of figure and every measure, in half of the time of all.
 QUICK = ("table4", "table6", "table7", "fig3", "fig4", "fig6", "fig7", "fig8", "fig10", "fig11", "peeking")
 

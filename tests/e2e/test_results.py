@@ -105,8 +105,8 @@ def test_a_picture_is_reduced_to_at_most_400_pixels(width: int, kept: int, tmp_p
     assert (tmp_path / "small.webp").stat().st_size < 100_000
 
 
-def test_a_new_row_gets_a_small_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dstill.api.apart.apart", lambda work, item, progress: work(item, lambda told: progress(item, told)))
+@pytest.mark.usefixtures("in_this_process")
+def test_a_new_row_gets_a_small_picture(tmp_path: Path) -> None:
     runs, cache = tmp_path / "runs", dstill.Machine(cache=tmp_path / "cache")
     folder = dstill.reproduce("table3", only=["random"], out=tmp_path / "results", runs=runs, machine=cache)
     entry = Entry.load(folder / "random-digits-ipc1.json")

@@ -55,10 +55,7 @@ def rows(kind: str) -> list[dict[str, Any]]:
             return [{"name": n, "note": f"{one.measured[0]}; {one.title}", **one.model_dump()} for n, one in cards.items()]
         case "reproductions":
             entries = [(name, load_reproduction(name)) for name in reproduction_names()]
-            return [
-                {"name": name, "note": f"{r.paper}: {r.title}" if r.paper else r.title, "rows": len(r.rows)}
-                for name, r in entries
-            ]
+            return [{"name": name, "note": one.heading, "rows": len(one.rows)} for name, one in entries]
         case _:
             protocols = [load_protocol(name) for name in protocol_names()]
             return [

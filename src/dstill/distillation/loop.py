@@ -34,7 +34,7 @@ class Cadence:
             (half a second or more), less often, so that it takes at most a twentieth of the time.
         validate: train a network on the set so far, under the protocol `quick`, and measure it on the validation part.
         picture: pass the set so far to the painter, also after the last iteration.
-        keep: pass the set so far to the keeper; not after the last iteration as well, since that set is the result.
+        keep: pass the set so far to the keeper; after the last iteration only if it is due.
         until: after this moment, by `time.perf_counter`, no iteration begins, and the set so far is the result.
     """
 
@@ -89,8 +89,8 @@ def run_method(
         folder: folder for metrics and checkpoints; without one, nothing is written.
         cadence: how often to checkpoint and to validate.
         observer: called after each iteration with its number, the total, and the metrics.
-        painter: called with the number of iterations done and the set so far.
-        keeper: the same, as often as `cadence.keep` says.
+        painter: called with the number of iterations done and the set so far, as often as `cadence.picture` says.
+        keeper: called likewise, as often as `cadence.keep` says.
         crew: the processes that share the draws, led by this one; the others run `follow`.
 
     Raises:

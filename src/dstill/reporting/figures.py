@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Literal
 
@@ -45,11 +45,7 @@ def curves(records: Records, key: str, against: Literal["iterations", "seconds"]
             if against == "seconds":
                 assert one.seconds is not None
                 x = [one.seconds.at(iteration) for iteration in curve.iterations]
-            marker = "o" if len(x) <= 20 else None
-            width = 1.8 if k == 0 else 0.8
-            axes.plot(
-                x, curve.values, color=colour, linewidth=width, marker=marker, markersize=3, label=None if k else _plain(name)
-            )
+            _set_line(axes, k, name, x, curve.values, colour, "o" if len(x) <= 20 else None)
     axes.set_xlabel("iteration" if against == "iterations" else "seconds of distillation")
     axes.set_ylabel(LABELS.get(key, key))
     _legend(axes, len(records))
@@ -127,10 +123,9 @@ def looks(runs: Mapping[str, Sequence[Curve]]) -> Figure:
             get thin ones.
     """
     figure, (axes,) = _figure(1)
-    for position, (name, curves) in enumerate(runs.items()):
+    for colour, (name, curves) in zip(_colours(runs), runs.items(), strict=True):
         for k, curve in enumerate(curves):
-            colour, label = COLOURS[position % len(COLOURS)], None if k else _plain(name)
-            axes.plot(curve.iterations, curve.values, color=colour, linewidth=0.8 if k else 1.8, label=label)
+            _set_line(axes, k, name, curve.iterations, curve.values, colour)
     axes.set_xlabel("iteration")
     axes.set_ylabel("look at the test images, accuracy %")
     _legend(axes, len(runs))
@@ -194,8 +189,16 @@ def _figure(panels: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _colours(records: Records) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(records))]
+def _set_line(
+    axes: Axes, k: int, name: str, x: Sequence[float], values: Sequence[float], colour: str, marker: str | None = None
+) -> None:
+    """The curve of set k of a run: thick and with the run's name for the first set, thin for the others."""
+    width, label = (0.8, None) if k else (1.8, _plain(name))
+    axes.plot(x, values, color=colour, linewidth=width, marker=marker, markersize=3, label=label)
+
+
+def _colours(runs: Sized) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
 
 
 def _legend(axes: Axes, runs: int) -> None:

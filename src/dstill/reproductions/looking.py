@@ -6,6 +6,7 @@ since networks do. Here the looks are made, the best one is shown as what it is,
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -135,6 +136,7 @@ class Spread:
         return math.sqrt(self.images**2 + self.networks**2 / networks)
 
 
+@functools.cache
 def largest_of(count: int) -> float:
     """The expectation of the largest of `count` independent standard normal numbers, ∫₀¹ Φ⁻¹(u^(1/count)) du.
 

@@ -309,8 +309,8 @@ def _span(values: Sequence[int]) -> str:
 def page(what: str, reproduction: Reproduction, scale: ScaleName, entries: Entries, figures: Sequence[str]) -> str:
     """The page of one reproduction at one scale, in Markdown."""
     settings, rows = reproduction.scales[scale], reproduction.rows_at(scale)
-    parts = [f"# {reproduction.paper}: {reproduction.title}" if reproduction.paper else f"# {reproduction.title}"]
-    parts += [f"{'The paper' if reproduction.paper else 'The question'}: {reproduction.claim}"]
+    asker = "The paper" if reproduction.paper else "The question"
+    parts = [f"# {reproduction.heading}", f"{asker}: {reproduction.claim}"]
     parts += [f"Scale `{scale}`: {settings.says}. {settings.remark}".rstrip()]
     for case in settings.cases:
         parts += [f"## {case}"] if len(settings.cases) > 1 else []

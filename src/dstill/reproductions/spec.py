@@ -136,6 +136,11 @@ class Reproduction(Settings):
     rows: Annotated[list[Row], Field(min_length=1)]
     """Rows in the order of the table; differences are relative to the first."""
 
+    @property
+    def heading(self) -> str:
+        """The number in the paper, if there is one, and the title."""
+        return f"{self.paper}: {self.title}" if self.paper else self.title
+
     def rows_at(self, scale: ScaleName) -> list[Row]:
         """The rows of a scale."""
         by_name = {row.name: row for row in self.rows}
