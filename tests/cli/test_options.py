@@ -70,10 +70,11 @@ COMMANDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tune": ("api.tune", f"digits {CHOICE} {PLACE} --budget 2.5 -o o", CHOSEN | MACHINE | {"budget": 2.5, "out": Path("o")}),
     "reproduce": (
         "reproductions.run",
-        f"table8 {PLACE} --scale cpu --source a=b --only base,all --sets 2 -o o --runs r --checkpoint-every 7 --executor local",
+        f"table8 {PLACE} --scale cpu --source a=b --only base,all --cases c,d --sets 2 -o o --runs r "
+        "--checkpoint-every 7 --executor local",
         MACHINE
-        | {"scale": "cpu", "sources": {"a": "b"}, "only": ["base", "all"], "sets": 2, "out": Path("o"), "runs": Path("r")}
-        | {"checkpoint_every": 7, "executor": Executor("local", {})},
+        | {"scale": "cpu", "sources": {"a": "b"}, "only": ["base", "all"], "cases": ["c", "d"], "sets": 2}
+        | {"out": Path("o"), "runs": Path("r"), "checkpoint_every": 7, "executor": Executor("local", {})},
     ),
 }
 

@@ -19,10 +19,12 @@ from dstill.config.registry import methods
 from dstill.config.settings import Recipe
 from dstill.data.catalog import DATASETS
 from dstill.errors import CollapseError
+from dstill.jobs.job import Workplace
 from dstill.planning.clock import Clock
 from dstill.reproductions.drawing import draw
 from dstill.reproductions.page import Entry, Sets, cell, page, paired_difference, seconds, table, verdict
 from dstill.reproductions.resolving import applies
+from dstill.reproductions.resolving import resolved as from_row
 from dstill.reproductions.run import plan_reproduction
 from dstill.reproductions.spec import Case, Row, Scale, ScaleName, load_reproduction, reproduction_names
 
@@ -47,6 +49,7 @@ def test_a_file_names_what_exists(what: str) -> None:
     for scale in reproduction.scales.values():
         assert {*scale.rows, *scale.row_changes} <= set(names)
         assert {case.data for case in scale.cases} <= set(DATASETS)
+        assert set(scale.case_changes) <= {case.name for case in scale.cases}
     at_paper_scale = {case.name for case in reproduction.scales["paper"].cases}
     assert {case for row in reproduction.rows for case in row.published} <= at_paper_scale
 
@@ -58,6 +61,9 @@ def test_every_shared_change_changes_some_row(what: str) -> None:
         found = [resolved(row, case) for row in reproduction.rows_at(name) for case in scale.cases]
         for change in scale.changes:
             assert any(applies(change, recipe) for recipe in found), change
+        for case in scale.cases:
+            for change in scale.case_changes.get(case.name, []):
+                assert any(applies(change, resolved(row, case)) for row in reproduction.rows_at(name)), change
 
 
 def resolved(row: Row, case: Case) -> Recipe:
@@ -93,6 +99,40 @@ def test_rows_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         plan_reproduction("table3", only=["mt"], machine=dstill.Machine(device="cpu", cache=tmp_path))
     with pytest.raises(DstillError, match="table1 has no scale 'gpu': take one of smoke, cpu, paper"):
         plan_reproduction("table1", scale="gpu", machine=dstill.Machine(device="cpu", cache=tmp_path))
+
+
+def test_cases_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
+    where: dict[str, Any] = {"only": ["dm"], "machine": dstill.Machine(device="cpu", cache=tmp_path)}
+    plan = plan_reproduction("table3", scale="paper", cases=["cifar100-ipc1", "cifar10-ipc10"], **where)
+    assert [stage.name for stage in plan.stages] == ["DM, cifar10, IPC 10", "DM, cifar100, IPC 1"], "in the order of the file"
+    with pytest.raises(DstillError, match=r"table3 at scale paper has no case 'cifar10-ipc100'; .*cifar10-ipc10"):
+        plan_reproduction("table3", scale="paper", cases=["cifar10-ipc100"], **where)
+
+
+def test_a_row_has_the_last_word_on_its_settings(tmp_path: Path) -> None:
+    place = Workplace.of(dstill.Machine(device="cpu", cache=tmp_path), False)
+    scale = Scale(
+        says="",
+        cases=[Case(data="cifar100", ipc=1), Case(data="cifar10", ipc=1)],
+        changes=["protocol=quick", "distill.iterations=1", "distill.student_steps=1", "distill.lr_images=1", "experts.count=1"],
+        case_changes={
+            "cifar100-ipc1": ["distill.iterations=2", "distill.student_steps=2", "distill.lr_images=2", "experts.count=2"]
+        },
+        row_changes={"a": ["distill.lr_images=4"]},
+    )
+    row = Row(name="a", title="A", method="mtt", changes=["distill.student_steps=3", "distill.lr_images=3"])
+
+    def settings(case: Case) -> tuple[float, ...]:
+        recipe = from_row(scale, row, case, None, 0, place).job.recipe
+        distill = recipe.distill.model_dump()
+        assert recipe.protocol == "quick"
+        return (*(distill[key] for key in ("iterations", "student_steps", "lr_images")), recipe.expert_config.count)
+
+    assert settings(scale.cases[0]) == (2, 3, 4, 2)
+    assert settings(scale.cases[1]) == (1, 3, 4, 1), "another case's changes are not its own"
+    without = from_row(scale, Row(name="b", title="B", method="dm"), scale.cases[0], None, 0, place).job.recipe
+    assert (without.distill.iterations, without.experts) == (2, None), "DM has neither experts nor student steps"
 
 
 def test_the_number_of_sets_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

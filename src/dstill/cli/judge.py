@@ -225,6 +225,7 @@ def reproduce(
     scale: Literal["smoke", "cpu", "gpu", "paper"] = "smoke",
     source: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     only: str | None = None,
+    cases: str | None = None,
     sets: Whole | None = None,
     plan: Annotated[bool, Parameter(name="--plan", negative="")] = False,
     out: Out = Path("results"),
@@ -244,6 +245,7 @@ def reproduce(
             paper: as published.
         source: NAME=SOURCE for data that are not to be taken from the hub, for example cifar10=data/cifar10-*.parquet.
         only: names of rows to run, joined by commas; the others are shown if they exist.
+        cases: the same for cases, such as cifar100-ipc10.
         sets: distilled sets per row (default: the scale's number); a later call with more makes only those that are missing.
         plan: estimate what it would take if nothing existed yet, and stop.
         out: folder of results.
@@ -256,13 +258,14 @@ def reproduce(
     from dstill.cli import summary
     from dstill.reproductions.run import plan_reproduction, reproduce
 
-    executor, options, rows = where.chosen(), common.arguments(machine), names(only)
+    executor, options = where.chosen(), common.arguments(machine)
+    chosen: dict[str, Any] = {"scale": scale, "only": names(only), "cases": names(cases), "sets": sets}
     if plan:
-        summary.print_plan(plan_reproduction(what, scale=scale, only=rows, sets=sets, machine=options["machine"]))
+        summary.print_plan(plan_reproduction(what, **chosen, machine=options["machine"]))
         return
     sources = assignments(source, "--source")
     folders: dict[str, Any] = {"executor": executor, "out": out, "runs": runs, "checkpoint_every": checkpoint_every}
-    print(reproduce(what, scale=scale, sources=sources, only=rows, sets=sets, **folders, **options) / "page.md")
+    print(reproduce(what, sources=sources, **chosen, **folders, **options) / "page.md")
 
 
 @app.command

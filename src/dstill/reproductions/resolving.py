@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from dstill.api.apart import request
 from dstill.config import recipes
@@ -16,6 +16,8 @@ from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Job, Task, Workplace
 from dstill.jobs.options import Choice, Evaluation, Recording, Seeds, at_least_one
 from dstill.reproductions.spec import Case, Reproduction, Row, Scale, ScaleName, load_reproduction
+
+_Named = TypeVar("_Named", Row, Case)
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,34 @@ def row_name(row: Row, case: Case, index: int) -> str:
     return f"{row.name}-{case.name}" + (f"-set{index}" if index else "")
 
 
-def chosen(what: str, scale: ScaleName, only: Sequence[str], sets: int | None) -> tuple[Reproduction, Scale, list[Row]]:
-    """The reproduction, the scale with this number of sets, and the rows to run.
+def chosen(
+    what: str, scale: ScaleName, only: Sequence[str], cases: Sequence[str], sets: int | None
+) -> tuple[Reproduction, Scale, list[Row]]:
+    """The reproduction, the scale with these cases and this number of sets, and the rows to run.
 
     Raises:
-        DstillError: the reproduction, the scale or a row is unknown.
+        DstillError: the reproduction, the scale, a row or a case is unknown.
     """
     at_least_one(sets=sets)
     reproduction = load_reproduction(what)
     if scale not in reproduction.scales:
         raise DstillError(f"{what} has no scale {scale!r}: take one of {', '.join(reproduction.scales)}")
     settings = reproduction.scales[scale]
-    rows = reproduction.rows_at(scale)
-    for name in only:
-        if name not in {row.name for row in rows}:
-            raise DstillError(f"{what} has no row {name!r} at scale {scale}; {suggest(name, [row.name for row in rows])}")
-    settings = settings.model_copy(update={"sets": sets or settings.sets})
-    return reproduction, settings, [row for row in rows if not only or row.name in only]
+    where = f"{what} at scale {scale}"
+    rows = _picked(reproduction.rows_at(scale), only, f"{where} has no row")
+    settings = settings.model_copy(
+        update={"sets": sets or settings.sets, "cases": _picked(settings.cases, cases, f"{where} has no case")}
+    )
+    return reproduction, settings, rows
+
+
+def _picked(every: list[_Named], names: Sequence[str], lacking: str) -> list[_Named]:
+    """Those with one of these names, or all if none is given."""
+    known = [one.name for one in every]
+    for name in names:
+        if name not in known:
+            raise DstillError(f"{lacking} {name!r}; {suggest(name, known)}")
+    return [one for one in every if not names or one.name in names]
 
 
 def task_of(one: Work, checkpoint_every: int = 25) -> Task:
@@ -121,7 +134,7 @@ def resolved(
     choice = Choice(row.method, case.ipc, _named(settings, row, case))
     shape = DATASETS[case.data].shape if real is None else None
     job = Job.resolve(case.data if real is None else real, choice, seed, place, shape=shape)
-    job = replace(job, recipe=_changed(job.recipe, settings, row))
+    job = replace(job, recipe=_changed(job.recipe, settings, row, case))
     return Work(row, case, job, _options(settings, job.recipe, seed), settings.sets, validation)
 
 
@@ -132,9 +145,10 @@ def _named(settings: Scale, row: Row, case: Case) -> str | None:
     return settings.recipe or recipes.published(case.data, row.method, case.ipc)
 
 
-def _changed(recipe: Recipe, settings: Scale, row: Row) -> Recipe:
-    """The recipe with the scale's changes that apply to it, then the row's own, then the scale's changes for this row."""
-    shared = [change for change in settings.changes if applies(change, recipe)]
+def _changed(recipe: Recipe, settings: Scale, row: Row, case: Case) -> Recipe:
+    """The recipe with the shared changes that apply to it (the scale's, the case's), the row's, and the scale's for the row."""
+    everyone = [*settings.changes, *settings.case_changes.get(case.name, [])]
+    shared = [change for change in everyone if applies(change, recipe)]
     return recipes.changed(recipe, [*shared, *row.changes, *settings.row_changes.get(row.name, [])], f"row {row.name}")
 
 

@@ -73,6 +73,7 @@ def reproduce(
     scale: ScaleName = "smoke",
     sources: Mapping[str, Source] | None = None,
     only: Sequence[str] = (),
+    cases: Sequence[str] = (),
     sets: int | None = None,
     out: str | Path = "results",
     runs: str | Path = "runs/reproduce",
@@ -94,6 +95,7 @@ def reproduce(
             some; `paper`, as published.
         sources: by data set name, what `load_real` takes instead of the name.
         only: names of rows to run; the others are shown if they exist, else as pending.
+        cases: the same for cases, such as `cifar100-ipc10`.
         sets: distilled sets per row; the scale's number if left out. A later call with more makes those that `out`
             lacks.
         out: results go to `<out>/<what>/<scale>`: settings, a JSON file for each set of a row, figures, and `page.md`.
@@ -108,7 +110,7 @@ def reproduce(
         The results folder. For a row that fails, it gives the reason; the others continue.
 
     Raises:
-        DstillError: a reproduction, row, data set or scale is unknown.
+        DstillError: a reproduction, row, case, data set or scale is unknown.
 
     Example:
         >>> import dstill
@@ -118,16 +120,16 @@ def reproduce(
     """
     refuse_import("reproduce")
     place = Workplace.of(machine, progress)
-    reproduction, settings, rows = chosen(what, scale, only, sets)
+    reproduction, settings, rows = chosen(what, scale, only, cases, sets)
     given = {case.data: (sources or {}).get(case.data, case.data) for case in settings.cases}
     reals = {name: apportioned(settings, load_real(source, progress=place.reporter), seed) for name, source in given.items()}
     silent = replace(place, reporter=Silent())
-    cases = [resolved(settings, row, case, reals[case.data], seed, silent) for case in settings.cases for row in rows]
+    works = [resolved(settings, row, case, reals[case.data], seed, silent) for case in settings.cases for row in rows]
     folder = Path(out) / what / scale
     write_text(folder / "reproduction.yaml", yamls.dump(canonical(reproduction)))
-    missing = [(one, index) for one in cases for index in _missing(folder, one)]
-    planned = _together([(one, len(_missing(folder, one))) for one in cases], what)
-    total = sum(one.sets for one in cases)
+    missing = [(one, index) for one in works for index in _missing(folder, one)]
+    planned = _together([(one, len(_missing(folder, one))) for one in works], what)
+    total = sum(one.sets for one in works)
     place.reporter.note(f"{what}, {scale}: about {duration(planned.seconds)} for {len(missing)} of {total} run(s)")
     call = _Call(what, reproduction, scale, folder, Path(runs), checkpoint_every)
     alone = replace(silent, workers=1)  # processes of torchrun cannot be passed on to one of them
@@ -151,6 +153,7 @@ def plan_reproduction(
     *,
     scale: ScaleName = "smoke",
     only: Sequence[str] = (),
+    cases: Sequence[str] = (),
     sets: int | None = None,
     machine: Machine = Machine(),
 ) -> Plan:
@@ -159,18 +162,18 @@ def plan_reproduction(
     No data are loaded; their shapes are taken from the published versions.
 
     Raises:
-        DstillError: a reproduction, row or scale is unknown.
+        DstillError: a reproduction, row, case or scale is unknown.
     """
     place = Workplace.of(machine, False)
-    _, settings, rows = chosen(what, scale, only, sets)
-    cases = [resolved(settings, row, case, None, 0, place) for case in settings.cases for row in rows]
-    return _together([(one, one.sets) for one in cases], f"{what} at scale {scale}")
+    _, settings, rows = chosen(what, scale, only, cases, sets)
+    works = [resolved(settings, row, case, None, 0, place) for case in settings.cases for row in rows]
+    return _together([(one, one.sets) for one in works], f"{what} at scale {scale}")
 
 
-def _together(cases: Sequence[tuple[Work, int]], title: str) -> Plan:
+def _together(works: Sequence[tuple[Work, int]], title: str) -> Plan:
     """The plan of some sets of each row. What they share is counted once."""
     plans, clocks = list[Plan](), dict[Shape, Clock]()
-    for one, sets in cases:
+    for one, sets in works:
         if sets:
             clock = clocks.setdefault(one.job.shape, Clock(one.job.shape, one.job.place.device))
             made = plan_job(one.job, replace(planned_task(one), sets=sets), clock)

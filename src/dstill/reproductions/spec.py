@@ -74,6 +74,8 @@ class Scale(Settings):
     """`smoke` for runs of seconds; left out: the published recipe of each method and case."""
     changes: list[str] = Field(default_factory=list)
     """`section.key=value` for every row; settings that a method lacks are ignored."""
+    case_changes: dict[str, list[str]] = Field(default_factory=dict)
+    """The same for single cases, by name (`cifar100-ipc10`), applied before the rows' own changes."""
     row_changes: dict[str, list[str]] = Field(default_factory=dict)
     """The same for single rows, by name, applied after the row's own changes."""
     sets: Count = 1
