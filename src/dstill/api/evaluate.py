@@ -164,8 +164,17 @@ def measure_sets(
 
 
 def protocol_of(distilled: DistilledSet, protocol: str | None) -> Protocol:
-    """The protocol of this name, or else that of a set's recipe."""
-    return load_protocol(protocol or (distilled.recipe.protocol if distilled.recipe else "ast"))
+    """The protocol of this name, or else that of a set's recipe, which may be a file that was left behind.
+
+    Raises:
+        DstillError: the protocol cannot be loaded.
+    """
+    if protocol is not None:
+        return load_protocol(protocol)
+    try:
+        return load_protocol(distilled.recipe.protocol if distilled.recipe else "ast")
+    except DstillError as error:
+        raise DstillError(f"the set does not bring its own protocol with it: {error}. Name one: --protocol ast") from error
 
 
 def _id(protocol: Protocol) -> ProtocolId:
