@@ -122,3 +122,4 @@ def test_results_of_single_sets_are_pooled_into_that_of_all() -> None:
     assert (both.seconds, both.stages) == (7.5, {"evaluate": 7.0, "distill": 1.0})
     assert (both.random, both.alpha) == (first.random, first.alpha)
     assert Result.pooled([first]) == first
+    assert Result.pooled([first, first.model_copy(update={"confusion": ()})]).confusion == (), "not that of one alone"

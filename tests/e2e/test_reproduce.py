@@ -57,6 +57,7 @@ def test_reproductions_run_at_smoke_scale(names: Sequence[str], tmp_path: Path) 
         for row in reproduction.rows_at("smoke"):
             entry = Entry.model_validate_json((folder / f"{row.name}-digits-ipc1.json").read_text())
             assert entry.record.result is not None, (what, row.name, entry.record.reason)
+            assert entry.record.result.confusion == (), "it would fill the results folder"
             assert f"| {row.title} |" in page
             assert (folder / entry.picture).is_file()
         assert "pending" not in page

@@ -229,11 +229,15 @@ class Result(BaseModel):
 
     @classmethod
     def pooled(cls, results: Sequence[Result]) -> Result:
-        """The result of sets that were measured one by one: accuracies and times are pooled, the rest is that of the first."""
+        """The result of sets that were measured one by one: accuracies and times are pooled, the rest is that of the first.
+
+        If one of them lacks the confusion matrix, their common one is not known.
+        """
         first = results[0]
         if len(results) == 1:
             return first
-        rows = zip(*(result.confusion for result in results), strict=True)
+        known = all(result.confusion for result in results)
+        rows = zip(*(result.confusion for result in results), strict=True) if known else ()
         return first.model_copy(
             update={
                 "sets": sum(result.sets for result in results),

@@ -44,6 +44,7 @@ from dstill.version import __version__
 
 # Determines how a set is evaluated, but not how it is distilled. The recipe names the protocol, whose content may change.
 _JUDGING = ("networks", "nets", "random", "whole", "protocol", "look_networks")
+_NOT_KEPT = {"record": {"result": {"confusion"}}}
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,8 @@ def _write_entry(
         picture=picture,
         environment=_environment(one.job.place.device),
     )
-    write_text(call.folder / f"{name}.json", entry.model_dump_json(indent=1) + "\n")
+    # A results folder keeps many rows, and the confusion matrix of a hundred classes is larger than all the rest of one.
+    write_text(call.folder / f"{name}.json", entry.model_dump_json(indent=1, exclude=_NOT_KEPT) + "\n")
     if picture:
         small_picture(drawn, call.folder / picture)
 
