@@ -58,6 +58,8 @@ def test_reproductions_run_at_smoke_scale(names: Sequence[str], tmp_path: Path) 
             entry = Entry.model_validate_json((folder / f"{row.name}-digits-ipc1.json").read_text())
             assert entry.record.result is not None, (what, row.name, entry.record.reason)
             assert entry.record.result.confusion == (), "it would fill the results folder"
+            drawn = reproduction.figure == "initialisation" and entry.record.recipe["distill"]["initialisation"] != "random"
+            assert bool(entry.record.map) == drawn
             assert f"| {row.title} |" in page
             assert (folder / entry.picture).is_file()
         assert "pending" not in page

@@ -44,7 +44,6 @@ from dstill.version import __version__
 
 # Determines how a set is evaluated, but not how it is distilled. The recipe names the protocol, whose content may change.
 _JUDGING = ("networks", "nets", "random", "whole", "protocol", "look_networks")
-_NOT_KEPT = {"record": {"result": {"confusion"}}}
 
 
 @dataclass(frozen=True)
@@ -240,10 +239,15 @@ def _write_entry(
         picture=picture,
         environment=_environment(one.job.place.device),
     )
-    # A results folder keeps many rows, and the confusion matrix of a hundred classes is larger than all the rest of one.
-    write_text(call.folder / f"{name}.json", entry.model_dump_json(indent=1, exclude=_NOT_KEPT) + "\n")
+    write_text(call.folder / f"{name}.json", entry.model_dump_json(indent=1, exclude=_not_kept(call.reproduction)) + "\n")
     if picture:
         small_picture(drawn, call.folder / picture)
+
+
+def _not_kept(reproduction: Reproduction) -> dict[str, Any]:
+    """What the files of a results folder, which are many, leave out: for a hundred classes it is larger than all the rest."""
+    record: dict[str, Any] = {"result": {"confusion"}}
+    return {"record": record if reproduction.figure == "initialisation" else record | {"map": True}}
 
 
 def small_picture(source: Path, target: Path) -> None:
