@@ -89,6 +89,6 @@ def print_result(result: Result) -> None:
     console.print(table)
     if result.random:
         gain = 100 * (result.accuracy.mean - result.random.mean)
-        rate = f"(which chose learning rate {result.random.lr:g})"
+        rate = f"(trained at learning rate {result.random.lr:g})"
         console.print(f"{_plain(result.method)} is {gain:+.1f} points from random images {rate}.")
     console.print(f"{set_sizes(result.stored_bytes, result.file_bytes)}, {duration(result.seconds)}.")
