@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
 import pytest
@@ -13,6 +14,10 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from dstill.data.real import RealSet, Split
 
 torch.set_num_threads(1)
+
+# A shell starts commands in the background with Ctrl-C ignored, and whatever a test starts would ignore it too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Hugging Face `datasets` reads these when it is first imported, which dstill does inside functions. The folder is
 # removed when the interpreter exits.
