@@ -245,7 +245,7 @@ def _write_entry(
 
 
 def _not_kept(reproduction: Reproduction) -> dict[str, Any]:
-    """What the files of a results folder, which are many, leave out: for a hundred classes it is larger than all the rest."""
+    """The parts of an entry that its page does not show. For a hundred classes they are larger than all the rest."""
     record: dict[str, Any] = {"result": {"confusion"}}
     return {"record": record if reproduction.figure == "initialisation" else record | {"map": True}}
 
