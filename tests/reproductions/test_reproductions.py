@@ -135,6 +135,15 @@ def test_a_row_has_the_last_word_on_its_settings(tmp_path: Path) -> None:
     assert (without.distill.iterations, without.experts) == (2, None), "DM has neither experts nor student steps"
 
 
+def test_a_case_can_have_its_own_number_of_looks(tmp_path: Path) -> None:
+    place = Workplace.of(dstill.Machine(device="cpu", cache=tmp_path), False)
+    cases = [Case(data="cifar100", ipc=1), Case(data="cifar100", ipc=10, looks=3), Case(data="cifar10", ipc=1, looks=0)]
+    scale = Scale(says="", cases=cases, changes=["distill.iterations=300"], looks=10)
+    row = Row(name="a", title="A", method="mtt")
+    every = [from_row(scale, row, case, None, 0, place).options["validate_every"] for case in cases]
+    assert every == [30, 100, 0]
+
+
 def test_the_number_of_sets_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
     one, two = (

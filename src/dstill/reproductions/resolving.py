@@ -135,7 +135,7 @@ def resolved(
     shape = DATASETS[case.data].shape if real is None else None
     job = Job.resolve(case.data if real is None else real, choice, seed, place, shape=shape)
     job = replace(job, recipe=_changed(job.recipe, settings, row, case))
-    return Work(row, case, job, _options(settings, job.recipe, seed), settings.sets, validation)
+    return Work(row, case, job, _options(settings, case, job.recipe, seed), settings.sets, validation)
 
 
 def _named(settings: Scale, row: Row, case: Case) -> str | None:
@@ -162,10 +162,11 @@ def applies(change: str, recipe: Recipe) -> bool:
     return True
 
 
-def _options(settings: Scale, recipe: Recipe, seed: int) -> dict[str, Any]:
+def _options(settings: Scale, case: Case, recipe: Recipe, seed: int) -> dict[str, Any]:
     """What a request contains beside recipe and data."""
+    looks = settings.looks if case.looks is None else case.looks
     judging = {"networks": settings.networks, "nets": settings.nets, "random": False, "whole": False}
-    found = {"sets": 1, **judging, "seed": seed, "validate_every": _every(recipe, settings.looks)}
+    found = {"sets": 1, **judging, "seed": seed, "validate_every": _every(recipe, looks)}
     if settings.kept:
         found |= {"keep_every": _every(recipe, settings.kept), "look_networks": settings.look_networks}
     return found

@@ -52,6 +52,8 @@ class Case(Settings):
     """Name of the data set."""
     ipc: Count
     """Synthetic images per class."""
+    looks: Annotated[int, Field(ge=0)] | None = None
+    """How often a run is measured on the validation part; left out: the scale's number."""
 
     @property
     def name(self) -> str:
@@ -85,7 +87,7 @@ class Scale(Settings):
     nets: list[str] = Field(default_factory=list)
     """Evaluation networks, one column each; the first gives `accuracy`. Left out: the recipe's own."""
     looks: Annotated[int, Field(ge=0)] = 0
-    """How often a run is measured on the validation part."""
+    """How often a run is measured on the validation part, unless its case says otherwise."""
     judged_on: Literal["test", "validation"] = "test"
     """`validation`: the validation part takes the place of the test images, for trials that choose settings."""
     kept: Annotated[int, Field(ge=0)] = 0
