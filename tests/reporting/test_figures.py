@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
 from dstill.artifacts.record import Curve, SetRecord
-from dstill.reporting.figures import bars, looks, run_curves
+from dstill.reporting.figures import COLOURS, bars, looks, run_curves, save
 
 
 def test_a_bar_of_a_single_value_has_no_spread() -> None:
@@ -17,12 +23,41 @@ def test_a_bar_of_a_single_value_has_no_spread() -> None:
 
 def test_looks_are_drawn_for_every_set_and_named_once() -> None:
     curves = [Curve(iterations=(1, 2), values=(0.1 * k, 0.2 * k)) for k in range(1, 4)]
-    (axes,) = looks({"one": curves[:2], "two": curves[2:]}).axes
+    figure = looks({"one": curves[:2], "two": curves[2:]})
+    (axes,) = figure.axes
     assert [line.get_ydata().tolist() for line in axes.lines] == [list(curve.values) for curve in curves]
     first, again, other = (line.get_color() for line in axes.lines)
     assert first == again != other
     assert axes.lines[0].get_linewidth() > axes.lines[1].get_linewidth()
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
+
+
+def test_names_hide_no_curve_however_many_there_are() -> None:
+    curve = Curve(iterations=(1, 2), values=(0.1, 0.2))
+    heights = []
+    for count in (1, 2, 12):
+        figure = looks({f"a rather long name of run {i}": [curve] for i in range(count)})
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        heights.append(axes.get_window_extent().height)
+        assert len(figure.legends) == (count > 1), "one run needs no name"
+        assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for legend in figure.legends)
+    assert heights == pytest.approx([heights[0]] * 3, rel=0.1), "the axes keep their height"
+
+
+def test_a_figure_is_stored_small_and_keeps_its_colours(tmp_path: Path) -> None:
+    values = (("one", 0.1), ("two", 0.2), ("three", 0.3))
+    figure = looks({name: [Curve(iterations=(1, 2), values=(value, value))] for name, value in values})
+    save(figure, tmp_path / "figure.png")
+    figure.savefig(tmp_path / "all.png", dpi=110)
+    assert 3 * (tmp_path / "figure.png").stat().st_size < (tmp_path / "all.png").stat().st_size
+    with Image.open(tmp_path / "figure.png") as image, Image.open(tmp_path / "all.png") as every:
+        assert image.size == every.size
+        stored = np.asarray(image.convert("RGB"), dtype=int)
+    for colour in COLOURS[:3]:
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert np.abs(stored - wanted).sum(axis=2).min() <= 6, f"no line of colour {colour}"
 
 
 def test_curves_have_a_panel_for_each_thing_that_was_measured() -> None:
