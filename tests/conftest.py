@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import tempfile
 
@@ -12,6 +13,8 @@ from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from dstill.data.real import RealSet, Split
+from dstill.evaluation import protocols
+from dstill.planning.clock import Clock
 
 torch.set_num_threads(1)
 
@@ -48,6 +51,23 @@ def _split(per_class: int, seed: int) -> Split:
 def tiny_real() -> RealSet:
     """Three classes of 8x8 colour images, 20 training and 10 test images each."""
     return RealSet("tiny", _split(20, 0), _split(10, 1), CLASSES)
+
+
+@pytest.fixture
+def short_protocols(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocols with a dozen passes, for tests in this process that need an evaluation and not its accuracy."""
+    folder = tmp_path_factory.mktemp("protocols")
+    for path in protocols._FOLDER.glob("*.yaml"):
+        shortened, times = re.subn(r"(?m)^passes: \d+$", "passes: 12", path.read_text(encoding="utf-8"))
+        assert times == 1
+        (folder / path.name).write_text(shortened, encoding="utf-8")
+    monkeypatch.setattr(protocols, "_FOLDER", folder)
+
+
+@pytest.fixture
+def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans whose times mean nothing: measuring how fast this machine is takes seconds for every kind of run."""
+    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.caches import with_kernels
 
 from dstill import load_recipe
 from dstill.cli import main as cli
@@ -210,9 +211,8 @@ options.ConsoleReporter = Interrupted
 cli.main()
 """
     command = [sys.executable, "-c", code, "run", "digits", "--recipe", "smoke", "--train-fraction", "0.1"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "DSTILL_CACHE": str(tmp_path)}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "DSTILL_CACHE": str(with_kernels(tmp_path / "cache"))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 130
     assert "what was stored is kept, and the same command resumes from there" in done.stderr
     assert "Traceback" not in done.stderr

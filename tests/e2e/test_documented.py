@@ -16,7 +16,6 @@ from tests.short import SHORT
 import dstill
 from dstill.cli import main as cli
 from dstill.nets.networks import build
-from dstill.planning.clock import Clock
 from dstill.unrolling.student import Student
 
 ROOT = Path(__file__).parents[2]
@@ -97,10 +96,9 @@ def test_the_pages_have_commands() -> None:
     assert {"run", "judge", "export", "import", "plan", "report", "reproduce", "compare"} <= {c[0] for _, c in COMMANDS}
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("in_this_process", "no_calibration")
 @pytest.mark.parametrize("page", [page.stem for page in PAGES])
 def test_the_commands_of_a_page_run_one_after_another(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("DSTILL_CACHE", str(workplace / "cache"))
     for where, tokens in COMMANDS:

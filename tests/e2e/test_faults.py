@@ -74,7 +74,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(method: str, tmp_pat
 
 
 def test_sigterm_stores_the_state_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    long = "distill.iterations=400"  # takes seconds, so that it still runs when the signal comes after two
+    long = "distill.iterations=150"  # takes a second or two, so that it still runs when the signal comes after two
     whole, parts = ([*command("mtt", tmp_path / name), long] for name in ("whole", "out"))
     assert start(whole, tmp_path / "cache").wait() == 0
     process = start([word if word != "3" else "0" for word in parts], tmp_path / "cache")

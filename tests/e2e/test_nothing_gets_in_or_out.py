@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.caches import with_kernels
 
 import dstill
 
@@ -60,11 +61,12 @@ def test_what_is_written_names_neither_user_nor_folder(tmp_path: Path) -> None:
         for i in range(3):
             Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     environment = {**os.environ, "HOME": str(home), "USER": "somebody", "LOGNAME": "somebody", "SECRET": "somebody"}
-    environment |= {"OMP_NUM_THREADS": "1", "DSTILL_CACHE": str(home / "cache")}
+    environment |= {"OMP_NUM_THREADS": "1", "DSTILL_CACHE": str(with_kernels(home / "cache"))}
     work = tmp_path / "work"
     work.mkdir()
+    quick = ["--set", "net.width=4", "distill.iterations=3"]
     for arguments in (
-        ["run", str(home / "pictures"), "--recipe", "smoke", "--networks", "1", "-o", "out", "--threads", "1"],
+        ["run", str(home / "pictures"), "--recipe", "smoke", "--networks", "1", "-o", "out", "--threads", "1", *quick],
         ["export", "out/set-0", "hf", "-o", "exported"],
     ):
         subprocess.run([sys.executable, "-m", "dstill", *arguments], cwd=work, env=environment, check=True, capture_output=True)

@@ -42,7 +42,7 @@ def test_the_quick_ones_have_every_figure_and_measure() -> None:
     assert {one for each in quick for one in each.measures} == {one for each in every for one in each.measures}
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("in_this_process", "short_protocols", "no_calibration")
 @pytest.mark.parametrize("names", [QUICK, pytest.param(reproduction_names(), marks=pytest.mark.slow)], ids=["quick", "all"])
 def test_reproductions_run_at_smoke_scale(names: Sequence[str], tmp_path: Path) -> None:
     where: dict[str, Any] = {
@@ -98,7 +98,7 @@ def test_what_was_asked_for_otherwise_is_run_again(tmp_path: Path) -> None:
     assert page.count("pending") == len(load_reproduction("table3").rows) - 1
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("in_this_process", "short_protocols", "no_calibration")
 def test_a_row_that_fails_keeps_its_reason_and_is_tried_again(tmp_path: Path) -> None:
     where: dict[str, Any] = {
         "out": tmp_path / "results",
@@ -121,7 +121,7 @@ def test_a_row_that_fails_keeps_its_reason_and_is_tried_again(tmp_path: Path) ->
     assert Entry.load(folder / "random-digits-ipc1.json").record.result is not None
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("in_this_process", "short_protocols", "no_calibration")
 def test_a_look_that_fails_leaves_the_run_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where, notes = places(tmp_path) | {"only": ["dm"]}, Notes()
     with monkeypatch.context() as broken:
@@ -137,7 +137,7 @@ def test_a_look_that_fails_leaves_the_run_and_is_tried_again(tmp_path: Path, mon
     assert run.stat().st_mtime_ns == made, "it is not distilled again"
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("in_this_process", "short_protocols", "no_calibration")
 def test_a_later_call_adds_sets_to_those_that_are_there_also_on_another_machine(tmp_path: Path) -> None:
     where = places(tmp_path) | {"only": ["ast"]}
     del where["runs"]

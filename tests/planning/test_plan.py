@@ -198,9 +198,9 @@ def test_a_busy_moment_does_not_make_large_batches_cheap() -> None:
     assert clock._scaled(256, lambda images: times[images]) == pytest.approx(0.2 + 252 * 0.5 * 0.2 / 4)
 
 
+@pytest.mark.usefixtures("no_calibration")
 def test_a_published_set_is_planned_for_without_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dstill.jobs.job.load_real", lambda source: pytest.fail(f"{source} was loaded"))
-    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
     plan = dstill.plan("cifar10", method="mtt", ipc=1, machine=dstill.Machine(device="cpu", cache=tmp_path))
     # 100 experts: the start, 3 epochs, and the network to resume from, 320,010 parameters each (ConvNet-3 on ten classes).
     assert stage(plan, "experts").disk_bytes == 100 * 5 * 320_010 * 4

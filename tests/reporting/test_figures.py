@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,21 @@ def test_names_hide_no_curve_however_many_there_are() -> None:
         assert len(figure.legends) == (count > 1), "one run needs no name"
         assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for legend in figure.legends)
     assert heights == pytest.approx([heights[0]] * 3, rel=0.1), "the axes keep their height"
+
+
+@pytest.mark.parametrize("panels", [1, 2, 5])
+@pytest.mark.parametrize("scale", [-1e-7, 1e-3, -1.0, 999_999.0])
+def test_labels_lie_inside_the_figure_and_beside_each_other(panels: int, scale: float) -> None:
+    names = [f"curve {k}" for k in range(panels)]
+    rows = [{"iteration": i, "seconds": 0.1} | dict.fromkeys(names, i * scale / 30) for i in range(30)]
+    figure = run_curves(SetRecord.of(rows, names), "a title")
+    assert figure is not None
+    figure.draw_without_rendering()
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert all(not one.overlaps(other) for one, other in itertools.pairwise(boxes))
+    assert all(figure.bbox.containsx(x) and figure.bbox.containsy(y) for box in boxes for x, y in box.corners())
+    (title,) = figure.texts
+    assert not any(title.get_window_extent().overlaps(box) for box in boxes)
 
 
 def test_a_figure_is_stored_small_and_keeps_its_colours(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from dstill.config.settings import Recipe
 from dstill.data.catalog import DATASETS
 from dstill.errors import CollapseError
 from dstill.jobs.job import Workplace
-from dstill.planning.clock import Clock
 from dstill.reproductions.drawing import draw
 from dstill.reproductions.page import Entry, Sets, cell, page, paired_difference, seconds, table, verdict
 from dstill.reproductions.resolving import applies
@@ -82,17 +81,17 @@ def test_the_sets_of_table3_are_shown_without_being_distilled_again(what: str) -
     assert changes(what, "ast") == changes("table3", "ast")
 
 
+@pytest.mark.usefixtures("no_calibration")
 @pytest.mark.parametrize(("what", "scale"), [(what, scale) for what in NAMES for scale in load_reproduction(what).scales])
-def test_every_scale_can_be_planned(what: str, scale: ScaleName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
+def test_every_scale_can_be_planned(what: str, scale: ScaleName, tmp_path: Path) -> None:
     reproduction = load_reproduction(what)
     plan = plan_reproduction(what, scale=scale, machine=dstill.Machine(device="cpu", cache=tmp_path))
     assert len(plan.stages) == len(reproduction.rows_at(scale)) * len(reproduction.scales[scale].cases)
     assert 0 < plan.seconds < math.inf
 
 
-def test_rows_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
+@pytest.mark.usefixtures("no_calibration")
+def test_rows_can_be_chosen(tmp_path: Path) -> None:
     plan = plan_reproduction("table3", only=["mtt", "random"], machine=dstill.Machine(device="cpu", cache=tmp_path))
     assert [stage.name for stage in plan.stages] == ["Random, digits, IPC 1", "MTT, digits, IPC 1"]
     with pytest.raises(DstillError, match="no row 'mt'"):
@@ -101,8 +100,8 @@ def test_rows_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         plan_reproduction("table1", scale="gpu", machine=dstill.Machine(device="cpu", cache=tmp_path))
 
 
-def test_cases_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
+@pytest.mark.usefixtures("no_calibration")
+def test_cases_can_be_chosen(tmp_path: Path) -> None:
     where: dict[str, Any] = {"only": ["dm"], "machine": dstill.Machine(device="cpu", cache=tmp_path)}
     plan = plan_reproduction("table3", scale="paper", cases=["cifar100-ipc1", "cifar10-ipc10"], **where)
     assert [stage.name for stage in plan.stages] == ["DM, cifar10, IPC 10", "DM, cifar100, IPC 1"], "in the order of the file"
@@ -144,8 +143,8 @@ def test_a_case_can_have_its_own_number_of_looks(tmp_path: Path) -> None:
     assert every == [30, 100, 0]
 
 
-def test_the_number_of_sets_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Clock, "_time", lambda *_: 1e-3)
+@pytest.mark.usefixtures("no_calibration")
+def test_the_number_of_sets_can_be_chosen(tmp_path: Path) -> None:
     one, two = (
         plan_reproduction("table3", only=["dm"], sets=sets, machine=dstill.Machine(device="cpu", cache=tmp_path))
         for sets in (1, 2)

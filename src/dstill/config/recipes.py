@@ -190,11 +190,13 @@ def _tuned(name: str) -> str:
     return tuned if tuned in recipe_names() else name
 
 
-def _distance(about: _About, ipc: int, candidate: Recipe) -> float:
-    steps = abs(math.log2(ipc / candidate.ipc))
-    if candidate.data == about.known:
+def _distance(about: _About, ipc: int, name: str) -> float:
+    """How far these data and IPC are from those of a recipe, of which the name says all that is needed."""
+    data, _, rest = name.partition("/")
+    steps = abs(math.log2(ipc / int(rest.rpartition("-ipc")[2])))
+    if data == about.known:
         return steps
-    side, classes = _PUBLISHED[candidate.data]
+    side, classes = _PUBLISHED[data]
     return _FOREIGN + abs(math.log2(about.shape.side / side)) + abs(math.log2(about.shape.classes / classes)) + steps
 
 
@@ -212,7 +214,7 @@ def _derived(about: _About, method: str, ipc: int) -> tuple[Recipe, str]:
 
     A recipe of the same data set at another IPC is nearest. Otherwise published cases are compared by side, classes and IPC.
     """
-    nearest = _tuned(min(_comparable(about, method), key=lambda name: _distance(about, ipc, load_recipe(name))))
+    nearest = _tuned(min(_comparable(about, method), key=lambda name: _distance(about, ipc, name)))
     base, missing = load_recipe(nearest), f"no recipe for {about.name} at IPC {ipc}: settings derived from {nearest}"
     own = base.data == about.known
     depth = base.net.depth if own and base.net.depth else usual_depth(about.shape.side)

@@ -64,6 +64,7 @@ def run_curves(record: SetRecord, title: str) -> Figure | None:
     if not shown:
         return None
     figure, panels = _figure(len(shown))
+    _arrange(figure, above=0.45)
     figure.suptitle(_plain(title))
     for axes, (key, curve) in zip(panels, shown.items(), strict=True):
         axes.plot(curve.iterations, curve.values, color=COLOURS[0], marker="o" if len(curve.values) <= 20 else None)
@@ -106,6 +107,7 @@ def inner_loss(records: Records) -> Figure:
 def initialisation(record: RunRecord) -> Figure:
     """The real images of a few classes on their first two principal components; stars mark the chosen ones (Fig. 10)."""
     figure, panels = _figure(max(1, len(record.map)))
+    _arrange(figure, above=0.35)
     for axes, one in zip(panels, record.map, strict=False):
         for key, style in (("points", {"s": 5, "alpha": 0.4}), ("chosen", {"s": 60, "marker": "*"})):
             x, y = zip(*one[key], strict=True)
@@ -141,6 +143,7 @@ def bars(values: Mapping[str, tuple[float, float | None]], label: str) -> Figure
         label: what the x-axis shows.
     """
     figure, (axes,) = _figure(1, height=0.9 + 0.32 * max(len(values), 1))
+    figure.set_layout_engine("constrained")  # names can have any length
     means = [mean for mean, _ in values.values()]
     spreads = [math.nan if spread is None else spread for _, spread in values.values()]
     axes.barh([_plain(name) for name in values], means, xerr=spreads, color=COLOURS[0], height=0.6, capsize=3)
@@ -185,12 +188,24 @@ def _plain(text: str) -> str:
 
 
 def _figure(panels: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.6 * panels if panels > 1 else 5.6, height), layout="constrained")
+    figure = Figure(figsize=(4.6 * panels if panels > 1 else 5.6, height))
     axes = [figure.add_subplot(1, panels, position + 1) for position in range(panels)]
     for one in axes:
         one.grid(alpha=0.25)
         one.spines[["top", "right"]].set_visible(False)
+    _arrange(figure)
     return figure, axes
+
+
+def _arrange(figure: Figure, above: float = 0.25) -> None:
+    """Gives the axes all room but that for their labels, and some inches above them.
+
+    A layout engine would draw every figure twice to find this room, and a report takes most of its time for figures.
+    """
+    (width, height), panels = figure.get_size_inches(), len(figure.axes)
+    left, right, below = 0.9, 0.15, 0.5
+    panel = (width - left * panels - right) / panels
+    figure.subplots_adjust(left / width, below / height, 1 - right / width, 1 - above / height, wspace=left / panel)
 
 
 def _set_line(
@@ -211,5 +226,7 @@ def _legend(axes: Axes, runs: int) -> None:
     if runs > 1 and handles:
         figure = axes.get_figure(root=True)
         assert figure is not None
-        figure.set_figheight(figure.get_figheight() + 0.19 * len(handles))
-        figure.legend(handles, names, loc="outside upper left", frameon=False, fontsize=8)
+        room = 0.19 * len(handles)
+        figure.set_figheight(figure.get_figheight() + room)
+        _arrange(figure, above=0.25 + room)
+        figure.legend(handles, names, loc="upper left", frameon=False, fontsize=8)
