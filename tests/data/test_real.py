@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -626,9 +627,21 @@ def test_a_table_without_an_image_column_is_refused_with_its_columns(tmp_path: P
         load_real(tmp_path)
 
 
-def test_a_table_without_the_catalogues_label_column_is_refused_with_its_columns(tmp_path: Path):
-    with pytest.raises(DstillError, match="has the columns image, label: an image column and a class column"):
-        load_real(f"cifar100@{write_pair(tmp_path)}")
+def test_a_copy_of_a_named_set_may_call_its_label_column_otherwise(tmp_path: Path):
+    plainly = load_real(write_pair(tmp_path))
+    real = load_real(f"cifar100@{tmp_path}")
+    assert (real.name, real.class_names) == ("cifar100", plainly.class_names)
+    assert torch.equal(real.train.labels, plainly.train.labels)
+
+
+def test_the_catalogues_label_column_goes_before_one_that_names_its_classes(tmp_path: Path):
+    path = write_parquet(tmp_path / "x-train.parquet", [plain(1), plain(2)], [1, 0], ["small", "large"], label="coarse_label")
+    table = pq.read_table(path).append_column("fine_label", pa.array([0, 1]))
+    told = json.loads(table.schema.metadata[b"huggingface"])
+    told["info"]["features"]["fine_label"] = {"_type": "Value", "dtype": "int64"}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(told)}), path)
+    shutil.copy(path, tmp_path / "x-test.parquet")
+    assert load_real(f"cifar100@{tmp_path}").train.labels.tolist() == [0, 1]
 
 
 def test_an_unreadable_image_in_a_folder_is_named_by_its_path(tmp_path: Path):

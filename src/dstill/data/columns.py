@@ -41,11 +41,9 @@ def part_of(name: str, table: Any, entry: Entry, how: Reading) -> Part:
     table = table.with_format(None)
     columns = table.features
     image = _image_column(name, columns, how)
-    label = how.label_column or entry.label
-    if label is None:
-        label = _label_column(name, columns, image, how)
-    elif label not in columns:
-        raise _lacking(name, columns, label if how.label_column else None)
+    if how.label_column is not None and how.label_column not in columns:
+        raise _lacking(name, columns, how.label_column)
+    label = how.label_column or (entry.label if entry.label in columns else _label_column(name, columns, image, how))
     if label is None:
         return Part(_images(name, table, image), hidden(len(table)))
     feature = columns[label]
