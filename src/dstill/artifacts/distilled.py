@@ -283,7 +283,7 @@ class DistilledSet:
         """Writes the set for other programs, see `dstill.export`.
 
         Args:
-            kind: `dstill`, `hf`, `png`, `pictures`, `npz` or `pt`.
+            kind: `dstill`, `compact`, `hf`, `png`, `pictures`, `npz` or `pt`.
             folder: the folder to write; made if missing.
             stored: the stored images, instead of what they hold.
         """

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dstill.artifacts import card
+from dstill.artifacts import card, set_file
 from dstill.artifacts.distilled import DistilledSet
+from dstill.artifacts.eight_bits import EightBits
 from dstill.artifacts.files import atomic, check_writable, write_bytes, write_text
 from dstill.artifacts.pictures import png_of, save_grid
 from dstill.data.quiet import without_progress_bars
@@ -25,22 +25,25 @@ from dstill.errors import DstillError, suggest
 def export(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: bool = False) -> Path:
     """Writes a set to a folder, for another machine or for other programs.
 
-    Beside every kind but `dstill`, a `README.md` says what is kept, how real images are preprocessed, and how to train in plain
-    PyTorch; `overview.webp` shows the images.
+    Beside every kind but `dstill` and `compact`, a `README.md` says what is kept, how real images are preprocessed, and how to
+    train in plain PyTorch; `overview.webp` shows the images.
 
     In `dstill`, `npz`, `pt` and the column `input` of `hf` the images are exact. In `png` they are rounded to 8 bits over the
     range of each colour channel, which hardly changes what networks learn from them. In `pictures` and in the column `image` of
-    `hf` they are in natural colours, clipped to what can be shown: to be looked at, not to be trained on.
+    `hf` they are in natural colours, clipped to what can be shown: to be looked at, not to be trained on. In `compact` the
+    inputs of networks are rounded to 8 bits likewise.
 
     Of stored images that hold several, what they hold is written, as images of their own with their labels. The exact set
     keeps them as they are stored.
 
     Args:
         distilled: the set.
-        kind: `dstill`: one `distilled.safetensors` that holds everything. `hf`: a Hugging Face data set folder (Parquet, card,
-            Croissant metadata). `png`: one file for each image, to be trained on, in one folder for each class; `labels.csv`
-            has the labels. `pictures`: the same in natural colours. `npz`: all arrays in one file. `pt`: `images_best.pt`,
-            `labels_best.pt` and `lr_best.pt`, as code for trajectory matching reads them, and `preprocess.pt`.
+        kind: `dstill`: one `distilled.safetensors` that holds everything. `compact`: the same as small as can be, with images
+            in 8 bits and without a whitening, which is fitted again on the real data. `hf`: a Hugging Face data set folder
+            (Parquet, card, Croissant metadata). `png`: one file for each image, to be trained on, in one folder for each
+            class; `labels.csv` has the labels. `pictures`: the same in natural colours. `npz`: all arrays in one file. `pt`:
+            `images_best.pt`, `labels_best.pt` and `lr_best.pt`, as code for trajectory matching reads them, and
+            `preprocess.pt`.
         folder: the folder to write; made if missing.
         stored: write the stored images, instead of what they hold.
 
@@ -74,11 +77,12 @@ def write(distilled: DistilledSet, kind: str, folder: str | Path, *, stored: boo
     """`export`, which returns a sentence on what is kept."""
     if kind not in KINDS:
         raise DstillError(f"unknown export {kind!r}; {suggest(kind, KINDS)}")
-    distilled.tensors()  # a whitening that is missing is noticed before anything is written
+    if kind != "compact":
+        distilled.tensors()  # a whitening that is missing is noticed before anything is written
     target, written = Path(folder), distilled if stored else distilled.decoded
     check_writable(target)
     kept = KINDS[kind](written, distilled, target)
-    if kind != "dstill":
+    if kind not in ("dstill", "compact"):
         save_grid(written, target / card.OVERVIEW, stored=True)
         write_text(target / "README.md", card.readme(written, distilled, kind, kept))
     return kept
@@ -92,43 +96,15 @@ def _export_dstill(_: DistilledSet, exact: DistilledSet, folder: Path) -> str:
     return "Images, labels and preprocessing are exact, and all in one file."
 
 
+def _export_compact(_: DistilledSet, exact: DistilledSet, folder: Path) -> str:
+    set_file.save_compact(exact, folder)
+    changed = _rounding(EightBits.of(exact.images).pixels(), exact)
+    whitened = exact.preprocess.kind == "zca"
+    missing = f" The whitening is not in the file: pass {exact.data} once where the set is loaded." if whitened else ""
+    return f"Labels are exact. The inputs of networks are rounded by {changed}, to 8 bits.{missing}"
+
+
 # --- files of 8 bits --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EightBits:
-    """Images as bytes, over the range of each colour channel: pixel = low + byte / 255 * (high - low).
-
-    Pixels are in natural colours, in units in which black is 0 and white is 1. Those of distilled images may lie outside of
-    this. A channel that does not leave [0, 1] has just this range, so that its bytes are those of an ordinary picture.
-
-    Attributes:
-        content: uint8 `[S, C, H, W]`.
-        low, high: the range of each channel `[C]`.
-
-    Example:
-        >>> eight = EightBits.of(torch.tensor([-0.5, 0.0, 0.25, 2.0]).view(4, 1, 1, 1))
-        >>> eight.content.flatten().tolist(), eight.low.tolist(), eight.high.tolist()
-        ([0, 51, 76, 255], [-0.5], [2.0])
-        >>> round(float((eight.pixels().flatten() - torch.tensor([-0.5, 0.0, 0.25, 2.0])).abs().max()), 4)
-        0.0049
-    """
-
-    content: Tensor
-    low: Tensor
-    high: Tensor
-
-    @classmethod
-    def of(cls, pixels: Tensor) -> EightBits:
-        """The nearest bytes of pixels `[S, C, H, W]`."""
-        low, high = pixels.amin((0, 2, 3)).clamp_max(0), pixels.amax((0, 2, 3)).clamp_min(1)
-        start, span = low.view(1, -1, 1, 1), (high - low).view(1, -1, 1, 1)
-        return cls(((pixels - start) / span * 255).round().byte(), low, high)
-
-    def pixels(self) -> Tensor:
-        """What the bytes stand for."""
-        low, high = self.low.view(1, -1, 1, 1), self.high.view(1, -1, 1, 1)
-        return low + self.content / 255 * (high - low)
 
 
 def _export_png(distilled: DistilledSet, exact: DistilledSet, folder: Path) -> str:
@@ -146,12 +122,18 @@ def _export_png(distilled: DistilledSet, exact: DistilledSet, folder: Path) -> s
     encoding = {"pixel": "low + byte / 255 * (high - low)", "low": eight.low.tolist(), "high": eight.high.tolist()}
     write_text(folder / "encoding.json", json.dumps(encoding, indent=2) + "\n")
     exact.save(folder, whole=True)
-    error = distilled.preprocess.forward(eight.pixels()) - distilled.images
-    share = float(error.square().mean().sqrt() / distilled.images.square().mean().sqrt().clamp_min(1e-12))
+    changed = _rounding(distilled.preprocess.forward(eight.pixels()), distilled)
     return (
         f"The PNG files are for training: 8 bits over the range of each colour channel. The inputs of networks are rounded by "
-        f"{100 * share:.2g} % (root mean square, of their own); labels.csv has the labels, distilled.safetensors the exact set."
+        f"{changed}; labels.csv has the labels, distilled.safetensors the exact set."
     )
+
+
+def _rounding(rounded: Tensor, distilled: DistilledSet) -> str:
+    """How far rounded inputs of networks lie from those of the set."""
+    error = (rounded - distilled.images).square().mean().sqrt()
+    share = float(error / distilled.images.square().mean().sqrt().clamp_min(1e-12))
+    return f"{100 * share:.2g} % (root mean square, of their own)"
 
 
 def _export_pictures(distilled: DistilledSet, _: DistilledSet, folder: Path) -> str:
@@ -290,6 +272,7 @@ def _export_hf(distilled: DistilledSet, exact: DistilledSet, folder: Path) -> st
 # Each takes what it writes, the exact set as it is stored, and the folder, and says what it keeps.
 KINDS: dict[str, Callable[[DistilledSet, DistilledSet, Path], str]] = {
     "dstill": _export_dstill,
+    "compact": _export_compact,
     "hf": _export_hf,
     "png": _export_png,
     "pictures": _export_pictures,

@@ -23,7 +23,7 @@ from torch import Tensor
 from dstill.errors import DamagedFileError, DstillError
 from dstill.version import __version__
 
-FORMAT = 3  # the newest that is read here
+FORMAT = 4  # the newest that is read here
 _KEY = "dstill"
 _CHECK = "header_sha256"
 _PART = ".part"

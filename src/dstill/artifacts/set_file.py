@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dstill.artifacts import files, whitening
 from dstill.artifacts.distilled import FILE_NAME, DistilledSet
+from dstill.artifacts.eight_bits import EightBits
 from dstill.artifacts.ready import ready_file, ready_names
 from dstill.artifacts.result import Claim
 from dstill.artifacts.whitening import MissingWhitening
@@ -25,8 +26,10 @@ from dstill.support.cache import cache_folder
 KIND = "distilled set"
 _PREPROCESS = "preprocess."
 _WHITENING = "whitening"
-# The file formats from which on readers know that an image may hold several, and that a whitening may lie elsewhere.
-_PARTS_SINCE, _WHITENING_SINCE = 2, 3
+_RANGE = ("images.low", "images.high")  # of images in 8 bits
+# The file formats from which on readers know that an image may hold several, that a whitening may lie elsewhere, and that
+# images may have 8 bits.
+_PARTS_SINCE, _WHITENING_SINCE, _EIGHT_BITS_SINCE = 2, 3, 4
 
 
 class _Header(BaseModel):
@@ -85,18 +88,43 @@ def _home(file: Path) -> Path:
 
 def save(distilled: DistilledSet, path: str | Path, *, whole: bool = False) -> Path:
     """Writes a set; see `DistilledSet.save`."""
-    target = Path(path)
-    if target.suffix != ".safetensors":
-        target = target / FILE_NAME
-    wrong = not_finite(distilled)
-    if wrong:
-        raise DstillError(f"the distilled set has non-finite {', '.join(wrong)} and is not saved: the run has diverged")
+    target = _target(distilled, path)
     if whole:
         tensors(distilled)  # a whitening that is missing is noticed before anything is written
     elif isinstance(distilled.preprocess, ZCA):
         whitening.keep(distilled.preprocess, _home(target), _folders(target))
     files.save(target, KIND, *_contents(distilled, whole=whole), since=_since(distilled, whole=whole))
     return target
+
+
+def save_compact(distilled: DistilledSet, path: str | Path) -> Path:
+    """Writes a set into a file as small as can be: images in 8 bits over the range of each channel, without the whitening.
+
+    Args:
+        distilled: the set.
+        path: a file whose name ends in .safetensors, or a folder for `distilled.safetensors`.
+
+    Returns:
+        The file.
+
+    Raises:
+        DstillError: images, labels or α are not finite.
+    """
+    target = _target(distilled, path)
+    exact, said = _contents(distilled, whole=False)
+    eight = EightBits.of(distilled.images)
+    contents = exact | dict(zip(("images", *_RANGE), (eight.content, eight.low, eight.high), strict=True))
+    files.save(target, KIND, contents, said, since=_EIGHT_BITS_SINCE)
+    return target
+
+
+def _target(distilled: DistilledSet, path: str | Path) -> Path:
+    """The file that a set is written to, once it is known to hold numbers only."""
+    wrong = not_finite(distilled)
+    if wrong:
+        raise DstillError(f"the distilled set has non-finite {', '.join(wrong)} and is not saved: the run has diverged")
+    target = Path(path)
+    return target if target.suffix == ".safetensors" else target / FILE_NAME
 
 
 def size(distilled: DistilledSet, *, whole: bool = False) -> int:
@@ -188,7 +216,7 @@ def from_contents(said: dict[str, Any], stored: dict[str, Tensor], source: Path)
     try:
         about = _Header.model_validate(said)
         one = DistilledSet(
-            images=stored["images"].float() if stored["images"].dtype == torch.float16 else stored["images"],
+            images=_images(stored),
             labels=stored["labels"],
             alpha=float(stored["alpha"]) if "alpha" in stored else None,
             preprocess=_preprocess(about, stored, source),
@@ -212,6 +240,14 @@ def from_contents(said: dict[str, Any], stored: dict[str, Tensor], source: Path)
     if not fits or not_finite(one):
         raise DstillError(f"{source} is damaged: its preprocessing does not fit the images, or a number is not finite")
     return one
+
+
+def _images(stored: dict[str, Tensor]) -> Tensor:
+    """The images, which a file may hold in 32, 16 or 8 bits."""
+    images = stored["images"]
+    if images.dtype == torch.uint8:
+        return EightBits(images, *(stored[name] for name in _RANGE)).pixels()
+    return images.float() if images.dtype == torch.float16 else images
 
 
 def _preprocess(about: _Header, stored: dict[str, Tensor], source: Path) -> Preprocess:

@@ -19,7 +19,7 @@ _DATA, _COMMON = Data(), Common()
 @app.command
 def export(
     distilled: Path,
-    kind: Literal["dstill", "hf", "png", "pictures", "npz", "pt"],
+    kind: Literal["dstill", "compact", "hf", "png", "pictures", "npz", "pt"],
     *,
     out: Out,
     stored: Flag = False,
@@ -30,9 +30,10 @@ def export(
 
     Args:
         distilled: distilled.safetensors, its folder, or the folder of a run with one set.
-        kind: dstill: one distilled.safetensors that holds everything, for another machine; hf: a Hugging Face data set
-            folder; png: one 8-bit file per image, to train on; pictures: the same in natural colours, to look at; npz: NumPy
-            arrays; pt: images_best.pt, labels_best.pt and lr_best.pt, as trajectory matching scripts read them.
+        kind: dstill: one distilled.safetensors that holds everything, for another machine; compact: the same as small as can
+            be, with images in 8 bits and without a whitening; hf: a Hugging Face data set folder; png: one 8-bit file per
+            image, to train on; pictures: the same in natural colours, to look at; npz: NumPy arrays; pt: images_best.pt,
+            labels_best.pt and lr_best.pt, as trajectory matching scripts read them.
         out: folder.
         stored: of stored images that hold several, write these, instead of what they hold.
         source: the real data that the set was distilled from; needed only if its whitening is not found.
