@@ -39,6 +39,7 @@ from dstill.methods import trajectory_matching
 from dstill.methods.base import Problem
 from dstill.methods.matching_config import MatchingConfig
 from dstill.nets.convnet import ConvNet
+from dstill.reporting import figures
 from dstill.support.devices import processor
 from dstill.training.fit import Batch, predictions
 from dstill.unrolling.optimisers import Adam
@@ -428,7 +429,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         seconds = axis.twinx()
         seconds.plot(at, [point["seconds"] for point in points.values()], "s--", color="tab:orange")
         seconds.set(ylabel="seconds", ylim=(0, None))
-    figure.savefig(path, dpi=110)
+    figures.save(figure, path)
 
 
 def main() -> None:

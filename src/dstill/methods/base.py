@@ -188,8 +188,8 @@ class Method(abc.ABC):
         return None  # most methods accept everything
 
     @classmethod
-    def peak_bytes(cls, recipe: Recipe, shape: Shape, device: torch.device) -> float:
-        """Estimates the memory of one iteration.
+    def peak_bytes(cls, recipe: Recipe, shape: Shape, device: torch.device, students: int = 1) -> float:
+        """Estimates the memory of one iteration, for this number of unrolled students side by side, where there are any.
 
         By default this is what torch holds for the largest batch: four copies of the first block's feature maps, which are by
         far the largest. With a gradient, torch keeps the maps of every block; without one, it needs working memory. Both are

@@ -22,7 +22,7 @@ from dstill.jobs.checks import check_early
 from dstill.jobs.job import Job, Task, Workplace
 from dstill.jobs.options import Changes, Choice, Evaluation, Machine, Network, Recording, Seeds, at_least_one
 from dstill.methods.base import method_class
-from dstill.methods.unrolling_method import UnrollingMethod, at_once
+from dstill.methods.unrolling_method import at_once
 from dstill.nets import networks as nets
 from dstill.planning.clock import Clock
 from dstill.planning.evaluating import Measured, evaluation_stages, image_bytes, network_seconds
@@ -217,7 +217,8 @@ def _distilling(job: Job, task: Task, clock: Clock) -> list[Stage]:
         several = processes(recipe, job.place.device, job.place.workers)
         threads, rounds = threads_each(several) if several > 1 else None, math.ceil(distill.draws / several)
         seconds = sets * distill.iterations * rounds * sum(clock.passes(recipe.net, passes, threads) for passes in work)
-        memory = several * (_BASE + _peak_bytes(job, rounds))
+        beside = at_once(job.place.streams, rounds)
+        memory = several * (_BASE + method_class(recipe.method).peak_bytes(recipe, shape, job.place.device, beside))
         note = f"{distill.iterations} iterations" + (f" of {distill.draws} draws" if distill.draws > 1 else "")
         note += (f" in {several} processes" if several > 1 else "") + (f", {sets} sets" if sets > 1 else "")
         disk = sets * 3 * stored
@@ -232,14 +233,6 @@ def _distilling(job: Job, task: Task, clock: Clock) -> list[Stage]:
         note = f"measured {looks} times per set"
         stages.append(Stage(name="validation", seconds=seconds, peak_bytes=held, disk_bytes=0, note=note))
     return stages
-
-
-def _peak_bytes(job: Job, draws: int) -> float:
-    """Memory of a process that takes this number of draws in an iteration."""
-    method, given = method_class(job.recipe.method), (job.recipe, job.shape, job.place.device)
-    if issubclass(method, UnrollingMethod):
-        return method.peak_bytes(*given, at_once(job.place.streams, draws))
-    return method.peak_bytes(*given)
 
 
 def _evaluating(job: Job, task: Task, clock: Clock) -> list[Stage]:
