@@ -78,6 +78,16 @@ def test_a_run_within_a_budget_chooses_competes_and_measures(
     assert (out / "report.html").exists()
 
 
+def test_a_run_within_a_budget_starts_from_a_given_set_without_rivals(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    given = dstill.distill(tiny_real, method="random", recipe="smoke", changes=["net.width=4"], seed=5)
+    dstill.run(tiny_real, init=given, out=tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "candidates").exists(), "the given set may have seen the images set aside"
+    begun = dstill.DistilledSet.load(tmp_path / "run" / "set-0" / "initial.safetensors")
+    assert torch.allclose(begun.pixels(), given.pixels(), atol=1e-4)
+
+
 def test_the_same_call_goes_on_with_the_choice_of_the_first(
     tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

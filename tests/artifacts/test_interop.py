@@ -217,8 +217,12 @@ def test_a_run_starts_from_any_set(tiny_real: RealSet, tmp_path: Path) -> None:
     pixels = [one.preprocess.invert(one.images) for one in (initial, start)]
     assert torch.allclose(*pixels, atol=1e-4), "the other set, in this method's preprocessing"
     assert not torch.equal(from_set.images, initial.images)
-    with pytest.raises(DstillError, match="initial"):
-        dstill.distill(tiny_real, out=tmp_path / "a", **settings)
+    once = dstill.Evaluation(networks=1, random=False)
+    dstill.run(tiny_real, init=tmp_path / "start", out=tmp_path / "run", sets=2, evaluation=once, **settings)
+    sets = [DistilledSet.load(tmp_path / "run" / f"set-{k}") for k in (0, 1)]
+    assert torch.equal(sets[0].images, from_set.images), "run and distill do the same"
+    begun = [DistilledSet.load(tmp_path / "run" / f"set-{k}" / "initial.safetensors") for k in (0, 1)]
+    assert torch.equal(begun[0].images, begun[1].images) and not torch.equal(sets[0].images, sets[1].images)
     with pytest.raises(DstillError, match="initial set has"):
         dstill.distill(tiny_real, init=start, **{**settings, "ipc": 1})
 

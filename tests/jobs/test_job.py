@@ -104,6 +104,19 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(tiny_real: RealSet
     assert not (tmp_path / "experts").exists()
 
 
+def test_a_folder_of_a_run_from_other_images_is_refused_before_an_expert_is_trained(tiny_real: RealSet, tmp_path: Path) -> None:
+    place, begun = dstill.Machine(cache=tmp_path / "begun"), tmp_path / "out" / "set-0"
+    given = dstill.distill(tiny_real, method="random", recipe="smoke", changes=["net.width=4"], machine=place)
+    dstill.distill(tiny_real, init=given, out=begun, machine=place, **SETTINGS)
+    elsewhere = dstill.Machine(cache=tmp_path / "elsewhere")
+    for other in (None, replace(given, images=2 * given.images)):
+        with pytest.raises(DstillError, match=r"holds a run with other settings \(initial: "):
+            dstill.distill(tiny_real, init=other, out=begun, machine=elsewhere, **SETTINGS)
+        with pytest.raises(DstillError, match=r"holds a run with other settings \(initial: "):
+            dstill.run(tiny_real, init=other, out=tmp_path / "out", machine=elsewhere, **SETTINGS)
+    assert not (tmp_path / "elsewhere" / "experts").exists()
+
+
 def test_the_name_of_another_method_does_not_change_settings(tiny_real: RealSet) -> None:
     recipe = load_recipe("cifar10/ast-ipc1")
     with pytest.raises(DstillError, match="is for method 'ast', not 'mtt'"):

@@ -20,7 +20,7 @@ from dstill.artifacts.result import Claim, Cost, Result
 from dstill.artifacts.run_folder import refuse_other_run
 from dstill.config.settings import Recipe
 from dstill.data.real import Source
-from dstill.distillation.folder import Watcher, distill_into, run_shared
+from dstill.distillation.folder import Watcher, distill_into, identity_of_initial, run_shared
 from dstill.distillation.loop import Cadence
 from dstill.errors import DstillError
 from dstill.experts.trajectory import Trajectories
@@ -137,65 +137,67 @@ def distill(
     if chooses := leaves_choice(choice, budget):
         choice, source = with_method(choice, source, place)
     job = Job.resolve(source, choice, seed, place)
-    initial = set_file.read(init) if isinstance(init, str | Path) else init
-    initial = None if initial is None else whitening.completed(initial, job.real, job.place.cache)
+    task = Task(recording=recording, budget=budget, chooses=chooses, initial=_initial(job, init))
     validates = recording.validate_every > 0
-    check_early(job, logs=recording.logs, own_experts=trained is None, validates=validates, initial=initial)
+    check_early(job, logs=recording.logs, own_experts=trained is None, validates=validates, initial=task.initial)
     files.check_writable(job.place.cache)
-    task, folder = Task(recording=recording, budget=budget, chooses=chooses), None if out is None else Path(out)
+    folder = None if out is None else Path(out)
     if budget is not None:
-        return _distilled_within(job, task, budget, trained, folder, initial)
+        return _distilled_within(job, task, budget, trained, folder)
     if folder is not None:
-        refuse_other_run(folder, job.identity(job.seeds.images))
+        _refuse_other(folder, job, job.seeds.images, task)
         files.check_writable(folder)
     announce(job, task, until="distilling", done=_done(folder, job))
-    trajectories = _trajectories(job, trained, initial)
-    return _distilled(job, job.seeds.images, trajectories, recording, folder, initial)
+    return _distilled(job, job.seeds.images, _trajectories(job, task, trained), task, folder)
+
+
+def _initial(job: Job, init: DistilledSet | str | Path | None) -> DistilledSet | None:
+    """The set to start from, with its whitening."""
+    given = set_file.read(init) if isinstance(init, str | Path) else init
+    return None if given is None else whitening.completed(given, job.real, job.place.cache)
+
+
+def _refuse_other(folder: Path, job: Job, seed: int, task: Task) -> None:
+    """Checks whether a folder belongs to another run, before the experts are trained."""
+    refuse_other_run(folder, {**job.identity(seed), "initial": None, **identity_of_initial(task.initial)})
 
 
 def _distilled_within(
-    job: Job,
-    task: Task,
-    budget: Budget,
-    trained: Trajectories | str | Path | None,
-    folder: Path | None,
-    initial: DistilledSet | None,
+    job: Job, task: Task, budget: Budget, trained: Trajectories | str | Path | None, folder: Path | None
 ) -> DistilledSet:
     """Distils one set within a budget, with or without a folder."""
     if folder is not None:
         files.check_writable(folder)
     budgeted = Budgeted(job, budget, task, folder, "distilling")
     job, seed = job.with_recipe(budgeted.recipe), job.seeds.images
-    trajectories = _trajectories(job, trained, initial)
-    job = job.with_recipe(budgeted.settle(job.problem(seed, trajectories, initial)))
-    distilled = _distilled(job, seed, trajectories, task.recording, folder, initial, budgeted.until(1))
+    trajectories = _trajectories(job, task, trained)
+    job = job.with_recipe(budgeted.settle(job.problem(seed, trajectories, task.initial)))
+    distilled = _distilled(job, seed, trajectories, task, folder, budgeted.until(1))
     if folder is not None:
         budgeted.tell_if_cut(folder)
     return distilled
 
 
-def _trajectories(
-    job: Job, given: Trajectories | str | Path | None = None, initial: DistilledSet | None = None
-) -> Trajectories | None:
+def _trajectories(job: Job, task: Task, given: Trajectories | str | Path | None = None) -> Trajectories | None:
     """The given experts, or else the job's own; None if the method needs none."""
     if given is not None:
         trajectories = given if isinstance(given, Trajectories) else Trajectories(Path(given))
         check_experts(trajectories, job)
         return trajectories
-    return job.experts(describing=initial is None) if job.method.needs_experts else None
+    return job.experts(describing=task.initial is None) if job.method.needs_experts else None
 
 
 def _distilled(
     job: Job,
     seed: int,
     trajectories: Trajectories | None,
-    recording: Recording,
+    task: Task,
     out: Path | None,
-    initial: DistilledSet | None = None,
     until: float = math.inf,
 ) -> DistilledSet:
     """Distils one set, with or without a folder."""
-    problem, reporter = job.problem(seed, trajectories, initial), job.place.reporter
+    recording = task.recording
+    problem, reporter = job.problem(seed, trajectories, task.initial), job.place.reporter
     cadence = Cadence(
         checkpoint=recording.checkpoint_every,
         validate=recording.validate_every,
@@ -221,6 +223,7 @@ def run(
     distill: Mapping[str, Any] | None = None,
     experts: Mapping[str, Any] | None = None,
     changes: Changes = (),
+    init: DistilledSet | str | Path | None = None,
     out: str | Path | None = None,
     sets: int = 1,
     minutes: float | Budget | None = None,
@@ -245,12 +248,14 @@ def run(
         experts: changes to the section `experts`, such as `{"count": 4}`.
         changes: changes to any part of the recipe: a mapping, nested or with dotted keys, such as
             `{"preprocess": "zca", "net.width": 32}`, or assignments such as `["net.width=32"]`.
+        init: a set, its file, its folder or the folder of its run, to start from instead of the recipe's initialisation.
         out: run folder; `runs/<data>-<method>-ipc<k>-seed<s>` if left out. It gets `result.json`, `report.html`, and in
             `set-<k>/` the distilled set, its picture, its metrics and its curves.
         sets: synthetic sets to distil, with seeds `seed`, `seed + 1` …, from the same experts.
         minutes: time of the whole call. Whatever is not set is then chosen so that it ends in time: method, network, experts,
             iterations, evaluation. If no method is named, coresets compete with the set on a part of the training images
-            that is set aside, and the best is handed out. The choice is stored in the run folder.
+            that is set aside, and the best is handed out; but not with `init`, which may have seen these images. The choice is
+            stored in the run folder.
         seed: determines everything random; `Seeds` if the experts have another one.
         evaluation: how the sets are measured.
         recording: what is recorded while distilling.
@@ -278,7 +283,9 @@ def run(
         choice, source = with_method(choice, source, place)
     job = Job.resolve(source, choice, seed, place)
     usual = job.folder if budget is None else job.folder_within(budget.minutes, named=not chooses)
-    task = Task(sets, evaluation, recording, budget, chooses, chooses and sets == 1 and can_compete(job))
+    # A set to start from may have seen the images on which coresets would compete.
+    rivals = chooses and sets == 1 and init is None and can_compete(job)
+    task = Task(sets, evaluation, recording, budget, chooses, rivals, _initial(job, init))
     return run_job(job, usual if out is None else Path(out), task, started)
 
 
@@ -294,17 +301,17 @@ def run_job(job: Job, folder: Path, task: Task, started: float | None = None) ->
     started = time.perf_counter() if started is None else started
     evaluation, recording = task.evaluation, task.recording
     at_least_one(sets=task.sets, networks=evaluation.networks)
-    check_early(job, evaluation, recording.logs, validates=recording.validate_every > 0)
+    check_early(job, evaluation, recording.logs, validates=recording.validate_every > 0, initial=task.initial)
     if task.budget is not None:
         return _run_within(job, folder, task, task.budget, started)
     seeds = _set_seeds(job, task)
     for k, seed in enumerate(seeds):
-        refuse_other_run(folder / f"set-{k}", job.identity(seed))
+        _refuse_other(folder / f"set-{k}", job, seed, task)
     _open(folder, job)
     announce(job, task, done=statistics.fmean(_done(folder / f"set-{k}", job) for k in range(task.sets)))
-    trajectories = _trajectories(job)
+    trajectories = _trajectories(job, task)
     trained = time.perf_counter()
-    sets = [_distilled(job, seed, trajectories, recording, folder / f"set-{k}") for k, seed in enumerate(seeds)]
+    sets = [_distilled(job, seed, trajectories, task, folder / f"set-{k}") for k, seed in enumerate(seeds)]
     return _concluded(sets, job, folder, task, started, trained)
 
 
@@ -332,13 +339,13 @@ def _run_within(job: Job, folder: Path, task: Task, budget: Budget, started: flo
     budgeted = Budgeted(job, budget, task, folder)
     chosen, competes = job.with_recipe(budgeted.recipe), bool(budgeted.chosen.offer.rivals.methods)
     work = chosen.on(job.real.holdout(job.seeds.images)) if competes else chosen
-    trajectories = _trajectories(work)
-    work = work.with_recipe(budgeted.settle(work.problem(job.seeds.images, trajectories)))
+    trajectories = _trajectories(work, task)
+    work = work.with_recipe(budgeted.settle(work.problem(job.seeds.images, trajectories, task.initial)))
     trained, sets = time.perf_counter(), list[DistilledSet]()
     for k, seed in enumerate(_set_seeds(job, task)):
         target = candidate(folder, work.recipe.method) if competes else folder / f"set-{k}"
         until = budgeted.until(task.sets - k)
-        sets.append(_distilled(work, seed, trajectories, task.recording, target, until=until))
+        sets.append(_distilled(work, seed, trajectories, task, target, until))
         budgeted.tell_if_cut(target)
     if competes:
         sets = [best_of(sets[0], work, budgeted.rivals(), folder, job.real)]

@@ -17,6 +17,7 @@ def run(
     source: str,
     *,
     choice: Choice = _CHOICE,
+    init: Path | None = None,
     out: OptionalOut = None,
     sets: Whole = 1,
     minutes: float | None = None,
@@ -32,6 +33,7 @@ def run(
     Args:
         source: digits, cifar10, another name of `dstill ls datasets`, a hub id, a folder of images, or Parquet files.
         choice: which settings it takes.
+        init: a distilled set to start from, instead of the recipe's initialisation.
         out: run folder (default runs/DATA-METHOD-ipcK-seedS).
         sets: synthetic sets to distil and evaluate.
         minutes: time of the whole command, evaluation included; whatever is not set is chosen to fit, the method too.
@@ -46,7 +48,13 @@ def run(
     from dstill.cli import summary
 
     budget = Budget.of(minutes)  # before the data are read
-    options = {"sets": sets, "evaluation": evaluation, "recording": recording, **common.arguments(machine, expert_seed)}
+    options = {
+        "init": init,
+        "sets": sets,
+        "evaluation": evaluation,
+        "recording": recording,
+        **common.arguments(machine, expert_seed),
+    }
     real = data.load(source, common, out or Path("runs"))
     summary.print_result(run(real, out=out, minutes=budget, **choice.arguments(), **options))
 

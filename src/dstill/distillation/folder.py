@@ -119,12 +119,17 @@ def distill_into(
     """
     experts = problem.trajectories
     identity = {**known, "experts": experts.identity if experts else None, "expert_count": len(experts) if experts else 0}
-    if problem.initial is not None:
-        identity["initial"] = files.checksum({"images": problem.initial.images})
-        identity |= {"initial_parts": problem.initial.parts} if problem.initial.parts > 1 else {}
-    folder = RunFolder(out, identity, reporter.note)
+    folder = RunFolder(out, identity | identity_of_initial(problem.initial), reporter.note)
     with folder.locked():
         return _distill(folder, problem, cadence, reporter, logs, workers)
+
+
+def identity_of_initial(initial: DistilledSet | None) -> dict[str, Any]:
+    """What identifies the set that a run starts from; nothing for a run that starts from none."""
+    if initial is None:
+        return {}
+    parts = {"initial_parts": initial.parts} if initial.parts > 1 else {}
+    return {"initial": files.checksum({"images": initial.images}), **parts}
 
 
 def run_shared(

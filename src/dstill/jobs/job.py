@@ -264,6 +264,7 @@ class Task:
         budget: the time of the whole command, which then decides what the user has not set.
         chooses: whether the budget chooses the method too.
         rivals: whether coresets then compete with the set.
+        initial: the set that they start from, in place of the recipe's initialisation.
     """
 
     sets: int = 1
@@ -272,6 +273,7 @@ class Task:
     budget: Budget | None = None
     chooses: bool = False
     rivals: bool = False
+    initial: DistilledSet | None = None
 
 
 def resolved(choice: Choice, known: str, shape: Shape, device: torch.device, name: str = "") -> tuple[Recipe, str]:
