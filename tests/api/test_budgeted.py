@@ -102,6 +102,9 @@ def test_the_same_call_goes_on_with_the_choice_of_the_first(
     assert torch.equal(dstill.DistilledSet.load(out).images, images)
     with pytest.raises(dstill.DstillError, match=r"another request \(minutes: 60 there, 61 now\)"):
         dstill.run(tiny_real, out=out, **{**options, "minutes": 61})
+    without = dstill.Evaluation(random=False)
+    with pytest.raises(dstill.DstillError, match=r"another request \(random: True there, False now\)"):
+        dstill.run(tiny_real, out=out, evaluation=without, **options)
     (out / budgeted.NAME).write_text("{")
     with pytest.raises(dstill.DstillError, match="is damaged: remove the folder"):
         dstill.run(tiny_real, out=out, **options)
@@ -203,6 +206,35 @@ def test_what_follows_a_late_distillation_is_cut(
     assert {path.name for path in (tmp_path / "run" / "candidates").iterdir()} == {"dm", "random"}
     result = dstill.Result.load(tmp_path / "run" / "result.json")
     assert (result.accuracy.n, result.random) == (1, None)
+
+
+def test_experts_that_are_given_are_used_within_a_budget_or_refused(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    few = {**options, "changes": {"net.width": 4, "experts.count": 1, "preprocess": "standardise"}}
+    asked = {name: few[name] for name in ("changes", "machine")}
+    experts = dstill.train_experts(tiny_real, method="mtt", **asked)
+    place = {**few, "machine": dstill.Machine(cache=tmp_path / "elsewhere")}
+    syn = dstill.distill(tiny_real, method="mtt", experts=experts.folder, **place)
+    assert syn.recipe is not None and syn.recipe.distill.iterations == STEPS
+    assert not (tmp_path / "elsewhere" / "experts").exists()
+    for method in (None, "dm"):
+        with pytest.raises(dstill.DstillError, match=r"method 'dm' uses no experts: leave them out, or name one that does"):
+            dstill.distill(tiny_real, method=method, experts=experts, **place)
+
+
+def test_looks_that_take_as_long_as_iterations_leave_time_for_half_as_many(
+    tiny_real: RealSet, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, each = budgeted.Budgeted._planned, 3600 / (STEPS + 0.5)
+
+    def slow(self: budgeted.Budgeted, *names: str) -> float:
+        return each * self.recipe.distill.iterations if names == ("validation",) else planned(self, *names)
+
+    monkeypatch.setattr(budgeted.Budgeted, "_planned", slow)
+    dstill.distill(tiny_real, method="dm", recording=dstill.Recording(validate_every=1), out=tmp_path / "out", **options)
+    rows = read_metrics(tmp_path / "out" / METRICS_NAME)
+    assert len(rows) == STEPS // 2 and all("validation_accuracy" in row for row in rows)
 
 
 def test_experts_are_trained_within_a_budget(tiny_real: RealSet, options: dict[str, Any]) -> None:

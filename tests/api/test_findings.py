@@ -47,14 +47,20 @@ def test_a_run_that_random_images_equal_is_said_to_be_so() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ((0.1, 0.2, 0.3, 0.31, 0.40, 0.41), "by +10.0 points: more iterations would help"),
-        ((0.1, 0.2, 0.40, 0.42, 0.41, 0.42), "by +0.5 points, which is within its noise: more iterations would not help much"),
-        ((0.1, 0.2, 0.40, 0.41, 0.30, 0.31), "by -10.0 points, which is within its noise: more iterations would not help much"),
+        ((0.1, 0.2, 0.3, 0.31, 0.40, 0.41), "by +10.0 points{}: more iterations {} help"),
+        (
+            (0.1, 0.2, 0.40, 0.42, 0.41, 0.42),
+            "by +0.5 points{}, which is within its noise: more iterations would not help much",
+        ),
+        ((0.1, 0.2, 0.40, 0.41, 0.30, 0.31), "by -10.0 points{}: fewer iterations would do"),
     ],
 )
 def test_the_validation_curve_says_whether_to_go_on(values: tuple[float, ...], words: str) -> None:
-    (line,) = of_run(result(around(0.5)), Curve(iterations=tuple(range(6)), values=values))
-    assert line.endswith(words)
+    curve, where = Curve(iterations=tuple(range(6)), values=values), ", on images that the run has also trained on"
+    (line,) = of_run(result(around(0.5)), curve)
+    assert line.endswith(words.format(where, "may"))
+    (line,) = of_run(result(around(0.5), measured_on="validation"), curve)
+    assert line.endswith(words.format("", "would"))
     assert of_run(result(around(0.5)), Curve(iterations=tuple(range(5)), values=values[1:])) == [], "too few looks"
 
 

@@ -26,7 +26,7 @@ from dstill import Comparison, DstillError, Executor, Machine
 from dstill.api import submitting
 from dstill.api.rows import Hands, _in_job, _seeing
 from dstill.api.submitting import Jobs, Piece
-from dstill.artifacts import files
+from dstill.artifacts import files, whitening
 from dstill.artifacts.files import write_text
 from dstill.config.settings import NetConfig, TrainingConfig
 from dstill.data import preprocess as preprocessing
@@ -469,3 +469,16 @@ def test_what_another_row_has_made_meanwhile_is_not_made_again(tiny_real: RealSe
     waiting.join()
     assert epochs == [] and [path.name for path in (tmp_path / "second").iterdir()] == [name]
     assert torch.equal(trained_network(task, tmp_path / "second", device).weights, first.weights)
+
+    zca = whitening.fitted("zca", tiny_real, tmp_path / "first")
+    name = f"preprocess/{whitening.file_name(tiny_real.fingerprint)}"
+    notes = Listener()
+    with files.alone(tmp_path / "second" / name):
+        waiting = threading.Thread(target=whitening.fitted, args=("zca", tiny_real, tmp_path / "second", notes))
+        waiting.start()
+        waiting.join(0.2)
+        shutil.copy(tmp_path / "first" / name, tmp_path / "second" / name)
+    waiting.join()
+    assert not notes.stages, "no whitening is fitted twice"
+    pixels = tiny_real.test.images.float() / 255
+    assert torch.equal(whitening.fitted("zca", tiny_real, tmp_path / "second").forward(pixels), zca.forward(pixels))

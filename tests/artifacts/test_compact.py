@@ -77,6 +77,22 @@ def test_a_whitening_stays_behind_and_the_real_data_give_it_back(
     assert torch.equal(back.preprocess.forward(pixels), one.preprocess.forward(pixels))
 
 
+def test_the_whitening_of_a_run_that_set_images_aside_comes_back_from_all_data(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSTILL_CACHE", str(tmp_path / "cache"))
+    held = tiny_real.holdout(3)
+    one = make(held, whitening.fitted("zca", held, tmp_path / "elsewhere"))
+    one = replace(one, data=tiny_real.name, data_fingerprint=tiny_real.fingerprint)
+    assert one.seed == 3
+    with pytest.warns(DstillWarning, match="the whitening of"):
+        moved = DistilledSet.load(one.export("compact", tmp_path / "out"))
+    back = whitening.completed(moved, tiny_real, tmp_path / "cache")
+    assert back.pixels(clip=False).allclose(one.pixels(clip=False), atol=0.05)
+    with pytest.raises(DstillError, match="is not what the set was distilled from"):
+        whitening.completed(replace(moved, seed=4), tiny_real, tmp_path / "empty")
+
+
 def test_stored_images_stay_stored(tmp_path: Path) -> None:
     held = DistilledSet.from_tensors(torch.rand(2, 3, 8, 8), [0, 1], class_names=["cat", "dog"], parts=2)
     back = DistilledSet.load(held.export("compact", tmp_path))

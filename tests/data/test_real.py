@@ -518,6 +518,10 @@ def test_a_holdout_keeps_each_image_with_its_label(tiny_real: RealSet):
         assert [label[image.numpy().tobytes()] for image in split.images] == split.labels.tolist()
 
 
+def test_a_holdout_is_not_what_its_source_reads():
+    assert load_real("digits").read_as and not load_real("digits").holdout(0).read_as
+
+
 def test_a_holdout_depends_on_its_seed_alone(tiny_real: RealSet):
     assert tiny_real.holdout(seed=1).fingerprint == tiny_real.holdout(seed=1).fingerprint
     assert len({real.fingerprint for real in (tiny_real, tiny_real.holdout(1), tiny_real.holdout(2))}) == 3

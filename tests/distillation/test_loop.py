@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dstill.artifacts.run_folder import RunFolder
 from dstill.data.real import RealSet
 from dstill.distillation import loop
 from dstill.distillation.loop import Cadence, run_method
@@ -33,6 +34,28 @@ def test_images_that_run_away_end_the_run_with_advice(
     with pytest.raises(CollapseError, match=f"after {named} iterations a pixel lies .* lower distill.lr_images"):
         run_method(problem(tiny_real, tmp_path, 1e9, iterations))
     assert bool(torch.isfinite(run_method(problem(tiny_real, tmp_path, 1.0, iterations)).images).all())
+
+
+def test_a_run_that_is_killed_at_a_checkpoint_has_painted_and_kept_before(
+    tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[str]()
+
+    def killed(*_: object) -> None:
+        seen.append("checkpoint")
+        raise MemoryError
+
+    monkeypatch.setattr(RunFolder, "checkpoint", killed)
+    folder, cadence = RunFolder(tmp_path / "run", {}), Cadence(checkpoint=1, picture=1, keep=1)
+    with pytest.raises(MemoryError):
+        run_method(
+            problem(tiny_real, tmp_path, 1.0, 3),
+            folder,
+            cadence=cadence,
+            painter=lambda *_: seen.append("painted"),
+            keeper=lambda *_: seen.append("kept"),
+        )
+    assert seen == ["painted", "kept", "checkpoint"]
 
 
 def test_no_iteration_begins_after_the_end(tiny_real: RealSet, tmp_path: Path) -> None:

@@ -94,6 +94,14 @@ def test_what_was_asked_for_otherwise_is_run_again(tmp_path: Path) -> None:
     notes = Notes()
     dstill.reproduce("table3", progress=notes, **where)
     assert [note for note in notes.notes if "about" in note and "for 1 of 1 run(s)" in note]
+
+    (made,) = where["runs"].glob("*/environment.json")
+    assert json.loads(made.read_text()) == Entry.load(path).environment
+    made.write_text(json.dumps({**json.loads(made.read_text()), "processor": "that of another machine"}))
+    path.unlink()
+    dstill.reproduce("table3", progress=notes, **where)
+    assert any("is finished: reused" in note for note in notes.notes)
+    assert Entry.load(path).environment["processor"] == "that of another machine", "the run was copied from there"
     page = (folder / "page.md").read_text()
     assert page.count("pending") == len(load_reproduction("table3").rows) - 1
 

@@ -160,6 +160,19 @@ def test_a_selection_by_another_network_is_another_run(tiny_real: RealSet, tmp_p
     assert not torch.equal(select(1, "b").images, first.images)
 
 
+def test_experts_of_another_network_with_as_many_parameters_are_refused(tiny_real: RealSet, tmp_path: Path) -> None:
+    with_group_norm = {**SETTINGS, "changes": ["net.width=8", "net.norm=group", "experts.count=1"]}
+    experts = dstill.train_experts(tiny_real, machine=dstill.Machine(cache=tmp_path), **with_group_norm)
+    options: dict[str, Any] = {"experts": experts, "init": None, "machine": dstill.Machine(cache=tmp_path)}
+    ours = {**SETTINGS, "changes": ["net.width=8", "experts.count=1"]}
+    with pytest.raises(DstillError, match=r"another network: pass --set net\.name=convnet net\.width=8 .*net\.norm=group, or"):
+        dstill.distill(tiny_real, **options, **ours)
+    dstill.distill(tiny_real, **options, **with_group_norm)
+    named_by_default = {**SETTINGS, "changes": ["net.width=8", "net.norm=instance", "experts.count=1"]}
+    own = dstill.train_experts(tiny_real, machine=dstill.Machine(cache=tmp_path), **named_by_default)
+    dstill.distill(tiny_real, **{**options, "experts": own}, **ours)
+
+
 def test_no_whitening_of_images_that_are_small_on_one_side_alone() -> None:
     def kind(size: tuple[int, int]) -> str:
         return resolve(None, "mine", Shape(1, size, 10), method="mtt", ipc=1)[0].preprocess

@@ -133,6 +133,10 @@ def test_a_run_in_which_every_segment_is_passed_over_ends_with_advice(make_probl
         for i in range(101):
             method.guard.usable(state, i, [with_loss(2.0)])
     assert int(state["passed_over"]) == 100
+    method, state = started(make_problem(skip_above=1e-6))
+    with pytest.raises(CollapseError, match=r"each of the first 100 segments had a loss above .*, or none that is finite"):
+        for i in range(101):
+            method.guard.usable(state, i, [with_loss(float("inf") if i == 3 else 2.0)])
     one_taken, state = started(make_problem(skip_above=1.0))
     assert one_taken.guard.usable(state, 0, [with_loss(0.5)])
     for i in range(1, 150):

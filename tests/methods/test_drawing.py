@@ -24,7 +24,7 @@ from dstill.experts.trajectory import Trajectories
 from dstill.jobs.checks import check_early
 from dstill.jobs.job import Job, Workplace
 from dstill.jobs.options import Choice, Machine
-from dstill.methods.base import Problem, State, method_class
+from dstill.methods.base import Metrics, Problem, State, method_class
 from dstill.methods.distribution_matching import DistributionMatchingConfig
 from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, mean_metrics
 from dstill.methods.frepo import FrepoConfig
@@ -196,6 +196,20 @@ def test_a_bad_draw_is_left_out_of_the_mean_and_counted() -> None:
     assert int(state["skipped"]) == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "what"), [("dm", "images"), ("dc", "images"), ("cafe", "images"), ("frepo", "images or labels")]
+)
+def test_images_that_are_no_longer_finite_are_a_collapse(
+    name: str, what: str, problem_of: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, state = started(problem_of(name))
+    monkeypatch.setattr(
+        DrawingMethod, "_mean", lambda self, taken, drawn: {n: torch.full(s, math.nan) for n, s in drawn[0].shapes.items()}
+    )
+    with pytest.raises(CollapseError, match=f"the synthetic {what} are no longer finite: lower distill.lr"):
+        stepped(method, state)
+
+
 def test_the_share_of_skipped_draws_is_one_of_all_draws() -> None:
     guard, state = Guard(True, 0.5, draws=4), {"skipped": torch.zeros((), dtype=torch.int64)}
     for i in range(5):
@@ -276,6 +290,9 @@ def test_every_process_knows_of_a_draw_what_an_update_needs() -> None:
     for bad in (Drawn({"images": torch.tensor([1.0, math.nan])}), Drawn({}, {"loss": math.inf})):
         assert not told(bad).sound
     assert mean_metrics([{"a": 1, "b": 2.0}]) == {"a": 1, "b": 2.0}
+    segments: list[Metrics] = [{"loss": 2.0, "start_epoch": 0, "expert": 4}, {"loss": 0.2, "start_epoch": 19, "expert": 1}]
+    assert mean_metrics(segments[:1]) == segments[0]
+    assert mean_metrics(segments) == {"loss": 1.1}, "no start epoch has both losses"
 
 
 def test_a_method_without_draws_refuses_them(tiny_real: RealSet) -> None:

@@ -17,9 +17,10 @@ from dstill.api.budgeted import leaves_choice, with_method
 from dstill.data.catalog import Shape
 from dstill.data.real import RealSet
 from dstill.jobs.job import Job, Task, Workplace
-from dstill.jobs.options import Budget, Choice, Evaluation
+from dstill.jobs.options import Budget, Choice, Evaluation, Recording
 from dstill.planning import budget as budgets
 from dstill.planning.budget import Offer, best_offer, described, offered
+from dstill.planning.plan import plan_job
 
 CIFAR = Shape(3, (32, 32), 10, 50_000, 10_000)
 
@@ -209,6 +210,34 @@ def test_the_lines_say_what_was_chosen_and_what_more_would_buy(tiny_real: RealSe
     assert lines[3].startswith("30 min would buy rat-bptt")
     assert f"{longer.iterations:,} iterations" in lines[3]
     assert lines[4].startswith("so far measured: cifar10 at IPC 1, on one core: ")
+    alone = offered(job, Task(), 600.0, clock, "distilling")
+    assert not any("measured with" in line for line in described(alone, "photos", CIFAR, 10, None, 30)), (
+        "distil measures nothing"
+    )
+
+
+def test_looks_at_the_validation_part_are_as_many_as_iterations_allow(tiny_real: RealSet, place: Workplace) -> None:
+    job, clock = job_of(tiny_real, place, method="dm"), Steady(CIFAR, 2e-3)
+    offers = [offered(job, Task(recording=Recording(validate_every=every)), 600.0, clock) for every in (0, 20)]
+    assert offers[0].iterations > offers[1].iterations > 20, "each look takes from the time of the iterations"
+    for offer, every in zip(offers, (0, 20), strict=True):
+        assert whole(offer) == pytest.approx(600.0 - offer.spare) and 0 <= offer.spare < 10
+        looking = Task(recording=Recording(validate_every=every))
+        planned = {stage.name: stage.seconds for stage in plan_job(job.with_recipe(offer.recipe), looking, clock).stages}
+        chosen = {stage.name: stage.seconds for stage in offer.stages}
+        assert chosen["distilling"] == pytest.approx(planned["distilling"])
+        looked = [some.get("validation", 0.0) for some in (chosen, planned)]
+        assert looked[0] == pytest.approx(looked[1], rel=20 / offer.iterations), "they may differ by one look"
+
+
+def test_given_experts_keep_their_network_and_take_no_time(tiny_real: RealSet, place: Workplace, tmp_path: Path) -> None:
+    few = {"changes": ["net.width=4", "experts.count=2"], "machine": dstill.Machine(cache=tmp_path)}
+    trajectories = dstill.train_experts(tiny_real, method="mtt", recipe="smoke", **few)
+    job, clock = job_of(tiny_real, place, method="mtt"), Steady(CIFAR, 1e-2)
+    own, given = (offered(job, Task(experts=experts), 600.0, clock, "distilling") for experts in (None, trajectories))
+    assert own.recipe.net.width == 32 and given.recipe.net.width == job.recipe.net.width == 128
+    assert "experts" in [stage.name for stage in own.stages] and [stage.name for stage in given.stages] == ["distilling"]
+    assert given.recipe.expert_config.count == len(trajectories)
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("inf"), float("nan")])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.steady import Steady
 
 import dstill
 from dstill.config.registry import methods
@@ -84,6 +85,16 @@ def test_twice_the_work_takes_twice_as_long(tiny_real: RealSet, tmp_path: Path) 
     net = NetConfig(width=4, depth=1)
     once, twice = (clock.passes(net, Passes("gradient", times, 8)) for times in (1, 2))
     assert twice == 2 * once, "a batch is timed once"
+
+
+def test_the_two_passes_of_gsam_are_timed_and_not_counted_again(tiny_real: RealSet, tmp_path: Path) -> None:
+    place = Workplace.of(dstill.Machine(device="cpu", cache=tmp_path), False)
+    seconds = list[float]()
+    for gsam in ("experts.gsam=null", "experts.gsam.rho=0.01"):
+        job = Job.resolve(tiny_real, Choice("mtt", recipe="smoke", changes=[gsam]), 0, place)
+        stages = plan_job(job, Task(), Steady(job.shape, 1e-3), "experts").stages
+        seconds.append(stages[0].seconds)
+    assert seconds[0] == seconds[1] > 0, "this clock takes as long for either"
 
 
 def test_draws_are_taken_in_rounds_of_as_many_as_there_are_processes(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 import dstill
 from dstill import DstillError
+from dstill.api.apart import environment
 from dstill.artifacts.record import Curve, ExpertCurves, RunRecord, SetRecord
 from dstill.artifacts.result import Cost, ProtocolId, Result, Score
 from dstill.config import recipes
@@ -297,6 +300,14 @@ def test_a_failed_run_does_not_show_the_result_of_an_earlier_one(tmp_path: Path)
     for error, collapsed in ((DstillError("no room"), False), (CollapseError("too large"), True)):
         record = RunRecord.read(tmp_path, error=error)
         assert (record.result, record.reason, record.collapsed) == (None, str(error), collapsed)
+
+
+def test_a_reused_run_names_the_machine_that_made_it(tmp_path: Path) -> None:
+    here = environment(tmp_path, torch.device("cpu"))
+    assert here["torch"] == torch.__version__ and here["device"] == "cpu"
+    elsewhere = {**here, "processor": "another one"}
+    (tmp_path / "environment.json").write_text(json.dumps(elsewhere))
+    assert environment(tmp_path, torch.device("cpu")) == elsewhere
 
 
 def test_speed_is_when_the_first_rows_last_look_was_reached() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dstill.api.run import run_job
 from dstill.artifacts.files import write_text
@@ -16,10 +19,12 @@ from dstill.artifacts.result import Result
 from dstill.config.settings import canonical
 from dstill.evaluation.protocols import load_protocol
 from dstill.jobs.job import Job, Task
+from dstill.support.devices import processor
 from dstill.support.progress import Expectation, Reporter, Silent, expect
-from dstill.support.workers import apart
+from dstill.support.workers import apart, cores
+from dstill.version import __version__
 
-_REQUEST = "request.json"
+_REQUEST, _ENVIRONMENT = "request.json", "environment.json"
 
 
 def request(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,15 +55,36 @@ def run_apart(job: Job, folder: Path, task: Task, asked: Mapping[str, Any]) -> R
     if finished.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == text:
         reporter.note(f"{finished} is finished: reused")
         return Result.load(finished)
-    stamp.unlink(missing_ok=True)  # from now on, a result in the folder may belong to another run
+    for old in (stamp, folder / _ENVIRONMENT):  # from now on, a result in the folder may belong to another run
+        old.unlink(missing_ok=True)
     if job.place.fresh:
         result = run_job(job, folder, task)
     else:
         quiet = replace(job, place=replace(job.place, reporter=Silent()))  # reporters stay in the process that displays them
         work = functools.partial(_work, quiet, folder, task)
         result = apart(work, None, lambda _, told: pass_on(told, reporter))
+    write_text(folder / _ENVIRONMENT, json.dumps(_here(job.place.device), indent=1) + "\n")
     write_text(stamp, text)
     return result
+
+
+def environment(folder: Path, device: torch.device) -> dict[str, str]:
+    """The machine that made the finished run of a folder; this one if the folder holds none."""
+    try:
+        return dict(json.loads((folder / _ENVIRONMENT).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
+        return _here(device)
+
+
+def _here(device: torch.device) -> dict[str, str]:
+    return {
+        "dstill": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {cores()} core(s)",
+        "device": device.type,
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def pass_on(told: tuple[Any, ...], reporter: Reporter) -> None:

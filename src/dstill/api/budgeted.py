@@ -22,7 +22,17 @@ from dstill.errors import DamagedFileError, DstillError
 from dstill.jobs.job import Job, Task, Workplace, shape_of
 from dstill.jobs.options import Budget, Choice
 from dstill.methods.base import Problem
-from dstill.planning.budget import PREPROCESS, Offer, Rivals, Until, best_offer, described, method_for, with_iterations
+from dstill.planning.budget import (
+    BY_ITERATION,
+    PREPROCESS,
+    Offer,
+    Rivals,
+    Until,
+    best_offer,
+    described,
+    method_for,
+    with_iterations,
+)
 from dstill.planning.clock import QUICK, Clock
 from dstill.support.progress import expect
 from dstill.support.workers import Workers
@@ -111,6 +121,7 @@ class Budgeted:
             "seeds": list(self.job.seeds),
             "sets": self._task.sets,
             "networks": self._task.evaluation.networks,
+            "random": self._task.evaluation.random,
         }
 
     def _offers(self) -> tuple[Offer, Offer | None]:
@@ -163,7 +174,8 @@ class Budgeted:
         least, most = _PACE_SECONDS
         share = min(max(_PACE_SHARE * 60 * self.budget.minutes, least), most)
         each = _pace(problem, share, self.job.place.workers)
-        iterations = int(self._time_to_distil() / self._task.sets / each)
+        looking = self._planned("validation") / (self._task.sets * self.recipe.distill.iterations)
+        iterations = int(self._time_to_distil() / self._task.sets / (each + looking))
         recipe = with_iterations(self.job.with_recipe(self.recipe), max(1, min(self.chosen.offer.most, iterations))).recipe
         offer = self.chosen.offer.model_copy(update={"recipe": recipe})
         self._keep(self.chosen.model_copy(update={"offer": offer, "settled": True}))
@@ -171,9 +183,9 @@ class Budgeted:
         return recipe
 
     def _time_to_distil(self) -> float:
-        """Seconds from now to the moment when the stage after the distillation must begin."""
+        """Seconds from now to the moment when the stage after the distillation and its validation must begin."""
         stages = self.chosen.offer.stages
-        last = next((i for i, stage in enumerate(stages) if stage.name == "distilling"), len(stages))
+        last = max((i for i, stage in enumerate(stages) if stage.name in BY_ITERATION), default=len(stages))
         return self.budget.left - sum(stage.seconds for stage in stages[last + 1 :])
 
     def until(self, sets_left: int) -> float:

@@ -1,7 +1,7 @@
-"""What the numbers of a run, a comparison or a judgement say to do, in sentences.
+"""What the numbers of a run, a comparison or a judgement say, in sentences.
 
-A difference counts if it is at least twice its standard error. Nothing is advised by test images but which finished row is
-ahead: advice about settings rests on the validation part.
+A difference counts if it is at least twice its standard error. Test images say which finished row is ahead, and whether random
+images do as well; they advise nothing. Advice about settings rests on the validation part.
 """
 
 from __future__ import annotations
@@ -47,24 +47,29 @@ def of_run(result: Result, validation: Curve | None) -> list[str]:
     if result.random is not None:
         points, error = difference(result.accuracy, result.random)
         if points < (_CLEAR * error if math.isfinite(error) else 0):  # one network alone has no spread
-            found.append(
-                f"no better than random real images ({points:+.1f} points): distil for longer, or take another method "
-                "(dstill compare shows several)"
-            )
+            found.append(f"no better than random real images ({points:+.1f} points), which would do as well")
     if validation is not None and len(validation.values) >= _FEWEST_LOOKS:
-        found.append(_trend(validation))
+        found.append(_trend(validation, unseen=result.measured_on == "validation"))
     return found
 
 
-def _trend(validation: Curve) -> str:
-    """Whether the accuracy still rises: the mean of the last third of the looks against that of the third before."""
+def _trend(validation: Curve, *, unseen: bool) -> str:
+    """Whether the accuracy still rises: the mean of the last third of the looks against that of the third before.
+
+    Args:
+        validation: the accuracy over the iterations.
+        unseen: whether the run has not trained on the validation part. An ordinary run distils from all training images.
+    """
     third = len(validation.values) // 3
     last, before = validation.values[-third:], validation.values[-2 * third : -third]
     gain = 100 * (statistics.fmean(last) - statistics.fmean(before))
     error = 100 * math.hypot(*(statistics.stdev(some) / math.sqrt(third) for some in (last, before))) if third > 1 else math.inf
-    said = f"over the last third of the run, the validation accuracy changed by {gain:+.1f} points"
+    where = "" if unseen else ", on images that the run has also trained on"
+    said = f"over the last third of the run, the validation accuracy changed by {gain:+.1f} points{where}"
     if gain >= _CLEAR * error:
-        return f"{said}: more iterations would help"
+        return f"{said}: more iterations {'would' if unseen else 'may'} help"
+    if gain <= -_CLEAR * error:
+        return f"{said}: fewer iterations would do"
     return f"{said}, which is within its noise: more iterations would not help much"
 
 

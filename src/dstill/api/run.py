@@ -131,24 +131,24 @@ def distill(
         >>> dstill.distill("digits", method="random", recipe="smoke", progress=False)
         DistilledSet('random' of 'digits', 10 images of 1x8x8, 10 classes)
     """
-    settings, trained = (experts, None) if isinstance(experts, Mapping) else (None, experts)
+    settings, given = (experts, None) if isinstance(experts, Mapping) else (None, experts)
     budget, place = Budget.of(minutes), Workplace.of(machine, progress)
     choice = Choice(method, ipc, recipe, net, changes, distill, settings)
     if chooses := leaves_choice(choice, budget):
         choice, source = with_method(choice, source, place)
     job = Job.resolve(source, choice, seed, place)
-    task = Task(recording=recording, budget=budget, chooses=chooses, initial=_initial(job, init))
+    task = Task(recording=recording, budget=budget, chooses=chooses, initial=_initial(job, init), experts=_given(job, given))
     validates = recording.validate_every > 0
-    check_early(job, logs=recording.logs, own_experts=trained is None, validates=validates, initial=task.initial)
+    check_early(job, logs=recording.logs, own_experts=given is None, validates=validates, initial=task.initial)
     files.check_writable(job.place.cache)
     folder = None if out is None else Path(out)
     if budget is not None:
-        return _distilled_within(job, task, budget, trained, folder)
+        return _distilled_within(job, task, budget, folder)
     if folder is not None:
         _refuse_other(folder, job, job.seeds.images, task)
         files.check_writable(folder)
     announce(job, task, until="distilling", done=_done(folder, job))
-    return _distilled(job, job.seeds.images, _trajectories(job, task, trained), task, folder)
+    return _distilled(job, job.seeds.images, _trajectories(job, task), task, folder)
 
 
 def _initial(job: Job, init: DistilledSet | str | Path | None) -> DistilledSet | None:
@@ -162,15 +162,24 @@ def _refuse_other(folder: Path, job: Job, seed: int, task: Task) -> None:
     refuse_other_run(folder, {**job.identity(seed), "initial": None, **identity_of_initial(task.initial)})
 
 
-def _distilled_within(
-    job: Job, task: Task, budget: Budget, trained: Trajectories | str | Path | None, folder: Path | None
-) -> DistilledSet:
+def _given(job: Job, experts: Trajectories | str | Path | None) -> Trajectories | None:
+    """The trajectories that are given in place of the recipe's.
+
+    Raises:
+        DstillError: the method uses none.
+    """
+    if experts is not None and not job.method.needs_experts:
+        raise DstillError(f"method {job.recipe.method!r} uses no experts: leave them out, or name one that does (method ast)")
+    return Trajectories(Path(experts)) if isinstance(experts, str | Path) else experts
+
+
+def _distilled_within(job: Job, task: Task, budget: Budget, folder: Path | None) -> DistilledSet:
     """Distils one set within a budget, with or without a folder."""
     if folder is not None:
         files.check_writable(folder)
     budgeted = Budgeted(job, budget, task, folder, "distilling")
     job, seed = job.with_recipe(budgeted.recipe), job.seeds.images
-    trajectories = _trajectories(job, task, trained)
+    trajectories = _trajectories(job, task)
     job = job.with_recipe(budgeted.settle(job.problem(seed, trajectories, task.initial)))
     distilled = _distilled(job, seed, trajectories, task, folder, budgeted.until(1))
     if folder is not None:
@@ -178,12 +187,11 @@ def _distilled_within(
     return distilled
 
 
-def _trajectories(job: Job, task: Task, given: Trajectories | str | Path | None = None) -> Trajectories | None:
+def _trajectories(job: Job, task: Task) -> Trajectories | None:
     """The given experts, or else the job's own; None if the method needs none."""
-    if given is not None:
-        trajectories = given if isinstance(given, Trajectories) else Trajectories(Path(given))
-        check_experts(trajectories, job)
-        return trajectories
+    if task.experts is not None:
+        check_experts(task.experts, job)
+        return task.experts
     return job.experts(describing=task.initial is None) if job.method.needs_experts else None
 
 

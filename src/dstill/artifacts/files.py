@@ -265,26 +265,25 @@ def set_aside_if_damaged(path: Path, kind: str, note: Callable[[str], None]) -> 
     try:
         load(path, kind)
     except DamagedFileError as error:
-        aside = _set_aside(path)
+        aside = path.replace(path.with_name(path.name + ".damaged"))
         note(f"{error}; it is set aside as {aside.name} and made again")
 
 
 def load_or_make(path: Path, kind: str, make: Callable[[], None]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Loads a file. If it is missing or damaged, `make` writes it first; a damaged file is set aside.
 
+    Of several processes that need the file, one makes it, and the others wait.
+
     Args:
         path: the file.
         kind: the kind that it must have.
         make: writes the file.
     """
-    if path.exists():
-        try:
+    with contextlib.suppress(DamagedFileError):
+        if path.exists():
             return load(path, kind)
-        except DamagedFileError:
-            _set_aside(path)
-    make()
+    with alone(path):
+        set_aside_if_damaged(path, kind, lambda _: None)
+        if not path.exists():  # else another process has made it meanwhile
+            make()
     return load(path, kind)
-
-
-def _set_aside(path: Path) -> Path:
-    return path.replace(path.with_name(path.name + ".damaged"))

@@ -154,6 +154,7 @@ class RealSet:
             test=self.train.take(validation),
             judged_on="validation",
             fingerprint="",
+            read_as={},
         )
 
 

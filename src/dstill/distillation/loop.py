@@ -119,6 +119,11 @@ def run_method(
                 _refuse_runaway(method.result(state), done)
             if cadence.validate and (done % cadence.validate == 0 or last):
                 row["validation_accuracy"] = validate(method.result(state))
+            # The checkpoint is last: a run that is killed repeats what came after the one before.
+            if painter is not None and cadence.picture and (done % cadence.picture == 0 or last):
+                painter(done, method.result(state))
+            if keeper is not None and cadence.keep and done % cadence.keep == 0:
+                keeper(done, method.result(state))
             if folder:
                 folder.log(row)
                 if due(done):
@@ -127,10 +132,6 @@ def run_method(
                     due.stored(time.perf_counter() - stored)
             if observer is not None:
                 observer(iteration, total, row)
-            if painter is not None and cadence.picture and (done % cadence.picture == 0 or last):
-                painter(done, method.result(state))
-            if keeper is not None and cadence.keep and done % cadence.keep == 0:
-                keeper(done, method.result(state))
             stopped = asked_to_stop()
             if stopped and folder:
                 folder.checkpoint(done, state)

@@ -192,13 +192,10 @@ def trained_network(
     path = folder / f"{task.fingerprint()}.safetensors"
 
     def make() -> None:
-        with files.alone(path):
-            if path.exists():  # another process has made it meanwhile
-                return
-            bookmark = Bookmark(folder / f"{task.fingerprint()}-training.safetensors")
-            trained = train_network(task, device, observer, bookmark, tick)
-            files.save(path, _KIND, {"weights": trained.weights, "forgotten": trained.forgotten}, task.identity())
-            bookmark.remove()
+        bookmark = Bookmark(folder / f"{task.fingerprint()}-training.safetensors")
+        trained = train_network(task, device, observer, bookmark, tick)
+        files.save(path, _KIND, {"weights": trained.weights, "forgotten": trained.forgotten}, task.identity())
+        bookmark.remove()
 
     _, tensors = files.load_or_make(path, _KIND, make)
     return TrainedNetwork(tensors["weights"], tensors["forgotten"])

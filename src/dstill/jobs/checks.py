@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dstill.artifacts.distilled import DistilledSet
-from dstill.config.settings import NetConfig, Recipe
+from dstill.config.settings import NetConfig, Recipe, canonical
 from dstill.data import formation, siamese
 from dstill.data.real import VALIDATION_FRACTION, RealSet, check_ipc, stratified
 from dstill.distillation.sinks import check_sinks
@@ -91,6 +91,7 @@ def check_experts(experts: Trajectories, job: Job) -> None:
     if recipe.distill.epochs_needed is not None:
         numel = sum(parameter.numel() for parameter in check_network(recipe.net, real).parameters())
         experts.check_fits(numel, recipe.distill.epochs_needed)
+        _check_same_network(experts, recipe.net, real)
     for key, ours, remedy in (
         ("data", real.fingerprint, "train experts on these"),
         ("preprocess", recipe.preprocess, f"pass --set preprocess={experts.headers[0].get('preprocess')}, or train others"),
@@ -99,3 +100,22 @@ def check_experts(experts: Trajectories, job: Job) -> None:
         if others:
             theirs = ", ".join(sorted(others))
             raise DstillError(f"the experts of {experts.folder} were trained with other {key} ({theirs}, not {ours}): {remedy}")
+
+
+def _check_same_network(experts: Trajectories, net: NetConfig, real: RealSet) -> None:
+    """Refuses experts of another network with as many parameters, such as one with another norm.
+
+    Options that are left out take the network's defaults, so that built networks are compared. Experts of other programs do not
+    name their network.
+    """
+    ours, said = repr(check_network(net, real)), [header["net"] for header in experts.headers if "net" in header]
+    try:
+        others = {NetConfig.model_validate(one) for one in said}
+    except ValueError as error:
+        raise DstillError(f"the experts of {experts.folder} are from another version of dstill: {error}") from error
+    for theirs in others:
+        if theirs.name != net.name or repr(check_network(theirs, real)) != ours:
+            options = " ".join(f"net.{key}={value}" for key, value in canonical(theirs, exclude_none=True).items())
+            raise DstillError(
+                f"the experts of {experts.folder} were trained with another network: pass --set {options}, or train others"
+            )

@@ -265,6 +265,7 @@ class Task:
         chooses: whether the budget chooses the method too.
         rivals: whether coresets then compete with the set.
         initial: the set that they start from, in place of the recipe's initialisation.
+        experts: the trajectories that are given, in place of the recipe's.
     """
 
     sets: int = 1
@@ -274,6 +275,7 @@ class Task:
     chooses: bool = False
     rivals: bool = False
     initial: DistilledSet | None = None
+    experts: Trajectories | None = None
 
 
 def resolved(choice: Choice, known: str, shape: Shape, device: torch.device, name: str = "") -> tuple[Recipe, str]:

@@ -15,7 +15,7 @@ from dstill.config.settings import Count, DistillConfig, Momentum, Passes, Posit
 from dstill.data import siamese
 from dstill.data.catalog import Shape
 from dstill.derivatives.engine import derivatives_of
-from dstill.errors import DstillError
+from dstill.errors import CollapseError
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.drawing import DrawingMethod, Mean, Told, averaged, move_averages, with_averages
 from dstill.methods.initialisation import initial_images
@@ -221,13 +221,13 @@ class ImageMethod(DrawingMethod):
         """One step on the images.
 
         Raises:
-            DstillError: the images would no longer be finite.
+            CollapseError: the images would no longer be finite.
         """
         settings, gradient = self.image_settings, mean(drawn)["images"]
         lr = self.lr_images(iteration) * settings.draw_factor
         images, buffer = sgd_step(state["images"], state["images.momentum"], gradient, lr, settings.image_momentum)
         if not bool(torch.isfinite(images).all()):
-            raise DstillError("the synthetic images are no longer finite: lower distill.lr_images")
+            raise CollapseError("the synthetic images are no longer finite: lower distill.lr_images")
         state["images"], state["images.momentum"] = images, buffer
         move_averages(state, settings.image_ema)
         return {}

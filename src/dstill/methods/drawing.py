@@ -71,6 +71,8 @@ class Told:
         return cls(number, kept={name: tensor.to(device) for name, tensor in parcel.tensors.items()}, **parcel.values)
 
 
+_NAMING = ("start_epoch", "expert")  # metrics that say which segment a draw took
+
 Mean = Callable[[Sequence[Told]], dict[str, Tensor]]
 """The mean gradients of some draws, by what is learned; at least one. All processes ask for the same draws."""
 
@@ -125,15 +127,15 @@ class DrawingMethod(Method):
 
 
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
-    """The mean of each metric over the rows that have it.
+    """The mean of each metric over the rows that have it. Those that name a segment have none.
 
     Example:
-        >>> mean_metrics([{"loss": 1.0, "cosine": 0.5}, {"loss": 2.0}])
+        >>> mean_metrics([{"loss": 1.0, "cosine": 0.5, "expert": 3}, {"loss": 2.0, "expert": 8}])
         {'loss': 1.5, 'cosine': 0.5}
     """
     if len(rows) == 1:
         return dict(rows[0])
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys(name for row in rows for name in row if name not in _NAMING)
     of_name = {name: [row[name] for row in rows if name in row] for name in names}
     return {name: sum(values) / len(values) for name, values in of_name.items()}
 

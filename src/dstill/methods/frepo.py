@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dstill.artifacts.distilled import DistilledSet
 from dstill.config.settings import Case, Count, DistillConfig, NetConfig, Passes, Positive
-from dstill.errors import DstillError
+from dstill.errors import CollapseError
 from dstill.methods.base import Metrics, Problem, State
 from dstill.methods.drawing import DrawingMethod, Drawn, Mean, Told, averaged, move_averages, with_averages
 from dstill.methods.initialisation import initial_images
@@ -97,6 +97,9 @@ def kernel_regression(real: Tensor, synthetic: Tensor, labels: Tensor, ridge: fl
         synthetic: features `[S, F]` of synthetic ones.
         labels: Y_s `[S, K]`.
         ridge: relative to the kernel's diagonal.
+
+    Raises:
+        CollapseError: the kernel is not positive definite.
     """
     # In float64: with more images than features, rounding makes a float32 kernel indefinite, and large numbers cancel in the
     # product. (Apple's MPS has no float64.)
@@ -105,7 +108,7 @@ def kernel_regression(real: Tensor, synthetic: Tensor, labels: Tensor, ridge: fl
     kernel = kernel + ridge * kernel.trace() / len(kernel) * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     factor, failed = torch.linalg.cholesky_ex(kernel)
     if int(failed):
-        raise DstillError("the kernel of the synthetic features is not positive definite: raise distill.ridge")
+        raise CollapseError("the kernel of the synthetic features is not positive definite: raise distill.ridge")
     return (real.to(wide) @ wide.t() @ torch.cholesky_solve(labels.to(wide), factor)).to(labels)
 
 
@@ -187,7 +190,7 @@ class Frepo(DrawingMethod):
         """One step of LAMB on images and labels; then, once they have been trained on these, keeps the draws' networks.
 
         Raises:
-            DstillError: the images or labels would no longer be finite.
+            CollapseError: the images or labels would no longer be finite.
         """
         settings = self.settings
         if drawn[0].last:
@@ -200,7 +203,7 @@ class Frepo(DrawingMethod):
         if settings.learn_labels:
             lamb_step(state, "labels", gradients["labels"], lr, iteration + 1)
         if not (bool(torch.isfinite(state["images"]).all()) and bool(torch.isfinite(state["labels"]).all())):
-            raise DstillError("the synthetic images or labels are no longer finite: lower distill.lr or raise distill.ridge")
+            raise CollapseError("the synthetic images or labels are no longer finite: lower distill.lr or raise distill.ridge")
         move_averages(state, settings.image_ema)
         return {}
 

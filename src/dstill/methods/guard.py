@@ -95,10 +95,11 @@ class Guard:
         if count == 0:
             return
         state["passed_over"] = state["passed_over"] + count
-        if int(state["passed_over"]) == (drawn := (iteration + 1) * self.draws) >= _MOST_PASSED_OVER:
+        untaken = int(state["passed_over"] + state["skipped"])
+        if untaken == (drawn := (iteration + 1) * self.draws) >= _MOST_PASSED_OVER:
             raise CollapseError(
-                f"each of the first {drawn} segments had a loss above distill.skip_above {self.skip_above:g}, so that "
-                "nothing has been learned: raise it, or change distill.alpha_init"
+                f"each of the first {drawn} segments had a loss above distill.skip_above {self.skip_above:g}, or none that is "
+                "finite, so that nothing has been learned: raise it, or change distill.alpha_init"
             )
 
     def _stop_if_hopeless(self, skipped: int, steps: int) -> None:

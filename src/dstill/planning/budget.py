@@ -36,6 +36,9 @@ PREPROCESS = "standardise"
 RIVALS = ("random", "herding", "kmeans")
 """The coresets that a set is compared with on the validation part, unless its method was named."""
 
+BY_ITERATION = ("distilling", "validation")
+"""The stages whose time grows with the number of iterations. They alternate."""
+
 _QUICKEST = "dm"
 _SMALL = 16  # pixels, below which it leads
 _MANY, _ENOUGH = 5, 200  # images per class from which on it leads, if the other method can take fewer iterations than these
@@ -137,7 +140,7 @@ def offered(job: Job, task: Task, seconds: float, clock: Clock, until: Until = "
     Raises:
         DstillError: not even one iteration fits.
     """
-    for recipe, wanted in _ladder(job.recipe):
+    for recipe, wanted in _ladder(job.recipe, widths=() if task.experts is not None else _WIDTHS):
         offer = _priced(job.with_recipe(_kept(job, recipe)), task, seconds, clock, until)
         if offer.spare >= 0 and offer.iterations >= min(wanted, offer.most):
             return offer
@@ -154,11 +157,11 @@ def _kept(job: Job, recipe: Recipe) -> Recipe:
     return changed(recipe, job.changes, "--set")
 
 
-def _ladder(recipe: Recipe) -> Iterator[tuple[Recipe, int]]:
+def _ladder(recipe: Recipe, widths: Sequence[int]) -> Iterator[tuple[Recipe, int]]:
     """Settings from the fullest to the quickest, and the number of iterations from which on they are taken."""
     own, form, ipc = recipe.net.width, recipe.distill, recipe.decoded_ipc
     quicker = form.quicker(ipc)
-    for width in [own, *[one for one in _WIDTHS if own is not None and one < own]]:
+    for width in [own, *[one for one in widths if own is not None and one < own]]:
         narrow = recipe.model_copy(update={"net": recipe.net.model_copy(update={"width": width})})
         yield narrow, form.worthwhile
         if quicker is not None:
@@ -170,7 +173,7 @@ def _ladder(recipe: Recipe) -> Iterator[tuple[Recipe, int]]:
 
 def _priced(job: Job, task: Task, seconds: float, clock: Clock, until: Until) -> Offer:
     """The offer of these settings: what stands beside the distillation is chosen first, and iterations fill the rest."""
-    job = _with_experts(job, _FOR_EXPERTS * seconds, clock)
+    job = _with_experts(job, task, _FOR_EXPERTS * seconds, clock)
     if until == "evaluation":
         job, task = _evaluated(job, task, _FOR_EVALUATION * seconds, clock)
     rivals = _rivals(job, seconds, clock) if task.rivals else Rivals()
@@ -182,8 +185,8 @@ def _priced(job: Job, task: Task, seconds: float, clock: Clock, until: Until) ->
         job = with_iterations(job, math.floor(_fitting(most, stages, left)))
         iterations = job.recipe.distill.iterations
         share = iterations / most
-        left += sum((1 - share) * stage.seconds for stage in stages if stage.name == "distilling")
-        stages = [_scaled(one, share, iterations) if one.name == "distilling" else one for one in stages]
+        left += sum((1 - share) * stage.seconds for stage in stages if stage.name in BY_ITERATION)
+        stages = [_scaled(one, share, iterations) if one.name in BY_ITERATION else one for one in stages]
     return Offer(
         recipe=job.recipe,
         networks=task.evaluation.networks or load_protocol(job.recipe.protocol).networks,
@@ -197,7 +200,7 @@ def _priced(job: Job, task: Task, seconds: float, clock: Clock, until: Until) ->
 
 def _fitting(most: int, stages: Sequence[Stage], left: float) -> float:
     """Iterations that fit if the stages, with `most` of them, leave so many seconds."""
-    distilling = sum(stage.seconds for stage in stages if stage.name == "distilling")
+    distilling = sum(stage.seconds for stage in stages if stage.name in BY_ITERATION)
     return min(most, max(1, most * (1 + left / distilling))) if distilling else most
 
 
@@ -211,15 +214,16 @@ def _scaled(stage: Stage, share: float, iterations: int) -> Stage:
     return stage.model_copy(update={"seconds": share * stage.seconds, "note": f"{iterations} iterations"})
 
 
-def _with_experts(job: Job, most: float, clock: Clock) -> Job:
-    """As many experts as may be trained in this time, at least one."""
+def _with_experts(job: Job, task: Task, most: float, clock: Clock) -> Job:
+    """As many experts as may be trained in this time, at least one; or as many as are given."""
     if not job.method.needs_experts:
         return job
     config = job.recipe.experts or job.recipe.expert_config
-    for count in [config.count, *[one for one in _EXPERTS if one < config.count]]:
+    fewer = [config.count, *[one for one in _EXPERTS if one < config.count]]
+    for count in fewer if task.experts is None else [len(task.experts)]:
         experts = config.model_copy(update={"count": count})
         job = job.with_recipe(_kept(job, job.recipe.model_copy(update={"experts": experts})))
-        if plan_job(job, Task(), clock, "experts").seconds <= most:
+        if plan_job(job, task, clock, "experts").seconds <= most:
             break
     return job
 
@@ -278,12 +282,13 @@ def described(offer: Offer, name: str, shape: Shape, minutes: float, more: Offer
     recipe = offer.recipe
     lines = [f"in {rough(60 * minutes)}, {name} at {recipe.ipc} image(s) per class: {_choice(offer)}"]
     lines.append(f"of this, {', '.join(f'{one.name} {rough(one.seconds)}' for one in offer.stages if one.seconds)}")
-    measured = f"the set is measured with {offer.networks} networks by protocol {recipe.protocol}"
-    measured += ", beside random images" if offer.random else ""
-    if offer.rivals.methods:
-        rivals = ", ".join(offer.rivals.methods)
-        measured += f"; first it competes with {rivals} on images set aside, and the best is handed out"
-    lines.append(measured)
+    if any(stage.name == "evaluation" for stage in offer.stages):
+        measured = f"the set is measured with {offer.networks} networks by protocol {recipe.protocol}"
+        measured += ", beside random images" if offer.random else ""
+        if offer.rivals.methods:
+            rivals = ", ".join(offer.rivals.methods)
+            measured += f"; first it competes with {rivals} on images set aside, and the best is handed out"
+        lines.append(measured)
     if more is not None:
         lines.append(f"{rough(60 * longer)} would buy {_choice(more)}")
     known = reached_nearby(shape.side, shape.classes, recipe.ipc)

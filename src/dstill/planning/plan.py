@@ -115,7 +115,7 @@ def together(plans: Sequence[Plan], title: str) -> Plan:
 
 def plan_job(job: Job, task: Task, clock: Clock, until: Literal["experts", "distilling", "evaluation"] = "evaluation") -> Plan:
     """The plan of a resolved run, or of its stages up to one of them. Its data need not be loaded."""
-    stages = _experts(job, clock)
+    stages = _experts(job, task, clock)
     if until != "experts":
         stages += [*_trained(job, clock), *_distilling(job, task, clock)]
     if until == "evaluation":
@@ -124,15 +124,18 @@ def plan_job(job: Job, task: Task, clock: Clock, until: Literal["experts", "dist
     return Plan(title=title, stages=tuple(stages), warnings=tuple(_warnings(stages, job)))
 
 
-def _experts(job: Job, clock: Clock) -> list[Stage]:
+def _experts(job: Job, task: Task, clock: Clock) -> list[Stage]:
     if not job.method.needs_experts:
         return []
     shape, recipe, config = job.shape, job.recipe, job.recipe.expert_config
     assert config.epochs is not None
-    longer = recipe.describing_expert(config.epochs)
-    epochs = dict.fromkeys(range(config.count), config.epochs)
+    given = task.experts
+    epochs = dict.fromkeys(range(config.count), config.epochs) if given is None else {}
+    longer = None if task.initial is not None else recipe.describing_expert(config.epochs if given is None else given.epochs)
     if longer is not None and longer.epochs is not None:
         epochs[0] = longer.epochs
+    if not epochs:
+        return []
     missing = _missing(job, config, epochs)
     processes = max(1, min(most_workers(job.place.workers, job.place.device), len(missing)))
     rounds = max(sum(missing) / processes, max(missing, default=0))  # epochs one after another
@@ -156,7 +159,7 @@ def _seconds_per_epoch(job: Job, config: ExpertConfig, clock: Clock, threads: in
     steps = math.ceil(shape.train / config.batch_size)
     augmented = clock.training(recipe.net, config.batch_size, recipe.augmentation, threads)
     plain = clock.training(recipe.net, config.batch_size, "none", threads)
-    step = clock.expert(recipe.net, config, threads) * (2 if config.gsam else 1) + max(0.0, augmented - plain)
+    step = clock.expert(recipe.net, config, threads) + max(0.0, augmented - plain)
     return steps * step + clock.passes(recipe.net, Passes("forward", 1, shape.test))
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from dstill.api.apart import run_apart
+from dstill.api.apart import environment, run_apart
 from dstill.api.rows import Hands
 from dstill.artifacts.distilled import DistilledSet
 from dstill.artifacts.files import atomic, check_writable, write_text
@@ -37,10 +35,8 @@ from dstill.reproductions.page import Entry, Sets, page
 from dstill.reproductions.resolving import Work, apportioned, chosen, planned_task, resolved, row_name, task_of
 from dstill.reproductions.spec import Case, Reproduction, Row, ScaleName
 from dstill.support.console import Progress, duration
-from dstill.support.devices import processor
 from dstill.support.progress import Silent
-from dstill.support.workers import cores, refuse_import
-from dstill.version import __version__
+from dstill.support.workers import refuse_import
 
 # Determines how a set is evaluated, but not how it is distilled. The recipe names the protocol, whose content may change.
 _JUDGING = ("networks", "nets", "random", "whole", "protocol", "look_networks")
@@ -237,7 +233,7 @@ def _write_entry(
         following=tuple(following),
         looks=looks,
         picture=picture,
-        environment=_environment(one.job.place.device),
+        environment=environment(folder, one.job.place.device),
     )
     write_text(call.folder / f"{name}.json", entry.model_dump_json(indent=1, exclude=_not_kept(call.reproduction)) + "\n")
     if picture:
@@ -266,17 +262,6 @@ def _followed(distilled: Path, job: Job) -> list[float]:
     config = job.recipe.expert_config
     trajectories = Trajectories(job.place.cache / "experts" / named, config.count, config.epochs)
     return accumulated_error(DistilledSet.load(distilled), trajectories, 0, job.place.device)
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    return {
-        "dstill": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {cores()} core(s)",
-        "device": device.type,
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def _missing(folder: Path, one: Work) -> list[int]:
