@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tests.steady import Steady
 
 import dstill
 from dstill import DistilledSet, DstillError
@@ -17,8 +18,9 @@ from dstill.config.recipes import load_recipe, resolve
 from dstill.data.catalog import DATASETS, Shape, content_of
 from dstill.data.real import RealSet
 from dstill.experts.trajectory import Trajectories, recorded_epochs
-from dstill.jobs.job import Job, Workplace
+from dstill.jobs.job import Job, Task, Workplace
 from dstill.jobs.options import Choice
+from dstill.planning.plan import plan_job
 
 SETTINGS: dict[str, Any] = {
     "method": "ast",
@@ -127,6 +129,9 @@ def test_a_set_that_starts_from_given_images_needs_no_expert_to_describe_any(tin
     given = dstill.distill(
         tiny_real, method="random", recipe="smoke", changes=["net.width=4"], machine=dstill.Machine(device="cpu")
     )
+    job = Job.resolve(tiny_real, Choice(**SETTINGS), 0, Workplace.of(dstill.Machine(cache=tmp_path), False))
+    notes = [plan_job(job, task, Steady(job.shape, 1e-3), "experts").stages[0].note for task in (Task(), Task(initial=given))]
+    assert ["for the initialisation" in note for note in notes] == [True, False], "nor is one planned"
     dstill.distill(tiny_real, init=given, machine=dstill.Machine(cache=tmp_path), **SETTINGS)
     (folder,) = (tmp_path / "experts").iterdir()
     assert Trajectories(folder).epochs == max(recorded_epochs(path) for path in Trajectories(folder).paths) < 5
