@@ -11,6 +11,7 @@ import torch
 from dstill.artifacts.importing import import_set
 from dstill.data import preprocess
 from dstill.data.real import RealSet
+from dstill.errors import DstillError
 from dstill.experts.importing import import_experts
 from dstill.experts.trajectory import Trajectories
 
@@ -38,3 +39,13 @@ def test_imported_experts_tell_the_length_of_every_step(tmp_path: Path) -> None:
     flat = [torch.cat([tensor.flatten() for tensor in record]) for record in trajectory]
     expected = [float((b - a).square().sum()) for a, b in pairwise(flat)]
     assert experts.curves()["step_lengths"] == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_buffers_of_different_networks_and_none_at_all_are_refused(tmp_path: Path) -> None:
+    for name, width in (("a", 2), ("b", 3)):
+        torch.save([[[torch.zeros(width, 2)], [torch.zeros(width, 2)]]], tmp_path / f"{name}.pt")
+    with pytest.raises(DstillError, match=r"different networks \(4 and 6 parameters\): import each by itself"):
+        import_experts([tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "experts")
+    assert not (tmp_path / "experts").exists()
+    with pytest.raises(DstillError, match="no buffers are given"):
+        import_experts([], tmp_path / "experts")

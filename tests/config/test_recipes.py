@@ -14,6 +14,7 @@ from dstill.config.registry import METHODS
 from dstill.config.settings import DistillConfig, Recipe
 from dstill.data.catalog import DATASETS, Shape
 from dstill.errors import DstillError
+from dstill.evaluation.protocols import load_protocol
 from dstill.methods.bptt import BpttConfig
 from dstill.methods.cafe import CafeConfig
 from dstill.methods.distribution_matching import DistributionMatchingConfig
@@ -673,3 +674,10 @@ def test_what_is_switched_off_stays_off_in_a_file(changes: list[str], tmp_path: 
     recipe = recipes.changed(recipes.load_recipe("cifar10/ftd-ipc10"), changes, "here")
     (tmp_path / "mine.yaml").write_text(recipes.dump(recipe))
     assert recipes.load_recipe(str(tmp_path / "mine.yaml")) == recipe
+
+
+@pytest.mark.parametrize("name", ["gone.yaml", "/nowhere/gone.yaml", "gone/gone.yml"])
+def test_a_file_that_is_missing_is_no_unknown_name(name: str) -> None:
+    for load, what in ((load_recipe, "recipe"), (load_protocol, "protocol")):
+        with pytest.raises(DstillError, match=f"^the {what} file {name} does not exist"):
+            load(name)

@@ -258,7 +258,7 @@ def test_networks_that_differ_in_an_option_share_no_baseline(
 def test_a_set_whose_protocol_stayed_behind_is_measured_by_another(syn: DistilledSet, tiny_real: RealSet, short: str) -> None:
     recipe = dstill.load_recipe("digits/dm-ipc1").model_copy(update={"protocol": "elsewhere.yaml"})
     alone = replace(syn, recipe=recipe)
-    with pytest.raises(DstillError, match=r"own protocol .*unknown protocol 'elsewhere.yaml'.*--protocol ast"):
+    with pytest.raises(DstillError, match=r"own protocol .*the protocol file elsewhere.yaml does not exist.*--protocol ast"):
         dstill.evaluate(alone, tiny_real)
     with pytest.raises(DstillError, match=r"^unknown protocol 'shrot'"):
         dstill.evaluate(alone, tiny_real, protocol="shrot")

@@ -126,3 +126,16 @@ def test_foreign_experts_are_told_apart_by_their_weights(folder: Path, tmp_path:
     assert Trajectories(copied).identity == Trajectories(folder).identity
     save_expert(copied, 1, trajectory(7), {"index": 1, "record": RECORD})
     assert Trajectories(copied).identity != Trajectories(folder).identity
+
+
+def test_experts_of_different_networks_do_not_share_a_folder(folder: Path) -> None:
+    save_expert(folder, 2, torch.zeros(EPOCHS + 1, NUMEL + 2), {"index": 2, "record": RECORD})
+    with pytest.raises(DstillError, match=r"experts of different networks \(7 and 9 parameters\): keep them apart"):
+        Trajectories(folder)
+    assert len(Trajectories(folder, count=2)) == 2
+
+
+def test_imported_experts_beside_others_leave_the_accuracies_empty(folder: Path) -> None:
+    assert Trajectories(folder).curves()["accuracy"] == [[0.1, 0.625]] * 2
+    save_expert(folder, 2, trajectory(2), {"index": 2, "record": {"accuracy": [], "step_lengths": [1.0, 2.0]}})
+    assert Trajectories(folder).curves() == {"accuracy": [[]] * 3, "step_lengths": [[3.0, 1.0], [3.0, 1.0], [1.0, 2.0]]}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from dstill.errors import DstillError
 from dstill.jobs.job import Workplace
 from dstill.jobs.options import Machine
+from dstill.support import workers
 from dstill.support.workers import apart, choose_workers, cores, spread
 
 CPU = torch.device("cpu")
@@ -129,3 +132,15 @@ def test_auto_is_one_a_core_for_much_work_alone() -> None:
     assert choose_workers(7, 3, CPU, 0.0) == 3
     with pytest.raises(DstillError, match="at least 1"):
         choose_workers(0, 3, CPU, 0.0)
+
+
+def test_all_processes_start_before_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, send = list[int](), workers._send
+
+    def counted(to: Connection, content: bytes) -> None:
+        started.append(len(multiprocessing.active_children()))
+        send(to, content)
+
+    monkeypatch.setattr(workers, "_send", counted)
+    assert spread(fails_at_two, [0, 1], 2) == [0, 1]
+    assert started[0] == 2, "a large payload is read by a process only when it has imported torch"

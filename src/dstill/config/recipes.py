@@ -55,8 +55,9 @@ def load_recipe(name: str) -> Recipe:
         >>> recipe.method, recipe.ipc, recipe.distill.iterations
         ('ast', 1, 5000)
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
-    if not path.is_file() and path.parent != _FOLDER / Path(name).parent:
+    is_file = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_file else _FOLDER / f"{name}.yaml"
+    if is_file and not path.is_file():
         raise DstillError(f"the recipe file {name} does not exist")
     if not path.is_file():
         raise DstillError(f"unknown recipe {name!r}; {suggest(name, ['smoke', *recipe_names()])}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dstill.data.splits import usual
 from dstill.errors import DstillError
 
 _CHANNELS = (1, 2, 3, 4)
@@ -121,7 +122,7 @@ def _place(name: str) -> tuple[str, str] | None:
         kind = _PLAIN_KEYS.get(name.lower())
         return None if kind is None else ("train", kind)
     what = match["what"] or match["what2"]
-    return (match["split"] or match["split2"]).lower(), _PLAIN_KEYS[what.lower()]
+    return usual(match["split"] or match["split2"]).lower(), _PLAIN_KEYS[what.lower()]
 
 
 def pairs_of(names: Sequence[str], where: str) -> dict[str, tuple[str, str]]:

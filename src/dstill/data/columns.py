@@ -20,7 +20,7 @@ LABEL_NAMES = (
     *("label", "labels", "fine_label", "coarse_label", "class", "classes", "class_name", "class_id", "class_label"),
     *("target", "targets", "category", "y"),
 )
-_LABEL_TYPES = ("string", "large_string", "int64", "int32", "int16", "int8", "uint8")
+_LABEL_TYPES = ("string", "large_string", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
 _IMAGENET_CLASSES = 1000
 
 
@@ -52,7 +52,7 @@ def part_of(name: str, table: Any, entry: Entry, how: Reading) -> Part:
         table, names = _subset(name, table, label, names, entry)
     labels = read_labels(table[label], f"{name} (column {label})", names=names, class_names=how.class_names)
     if entry.imagenet_ids:
-        labels = _renumbered(labels, entry)
+        labels = renumbered(labels, entry)
     return Part(_images(name, table, image), labels)
 
 
@@ -62,7 +62,10 @@ def _images(name: str, table: Any, image: str) -> Pictures | Tensor:
 
     table = table.select_columns([image])
     if kind := _array_type(table.features[image]):
-        return pixels(np.asarray(table.with_format("numpy")[image][:], dtype=kind))
+        numbers = np.asarray(table.with_format("numpy")[image][:], dtype=kind)
+        if numbers.dtype.kind in "iu" and numbers.size and numbers.min() >= 0 and numbers.max() <= 255:
+            numbers = numbers.astype(np.uint8)  # lists of Python numbers become int64 in a table
+        return pixels(numbers)
     if isinstance(table.features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
     return Pictures(name, table[image])
@@ -140,16 +143,22 @@ def _lacking(name: str, columns: Any, asked: str | None = None) -> DstillError:
 
 def _subset(name: str, table: Any, label: str, names: tuple[str, ...], entry: Entry) -> tuple[Any, tuple[str, ...]]:
     """The rows of the entry's classes of ImageNet."""
-    if len(names) not in (0, _IMAGENET_CLASSES):
-        raise DstillError(
-            f"{name} is drawn from the {_IMAGENET_CLASSES} classes of ImageNet, but the data has {len(names)}: pass a complete "
-            "copy of ILSVRC-1k, or only the path, without the subset's name"
-        )
+    if names:
+        check_imagenet(name, names)
     wanted = set(entry.imagenet_ids)
     return table.select([i for i, c in enumerate(table[label]) if c in wanted]), names
 
 
-def _renumbered(labels: Labels, entry: Entry) -> Labels:
+def check_imagenet(name: str, names: Sequence[str]) -> None:
+    """Raises `DstillError` if these are not as many classes as ImageNet has."""
+    if len(names) != _IMAGENET_CLASSES:
+        raise DstillError(
+            f"{name} is drawn from the {_IMAGENET_CLASSES} classes of ImageNet, but the data has {len(names)}: pass a complete "
+            "copy of ILSVRC-1k, or only the path, without the subset's name"
+        )
+
+
+def renumbered(labels: Labels, entry: Entry) -> Labels:
     """Classes of ImageNet as positions in the subset."""
     position = {c: i for i, c in enumerate(entry.imagenet_ids)}
     ids = np.asarray([position[c] for c in labels.ids.tolist()], dtype=np.int64)

@@ -76,7 +76,10 @@ def read_labels(values: Any, where: str, *, names: Sequence[str] = (), class_nam
     if array.dtype.kind == "O":
         array = _of_one_kind(array.tolist(), where)
     if array.dtype.kind in "US":
-        return _words([_text(word) for word in array.tolist()], where, names, class_names)
+        words = [_text(word) for word in array.tolist()]
+        if not class_names or not _are_ids(words, class_names):
+            return _words(words, where, names, class_names)
+        array = np.asarray([int(word) for word in words])
     return _numbers(array, where, tuple(names), class_names)
 
 
@@ -161,6 +164,11 @@ def _words(words: list[str], where: str, known: Sequence[str], class_names: Sequ
     if lost is not None:
         raise DstillError(f"{where} has the label {lost!r}, which is not among the class names; {suggest(lost, names)}")
     return Labels(np.asarray([ids[word] for word in words], dtype=np.int64), names)
+
+
+def _are_ids(words: Sequence[str], class_names: Sequence[str]) -> bool:
+    """Whether words are numbers written out, such as those of a CSV file, which the names are meant for."""
+    return all(re.fullmatch(r"[0-9]{1,18}", word) for word in words) and not set(words) & set(map(str, class_names))
 
 
 def _refuse_tags(words: list[str], where: str) -> None:

@@ -75,7 +75,9 @@ class Finder:
         """The image that a cell names; None if there is none."""
         if not isinstance(value, str) or not value or "\0" in value:
             return None
-        direct = next((place / value for place in self._places if len(value) < 500 and (place / value).is_file()), None)
+        spellings = dict.fromkeys((value, value.replace("\\", "/")))  # lists that were written on Windows
+        files = (place / one for one in spellings for place in self._places if len(one) < 500)
+        direct = next((file for file in files if file.is_file()), None)
         return direct or (self._by_name.get(value) if "/" not in value else None)
 
 
@@ -148,17 +150,24 @@ def listed_parts(listing: Listing, name: str, how: Reading) -> Parts:
     if split is None:
         key = split_of(listing.path.stem) or "train"
         return {key: functools.partial(listed_part, listing, name, how)}
-    words = [SPLITS[str(word).lower()] for word in listing.cells(split)]
+    words = [SPLITS.get(str(word).lower(), "") for word in listing.cells(split)]
+    if others := [str(cell) for cell, word in zip(listing.cells(split), words, strict=True) if not word]:
+        how.say(
+            f"{len(others):,} images of {listing.path} are left out, since their {split} is neither for training nor for "
+            f"testing, for example {others[0]!r}"
+        )
 
     def read(key: str) -> Part:
         rows = tuple(row for row, word in zip(listing.rows, words, strict=True) if word == key)
         return listed_part(replace(listing, rows=rows), name, how, beside=(split,))
 
-    return {key: functools.partial(read, key) for key in dict.fromkeys(words)}
+    return {key: functools.partial(read, key) for key in dict.fromkeys(words) if key}
 
 
 def _tells_splits(cells: Sequence[Any]) -> bool:
-    return all(str(cell).lower() in SPLITS for cell in cells)
+    """Whether cells are words for splits, or some are and say which images are for training and which for testing."""
+    known = {SPLITS.get(str(cell).lower()) for cell in cells}
+    return None not in known or ("train" in known and len(known) > 2)
 
 
 def listed_part(listing: Listing, name: str, how: Reading, beside: Sequence[str] = ()) -> Part:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import glob
+import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dstill.data.catalog import Entry
-from dstill.data.columns import part_of
+from dstill.data.columns import check_imagenet, part_of, renumbered
 from dstill.data.folders import folder_parts
+from dstill.data.labels import Labels
 from dstill.data.listings import SUFFIXES, is_list, listed_parts, read_listing
 from dstill.data.objects import archive
 from dstill.data.parquet import parquet_parts, with_sibling
-from dstill.data.splits import Parts, Reading
+from dstill.data.pictures import Pictures
+from dstill.data.splits import Part, Parts, Reading, usual
 from dstill.errors import DstillError
 
 _SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # what `save_to_disk` leaves
@@ -43,15 +47,24 @@ def parts_at(pattern: str, name: str, entry: Entry, how: Reading) -> Parts:
         return _saved(path, name, entry, how)
     if path.is_dir():
         tables = sorted(path.rglob("*.parquet"))
-        return parquet_parts(path, tables, name, entry, how) if tables else folder_parts(path, name, how)
-    if path.is_file() and path.suffix == ".npz":
+        if tables:
+            return parquet_parts(path, tables, name, entry, how)
+        parts = folder_parts(path, name, how)
+        return (
+            {key: functools.partial(_of_imagenet, read, name, entry) for key, read in parts.items()}
+            if entry.imagenet_ids
+            else parts
+        )
+    if entry.imagenet_ids and path.is_file() and (path.suffix.lower() == ".npz" or is_list(path)):
+        raise DstillError(f"{name} is drawn from the classes of ImageNet: pass class folders or Parquet files, not {path}")
+    if path.is_file() and path.suffix.lower() == ".npz":
         return archive(_npz(path), str(path), how)
     if path.is_file() and is_list(path):
         return _list(path, name, how)
     tables = with_sibling(path) if path.is_file() else sorted(Path(match) for match in glob.glob(str(path)))
     if not tables:
         raise DstillError(f"{path} does not exist: pass {KINDS}")
-    wrong = next((file for file in tables if file.suffix != ".parquet"), None)
+    wrong = next((file for file in tables if file.suffix.lower() != ".parquet"), None)
     if wrong is not None and wrong.suffix.lower() in _PACKED:
         raise DstillError(f"{wrong} is a packed file: unpack it, and pass the folder")
     if wrong is not None and wrong.suffix.lower() in _PYTHON:
@@ -61,13 +74,28 @@ def parts_at(pattern: str, name: str, entry: Entry, how: Reading) -> Parts:
     return parquet_parts(path, tables, name, entry, how)
 
 
+def _of_imagenet(read: Callable[[], Part], name: str, entry: Entry) -> Part:
+    """The images of a subset, in class folders that are called by WordNet ids. Their order is that of ILSVRC-1k."""
+    part = read()
+    if part.labels.hidden:
+        return part
+    check_imagenet(name, part.labels.names)
+    odd = next((folder for folder in part.labels.names if not re.fullmatch(r"n[0-9]{8}", folder)), None)
+    if odd is not None:
+        raise DstillError(f"{name} needs folders that are called by WordNet ids, such as n01440764, but there is {odd}")
+    wanted = [row for row, c in enumerate(part.labels.ids.tolist()) if c in set(entry.imagenet_ids)]
+    assert isinstance(part.images, Pictures)
+    images = Pictures(name, [part.images.cells[row] for row in wanted])
+    return Part(images, renumbered(Labels(part.labels.ids[wanted], part.labels.names), entry))
+
+
 def _saved(path: Path, name: str, entry: Entry, how: Reading) -> Parts:
     """The splits of what `datasets` has saved to disk."""
     import datasets
 
     saved = datasets.load_from_disk(str(path))
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    return {split: functools.partial(part_of, name, table, entry, how) for split, table in splits.items()}
+    return {usual(split): functools.partial(part_of, name, table, entry, how) for split, table in splits.items()}
 
 
 def _npz(path: Path) -> Any:

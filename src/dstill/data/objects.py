@@ -18,7 +18,7 @@ from dstill.data.arrays import is_archive, pairs_of, pixels, tensor
 from dstill.data.catalog import Entry
 from dstill.data.labels import read_labels
 from dstill.data.pictures import Pictures, resize
-from dstill.data.splits import SPLITS, Part, Parts, Reading
+from dstill.data.splits import Part, Parts, Reading, usual
 from dstill.data.walking import is_image
 from dstill.errors import DstillError
 
@@ -46,7 +46,7 @@ def parts_of(source: Any, how: Reading) -> Parts:
         source = {"train": source[0], "test": source[1]}
     if not isinstance(source, Mapping):
         source = {"train": source}
-    named = {SPLITS.get(str(key).lower(), str(key)): value for key, value in source.items()}
+    named = {usual(str(key)): value for key, value in source.items()}
     if "train" not in named and is_archive(named):
         return archive(source, NAME, how)
     if "train" not in named:
@@ -74,7 +74,7 @@ def archive(arrays: Mapping[str, Any], name: str, how: Reading) -> Parts:
         except Exception as error:  # numpy raises many types for damaged or pickled members
             raise DstillError(f"{name}: the arrays {images} and {labels} cannot be read ({error})") from error
 
-    return {SPLITS.get(split, split): functools.partial(read, split) for split in pairs}
+    return {split: functools.partial(read, split) for split in pairs}
 
 
 def _part(source: Any, split: str, how: Reading) -> Part:

@@ -15,7 +15,8 @@ from torch import Tensor
 from dstill.data.walking import is_foreign
 from dstill.errors import DstillError
 
-_GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
+_GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
+_DARK = 1 << 14  # a largest value of 16-bit images below which they use only the lowest bits
 _TICK = 200  # images
 _NAMED = 20  # damaged images that an error names
 
@@ -66,15 +67,18 @@ class Pictures:
             uint8 `[N, C, H, W]`, and the damaged images, whose place in the tensor is not filled.
 
         Raises:
-            DstillError: images differ in size.
+            DstillError: images differ in size, or have 16 bits and use only the lowest of them.
         """
         decoded: np.ndarray | None = None
         faults: list[Fault] = []
+        deepest: int | None = None  # the largest value of all 16-bit images
         for row, cell in enumerate(self.cells):
             if row % _TICK == 0:
                 tick(row)
             try:
                 opened = _upright(cell)
+                if _is_deep(opened):
+                    deepest = max(deepest or 0, int(np.asarray(opened).max()))
                 image = _opaque(_eight_bit(opened)).convert(mode)
             except _DamageError as damage:
                 faults.append(Fault(row, _path(cell), str(damage)))
@@ -89,6 +93,11 @@ class Pictures:
                 )
             decoded[row] = array
         tick(len(self.cells))
+        if deepest is not None and deepest < _DARK:
+            raise DstillError(
+                f"images of {self.name} have 16 bits, but no value above {deepest:,}, so that they would be nearly black. "
+                f"Convert them, for example by (image >> {max(0, deepest.bit_length() - 8)}).astype('uint8')"
+            )
         if decoded is None:
             return torch.empty(len(self.cells), 3 if mode == "RGB" else 1, 0, 0, dtype=torch.uint8), faults
         tensor = torch.from_numpy(decoded)
@@ -120,7 +129,7 @@ def _path(cell: Any) -> str:
 def _open(cell: Any) -> Image.Image:
     """The image of a cell, whose pixels may not be read yet."""
     image = cell if isinstance(cell, Image.Image) else _of_file(cell)
-    if image.mode in ("I", "F"):
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # Pillow has a mode of 32 bits for 16-bit PGM
         raise _DamageError("the range of its 32-bit values is not known")
     return image
 
@@ -164,9 +173,12 @@ def _upright(cell: Any) -> Image.Image:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """Scales 16-bit grey to 8 bits; Pillow's own conversion would clip every value above 255 to white."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if _is_deep(image) else image
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether an image is of 16-bit grey."""
+    return image.mode == "I" or image.mode.startswith("I;16")
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -280,6 +281,9 @@ def load_real(
         raise DstillError(f"classes must be a list of names, got the text {classes!r}")
     if isinstance(class_names, str):
         raise DstillError(f"class_names must be a list of names, got the text {class_names!r}")
+    twice = [name for name, count in Counter(map(str, class_names or ())).items() if count > 1]
+    if twice:
+        raise DstillError(f"class_names has {', '.join(map(repr, twice))} more than once: give each class a name of its own")
     if image_size is not None and image_size < 1:
         raise DstillError(f"image_size must be at least 1 pixel, got {image_size}")
     reporter = reporter_of(progress)
@@ -316,6 +320,11 @@ def _reduced(real: RealSet, classes: Sequence[str] | None, train_fraction: float
         real = replace(real, train=real.train.take(kept), fingerprint="")
     if real.classes < 2:
         raise DstillError(f"{real.name} has {real.classes} class: distillation needs at least two")
+    counts = torch.bincount(real.train.labels, minlength=real.classes)
+    if not bool(counts.all()) and classes:
+        raise DstillError(f"{real.name} has no training image of the class {real.class_names[int(counts.argmin())]!r}")
+    if not len(real.test):
+        raise DstillError(f"{real.name} has no test images of the classes {', '.join(real.class_names)}: keep others")
     return real
 
 

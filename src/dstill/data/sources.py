@@ -17,7 +17,7 @@ from dstill.data.columns import part_of
 from dstill.data.labels import Labels
 from dstill.data.local import FILES, KINDS, parts_at
 from dstill.data.quiet import load_dataset
-from dstill.data.splits import Part, Parts, Raw, Reading, decoded
+from dstill.data.splits import Part, Parts, Raw, Reading, decoded, usual
 from dstill.errors import DstillError, suggest
 
 _FITS = ("pad", "resize", "crop", "error")
@@ -99,8 +99,10 @@ def _hub(name: str, entry: Entry, how: Reading) -> Parts:
     try:
         splits = load_dataset(entry.hub, entry.config)
     except Exception as error:  # the hub client raises many unrelated types, even for "no network" and "not found"
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        said = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
         raise DstillError(
-            f"{name!r} could not be fetched from the Hugging Face hub ({type(error).__name__}). Without a network, "
+            f"{name!r} could not be fetched from the Hugging Face hub ({said}). Without a network, "
             "pass a folder of images or Parquet files instead of the name"
         ) from error
-    return {split: functools.partial(part_of, name, table, entry, how) for split, table in splits.items()}
+    return {usual(split): functools.partial(part_of, name, table, entry, how) for split, table in splits.items()}

@@ -21,6 +21,11 @@ TEST_NAMES = ("test", "eval", "evaluation", *VALIDATION_NAMES)
 SPLITS = {name: name for name in ("train", *TEST_NAMES)} | {"training": "train", "testing": "test"}
 
 
+def usual(split: str) -> str:
+    """What a split is called here: `train` for `training`, `test` for `Testing`; other words stay as they are."""
+    return SPLITS.get(split.lower(), split)
+
+
 def _nobody(*_: object) -> None:
     pass
 

@@ -34,7 +34,10 @@ def load_protocol(name: str) -> Protocol:
         >>> load_protocol("ast").optimiser
         'sgd'
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
-    if not path.exists():
+    is_file = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_file else _FOLDER / f"{name}.yaml"
+    if is_file and not path.is_file():
+        raise DstillError(f"the protocol file {name} does not exist")
+    if not path.is_file():
         raise DstillError(f"unknown protocol {name!r}; {suggest(name, protocol_names())}")
     return yamls.validate(Protocol, yamls.read_mapping(path), str(path))

@@ -43,8 +43,15 @@ def import_experts(paths: Sequence[str | Path], folder: str | Path) -> Path:
     target, index = Path(folder), 0
     if any(target.glob("expert-*")):
         raise DstillError(f"{target} holds experts already, which would mix with these: pass another folder, or remove it")
-    for path in map(Path, paths):
-        for stacked in _buffer(path):
+    if not paths:
+        raise DstillError("no buffers are given: pass one file or more, such as replay_buffer_0.pt")
+    buffers = [(path, _buffer(path)) for path in map(Path, paths)]
+    numbers = {trajectory.shape[1] for _, trajectories in buffers for trajectory in trajectories}
+    if len(numbers) > 1:
+        several = " and ".join(map(str, sorted(numbers)))
+        raise DstillError(f"the buffers hold experts of different networks ({several} parameters): import each by itself")
+    for path, trajectories in buffers:
+        for stacked in trajectories:
             lengths = step_lengths(stacked).tolist()
             record = {"accuracy": [], "loss": [], "step_lengths": lengths}  # buffers do not record losses and accuracies
             save_expert(target, index, stacked, {"index": index, "record": record, "imported": path.name})

@@ -226,8 +226,9 @@ def train_missing(
 ) -> Path:
     """Trains the experts that are missing in a folder. Each is written atomically as soon as it is finished.
 
-    The number of workers does not change an expert. Existing files are checked first; a damaged file is set aside and its
-    expert is trained again. An expert with more epochs than needed is used as it is, and one with fewer is trained further,
+    The number of workers does not change an expert of a ConvNet with instance norm. Other networks are rounded differently by
+    another number of threads, which each worker has fewer of. Existing files are checked first; a damaged file is set aside and
+    its expert is trained again. An expert with more epochs than needed is used as it is, and one with fewer is trained further,
     since the two differ in nothing else.
 
     Args:

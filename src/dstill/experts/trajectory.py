@@ -115,6 +115,10 @@ class Trajectories:
             )
         self.paths = found[:count]
         self.headers = [self._header(path) for path in self.paths]
+        numbers = sorted({header["shape"][1] for header in self.headers})
+        if len(numbers) > 1:
+            several = " and ".join(map(str, numbers))
+            raise DstillError(f"{self.folder} holds experts of different networks ({several} parameters): keep them apart")
         recorded = min(header["shape"][0] for header in self.headers) - 1
         if epochs is not None and epochs > recorded:
             raise DstillError(f"{self.folder} has experts of {recorded} epochs, {epochs} are asked for: train longer ones")
@@ -164,10 +168,13 @@ class Trajectories:
         """The curves of all experts, one list for each expert, with one number for each epoch.
 
         Returns:
-            `accuracy`, a diagnostic (empty for imported experts), and `step_lengths`, |θ_t - θ_{t+1}|².
+            `accuracy`, a diagnostic (empty if some experts are imported, which do not have it), and `step_lengths`,
+            |θ_t - θ_{t+1}|².
         """
         records = [header["record"] for header in self.headers]
-        return {key: [record[key][: self.epochs] for record in records] for key in ("accuracy", "step_lengths")}
+        known = all(record["accuracy"] for record in records)
+        lengths = [record["step_lengths"][: self.epochs] for record in records]
+        return {"accuracy": [record["accuracy"][: self.epochs if known else 0] for record in records], "step_lengths": lengths}
 
     def summary(self) -> str:
         """A text with one line for each expert: the accuracy and |θ_t - θ_{t+1}|² of its last epoch, and its Avg_Var.

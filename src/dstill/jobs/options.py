@@ -128,7 +128,10 @@ class Budget(NamedTuple):
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Machine:
-    """Where the work is done, and with how much of the machine. On a CPU, none of it changes the numbers.
+    """Where the work is done, and with how much of the machine.
+
+    On a CPU, none of it changes the numbers of a ConvNet with instance norm. Other networks are rounded differently by another
+    number of threads.
 
     Attributes:
         device: auto, cpu, cuda or mps.

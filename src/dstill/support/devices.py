@@ -38,9 +38,14 @@ def resolve_device(name: str) -> torch.device:
     if not available[kind]:
         raise DstillError(f"this machine has no usable {kind} device: use --device auto or cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise DstillError(f"unknown device {name!r}: take one of {', '.join(_NAMES)}, or one by number like cuda:0") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise DstillError(
+            f"this machine has {count} cuda device(s), so {name!r} is none of them: take cuda:0 to cuda:{count - 1}"
+        )
+    return device
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -123,7 +128,9 @@ def _group_available() -> float:
     """Bytes that the memory limit of a container leaves (Linux control groups, version 2)."""
     folder = Path("/sys/fs/cgroup")
     try:
-        return float((folder / "memory.max").read_text()) - float((folder / "memory.current").read_text())
+        left = float((folder / "memory.max").read_text()) - float((folder / "memory.current").read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return left + float(statistics.get("inactive_file", 0))  # cached files, which the system gives up when asked
     except (OSError, ValueError):  # there is no limit: no such file, or the word "max"
         return float("inf")
 

@@ -173,8 +173,9 @@ def _in_processes(
     busy: dict[Connection, int] = {}
     waiting = iter(range(len(items)))
     processes: list[multiprocessing.context.SpawnProcess] = []
+    connections: list[Connection] = []
     try:
-        for _ in range(workers):
+        for _ in range(workers):  # all of them start before the first is waited for, which reads a large payload only then
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve, args=(there, threads, torch.are_deterministic_algorithms_enabled(), _card()), daemon=daemon
@@ -182,6 +183,8 @@ def _in_processes(
             process.start()
             processes.append(process)
             there.close()
+            connections.append(here)
+        for here in connections:
             _send(here, payload)
             _next(here, waiting, items, busy)
         while busy:
