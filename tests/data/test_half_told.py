@@ -96,6 +96,8 @@ def test_a_list_may_name_splits_that_are_for_neither(tmp_path: Path) -> None:
     real = load_real(str(listed(tmp_path, [*rows, ("x.png", "a", "extra"), ("y.png", "b", "")])), progress=notes)
     assert counts(real) == (4, 4), "the test images of the list stay test images"
     assert notes.have("2 images of") and notes.have("are left out, since their split is neither")
+    with pytest.raises(DstillError, match=r"no split 'extra' to test on; known: test$"):
+        load_real(str(tmp_path), test_split="extra")
     other = listed(tmp_path / "other", [(f"{i}.png", "ab"[i % 2], ["one", "two"][i % 2]) for i in range(8)])
     assert counts(load_real(str(other), test_fraction=0.5)) == (4, 4), "such a column says nothing of splits"
 
