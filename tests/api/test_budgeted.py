@@ -78,6 +78,14 @@ def test_a_run_within_a_budget_chooses_competes_and_measures(
     assert (out / "report.html").exists()
 
 
+def test_what_a_budget_hands_out_says_how_its_data_were_read(tmp_path: Path, options: dict[str, Any]) -> None:
+    digits = dstill.load_real("digits", train_fraction=0.1)
+    out = tmp_path / "run"
+    dstill.run(digits, out=out, **options)
+    assert json.loads((out / "set-0" / "source.json").read_text()) == {"source": "digits", "train_fraction": 0.1}
+    assert "dstill evaluate" in (out / "report.html").read_text()
+
+
 def test_a_run_within_a_budget_starts_from_a_given_set_without_rivals(
     tiny_real: RealSet, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -102,8 +110,11 @@ def test_the_same_call_goes_on_with_the_choice_of_the_first(
     assert torch.equal(dstill.DistilledSet.load(out).images, images)
     with pytest.raises(dstill.DstillError, match=r"another request \(minutes: 60 there, 61 now\)"):
         dstill.run(tiny_real, out=out, **{**options, "minutes": 61})
+    given = dstill.distill(tiny_real, method="random", recipe="smoke", changes=["net.width=4"])
+    with pytest.raises(dstill.DstillError, match=r"another request \(initial: None there, [0-9a-f]+ now\)"):
+        dstill.run(tiny_real, init=given, out=out, **options)
     without = dstill.Evaluation(random=False)
-    with pytest.raises(dstill.DstillError, match=r"another request \(random: True there, False now\)"):
+    with pytest.raises(dstill.DstillError, match=r"another request \(random: None there, False now\)"):
         dstill.run(tiny_real, out=out, evaluation=without, **options)
     (out / budgeted.NAME).write_text("{")
     with pytest.raises(dstill.DstillError, match="is damaged: remove the folder"):

@@ -99,6 +99,22 @@ def test_stored_images_stay_stored(tmp_path: Path) -> None:
     assert back.parts == 2 and back.images.shape == held.images.shape
 
 
+def test_exact_images_are_not_overwritten(tiny_real: RealSet, tmp_path: Path) -> None:
+    one = make(tiny_real)
+    one.save(tmp_path)
+    with pytest.raises(DstillError, match="holds a set with exact images, which would be lost: pass another folder"):
+        DistilledSet.load(tmp_path).export("compact", tmp_path)
+    assert torch.equal(DistilledSet.load(tmp_path).images, one.images)
+    for _ in range(2):
+        one.export("compact", tmp_path / "small")
+
+
+def test_a_whitening_that_could_not_be_fitted_again_is_not_left_behind(tiny_real: RealSet, tmp_path: Path) -> None:
+    own = make(tiny_real, preprocess.fit("zca", tiny_real.train.images))
+    with pytest.raises(DstillError, match="not that of known data, and could not be fitted again: export dstill"):
+        own.export("compact", tmp_path)
+
+
 def test_older_versions_refuse_it_with_advice(tiny_real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = set_file.save_compact(make(tiny_real), tmp_path)
     monkeypatch.setattr(files, "FORMAT", 3)

@@ -91,3 +91,13 @@ def test_what_is_dumped_is_read_back_with_its_types(values: dict[str, object]) -
     read = yamls.parse(yamls.dump(values), "here")
     assert read == values
     assert [type(value) for value in read.values()] == [type(value) for value in values.values()]
+
+
+@pytest.mark.parametrize("text", ["12:00:00", "1:00:00", "2:30", "0017"])
+def test_a_time_is_a_word(text: str) -> None:
+    assert yamls.parse(text, "here") == text
+    assert yamls.parse(yamls.dump({"time": text}), "here") == {"time": text}
+
+
+def test_whole_numbers_are_whole() -> None:
+    assert [yamls.parse(text, "here") for text in ("0", "-3", "+12", "1_000")] == [0, -3, 12, 1000]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,14 @@ def test_a_subset_takes_its_classes_from_a_folder_copy_of_imagenet(few: list[str
     assert real.class_names == (few[3], few[1]) and real.known == "nette" and counts(real) == (4, 4)
     values = {int(image.float().mean()): int(label) for image, label in zip(real.train.images, real.train.labels, strict=True)}
     assert values == {120: 0, 40: 1}
+
+
+def test_a_copy_of_the_subset_itself_is_taken_as_it_is(few: list[str], tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in (few[1], few[3]):
+            picture(tmp_path / split / name / "0.png")
+    real = load_real(f"nette@{tmp_path}")
+    assert real.class_names == (few[1], few[3]) and real.known == "nette"
 
 
 def test_a_folder_without_all_classes_of_imagenet_is_no_copy(few: list[str], tmp_path: Path) -> None:
@@ -121,6 +130,18 @@ def test_training_and_testing_are_the_same_words_everywhere(kind: str, tmp_path:
     assert counts(load_real(str(path))) == (4, 4)
 
 
+def test_a_split_keeps_its_name_where_another_has_the_usual_one(tmp_path: Path) -> None:
+    def table(count: int) -> datasets.Dataset:
+        blank = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+        return datasets.Dataset.from_dict({"image": [blank] * count, "label": [i % 2 for i in range(count)]})
+
+    saved = datasets.DatasetDict({"Training": table(4), "test": table(2), "testing": table(6)})
+    saved.save_to_disk(str(tmp_path))
+    for source in (str(tmp_path), saved):
+        assert counts(load_real(source)) == (4, 2)
+        assert counts(load_real(source, test_split="testing")) == (4, 6)
+
+
 def test_a_file_of_parquet_may_be_called_in_capitals(tmp_path: Path) -> None:
     pixels = [[[0, 255], [3, 4]]] * 4  # lists of Python numbers, which become int64
     table = datasets.Dataset.from_dict({"image": pixels, "y": [0, 1, 0, 1]})
@@ -161,6 +182,10 @@ def test_images_of_12_of_16_bits_would_be_black(tmp_path: Path) -> None:
     says = r"have 16 bits, but no value above 4,095, .* by \(image >> 4\)\.astype\('uint8'\)"
     with pytest.raises(DstillError, match=says):
         load_real(str(deep(tmp_path / "dark", 4095)))
+    half = deep(tmp_path / "half", 40_000)
+    for label in ("a", "b"):
+        shutil.copy(tmp_path / "dark" / "test" / label / "0.png", half / "test" / label / "0.png")
+    assert load_real(str(half)).test.images.max() == 15, "dark test images beside bright training images are just dark"
     assert load_real(str(deep(tmp_path / "bright", 40_000))).train.images.unique().tolist() == [0, 1, 2, 156]
 
 

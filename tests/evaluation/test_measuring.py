@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,3 +265,22 @@ def test_a_set_whose_protocol_stayed_behind_is_measured_by_another(syn: Distille
     with pytest.raises(DstillError, match=r"^unknown protocol 'shrot'"):
         dstill.evaluate(alone, tiny_real, protocol="shrot")
     assert dstill.evaluate(alone, tiny_real, protocol=short, random=False).protocol.name == "short"
+
+
+def test_protocols_that_share_a_name_are_not_mixed_up(
+    syn: DistilledSet, tiny_real: RealSet, short: str, tmp_path: Path
+) -> None:
+    text = Path(short).read_text()
+    files = [tmp_path / "same.yaml", tmp_path / "other.yaml"]
+    for file, passes in zip(files, ("", "1"), strict=True):
+        file.write_text(re.sub(r"passes: (\d+)", rf"passes: \g<1>{passes}", text))
+    also = dstill.Evaluation(networks=1, random=False, also=(str(files[1]),))
+    ask = functools.partial(dstill.evaluate, syn, tiny_real, protocol=short, random=False, networks=1)
+    assert ask(also=[str(files[0])]).also == {}, "the same protocol twice"
+    with pytest.raises(DstillError, match=r"two different protocols are called short.*change the name or version"):
+        ask(also=[str(files[1])])
+    with pytest.raises(DstillError, match="two different protocols"):
+        dstill.run(
+            tiny_real, method="random", recipe="smoke", changes=[f"protocol={short}"], evaluation=also, out=tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists(), "before anything is made"

@@ -119,6 +119,15 @@ def test_a_folder_of_a_run_from_other_images_is_refused_before_an_expert_is_trai
     assert not (tmp_path / "elsewhere" / "experts").exists()
 
 
+def test_a_set_of_other_classes_is_no_start(tiny_real: RealSet, tmp_path: Path) -> None:
+    place = dstill.Machine(cache=tmp_path)
+    given = dstill.distill(tiny_real, method="random", recipe="smoke", changes=["net.width=4"], machine=place)
+    turned = dstill.load_real(tiny_real, classes=tiny_real.class_names[::-1])
+    with pytest.raises(DstillError, match="start from a set of these classes, in this order"):
+        dstill.distill(turned, init=given, machine=place, **SETTINGS)
+    dstill.distill(turned, init=replace(given, class_names=("0", "1", "2")), machine=place, **SETTINGS)
+
+
 def test_the_name_of_another_method_does_not_change_settings(tiny_real: RealSet) -> None:
     recipe = load_recipe("cifar10/ast-ipc1")
     with pytest.raises(DstillError, match="is for method 'ast', not 'mtt'"):

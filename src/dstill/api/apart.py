@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dstill.api.run import run_job
+from dstill.artifacts.distilled import FILE_NAME
 from dstill.artifacts.files import write_text
 from dstill.artifacts.record import RESULT_NAME
 from dstill.artifacts.result import Result
@@ -55,21 +56,22 @@ def run_apart(job: Job, folder: Path, task: Task, asked: Mapping[str, Any]) -> R
     if finished.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == text:
         reporter.note(f"{finished} is finished: reused")
         return Result.load(finished)
-    for old in (stamp, folder / _ENVIRONMENT):  # from now on, a result in the folder may belong to another run
-        old.unlink(missing_ok=True)
+    made_on, evaluated_anew = folder / _ENVIRONMENT, (folder / "set-0" / FILE_NAME).exists()
+    stamp.unlink(missing_ok=True)  # from now on, a result in the folder may belong to another run
     if job.place.fresh:
         result = run_job(job, folder, task)
     else:
         quiet = replace(job, place=replace(job.place, reporter=Silent()))  # reporters stay in the process that displays them
         work = functools.partial(_work, quiet, folder, task)
         result = apart(work, None, lambda _, told: pass_on(told, reporter))
-    write_text(folder / _ENVIRONMENT, json.dumps(_here(job.place.device), indent=1) + "\n")
+    if not (evaluated_anew and made_on.exists()):
+        write_text(made_on, json.dumps(_here(job.place.device), indent=1) + "\n")
     write_text(stamp, text)
     return result
 
 
 def environment(folder: Path, device: torch.device) -> dict[str, str]:
-    """The machine that made the finished run of a folder; this one if the folder holds none."""
+    """The machine that distilled the set of a folder; this one if the folder holds none."""
     try:
         return dict(json.loads((folder / _ENVIRONMENT).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError):

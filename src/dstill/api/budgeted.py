@@ -16,7 +16,7 @@ from dstill.artifacts.run_folder import IDENTITY_NAME
 from dstill.config import recipes
 from dstill.config.settings import Recipe, canonical
 from dstill.data.real import RealSet, Source, load_real
-from dstill.distillation.folder import sharing
+from dstill.distillation.folder import identity_of_initial, sharing
 from dstill.distillation.loop import Cadence, run_method
 from dstill.errors import DamagedFileError, DstillError
 from dstill.jobs.job import Job, Task, Workplace, shape_of
@@ -73,8 +73,9 @@ class Chosen(BaseModel):
             found = cls.model_validate_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DamagedFileError(f"{path} is damaged: remove the folder ({error})") from error
+        there = found.asked
         changed = [
-            f"{key}: {found.asked.get(key)} there, {value} now" for key, value in asked.items() if found.asked.get(key) != value
+            f"{key}: {there.get(key)} there, {asked.get(key)} now" for key in there | asked if there.get(key) != asked.get(key)
         ]
         if changed:
             raise DstillError(f"{folder} holds a run of another request ({'; '.join(changed)}): pass another -o, or remove it")
@@ -114,14 +115,18 @@ class Budgeted:
         expect(reporter, [stage.expectation for stage in self.chosen.offer.stages])
 
     def _asked(self) -> dict[str, Any]:
+        """What identifies the request. What is rarely asked for is left out where it is not."""
+        task, rare = self._task, identity_of_initial(self._task.initial)
+        rare |= {} if task.experts is None else {"experts": task.experts.identity}
+        rare |= {} if task.evaluation.random else {"random": False}
         return {
+            **rare,
             "minutes": self.budget.minutes,
             "recipe": canonical(self.job.recipe, exclude={"note"}),
             "data": self.job.real.fingerprint,
             "seeds": list(self.job.seeds),
-            "sets": self._task.sets,
-            "networks": self._task.evaluation.networks,
-            "random": self._task.evaluation.random,
+            "sets": task.sets,
+            "networks": task.evaluation.networks,
         }
 
     def _offers(self) -> tuple[Offer, Offer | None]:

@@ -20,7 +20,7 @@ from dstill.data.real import RealSet, Source, load_real
 from dstill.errors import DstillError
 from dstill.evaluation.baselines import random_baseline, random_trainings, whole_set
 from dstill.evaluation.networks import Measured, Trial, TrialProgress, learning_rate, measure, prepared, trials_of
-from dstill.evaluation.protocols import load_protocol
+from dstill.evaluation.protocols import further_protocols, load_protocol
 from dstill.experts.trained import Labeller
 from dstill.jobs.job import Workplace
 from dstill.jobs.options import Evaluation, Machine, Names, Networks, at_least_one
@@ -120,7 +120,7 @@ def measure_sets(
     first = sets[0]
     chosen = protocol_of(first, protocol)
     count, configs = evaluation.networks or chosen.networks, networks_of(first, evaluation)
-    others = [other for other in map(load_protocol, evaluation.also) if _id(other) != _id(chosen)]
+    others = further_protocols(chosen, evaluation.also)
     if announced:
         announce_evaluation(first, len(sets), real, chosen, evaluation, place)
     test = prepared(real.test, first.preprocess, place.device)

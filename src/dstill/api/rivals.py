@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dstill.artifacts.distilled import DistilledSet
+from dstill.artifacts.record import DataSource
 from dstill.artifacts.result import Score
 from dstill.config.registry import method_info
 from dstill.config.settings import Recipe, TrainingConfig, settings_class
@@ -62,6 +63,8 @@ def best_of(distilled: DistilledSet, job: Job, rivals: Rivals, folder: Path, rea
     shutil.copytree(source, target)
     winner = replace(sets[best], data=real.name, data_fingerprint=real.fingerprint)
     winner.save(target)
+    if real.read_as:
+        DataSource.of(real.read_as).save(target)
     return winner
 
 

@@ -108,14 +108,24 @@ def save_compact(distilled: DistilledSet, path: str | Path) -> Path:
         The file.
 
     Raises:
-        DstillError: images, labels or α are not finite.
+        DstillError: images, labels or α are not finite; the file holds a set with exact images, which would be lost; or the
+            whitening was fitted on data that nobody knows, so that it could not be fitted again.
     """
     target = _target(distilled, path)
+    if target.exists() and _holds_exact_images(target):
+        raise DstillError(f"{target} holds a set with exact images, which would be lost: pass another folder")
+    if isinstance(distilled.preprocess, ZCA) and not distilled.preprocess.fingerprint:
+        raise DstillError("the whitening of this set is not that of known data, and could not be fitted again: export dstill")
     exact, said = _contents(distilled, whole=False)
     eight = EightBits.of(distilled.images)
     contents = exact | dict(zip(("images", *_RANGE), (eight.content, eight.low, eight.high), strict=True))
     files.save(target, KIND, contents, said, since=_EIGHT_BITS_SINCE)
     return target
+
+
+def _holds_exact_images(path: Path) -> bool:
+    with files.opened(path, None) as (_, file):
+        return "images" in file.keys() and file.get_slice("images").get_dtype() != "U8"  # noqa: SIM118 (not a mapping)
 
 
 def _target(distilled: DistilledSet, path: str | Path) -> Path:

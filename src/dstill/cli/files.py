@@ -144,10 +144,11 @@ def show(path: Path, *, png: Path | None = None, stored: Flag = False, source: s
     """
     from dstill.cli.show import describe, print_drawing, write_picture
 
+    real = data.load(source, Common()) if source else None
     print(printable(describe(path)))
-    print_drawing(path, stored=stored)
+    print_drawing(path, real=real, stored=stored)
     if png is not None:
-        write_picture(path, png, real=data.load(source, Common()) if source else None, stored=stored)
+        write_picture(path, png, real=real, stored=stored)
         print(f"pictures: {png}")
 
 

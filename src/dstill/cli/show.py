@@ -49,7 +49,7 @@ def write_picture(path: Path, png: Path, *, real: RealSet | None = None, stored:
     save_grid(one if real is None else whitening.completed(one, real, cache_folder()), png, stored=stored)
 
 
-def print_drawing(path: Path, *, stored: bool = False) -> None:
+def print_drawing(path: Path, *, real: RealSet | None = None, stored: bool = False) -> None:
     """Draws the images of a set, or of the first set of a run folder, if there are some and the terminal has colours."""
     console = Console(highlight=False)
     if not can_draw(console):
@@ -58,6 +58,7 @@ def print_drawing(path: Path, *, stored: bool = False) -> None:
     file = folder / FILE_NAME if folder.is_dir() else set_file.located(folder)
     if file.suffix == ".safetensors" and file.exists():
         one = set_file.read(file)
+        one = one if real is None else whitening.completed(one, real, cache_folder())
         if not isinstance(one.preprocess, MissingWhitening):
             console.print(Drawing(one, stored=stored))
 

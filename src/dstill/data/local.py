@@ -20,7 +20,7 @@ from dstill.data.listings import SUFFIXES, is_list, listed_parts, read_listing
 from dstill.data.objects import archive
 from dstill.data.parquet import parquet_parts, with_sibling
 from dstill.data.pictures import Pictures
-from dstill.data.splits import Part, Parts, Reading, usual
+from dstill.data.splits import Part, Parts, Reading, keyed
 from dstill.errors import DstillError
 
 _SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # what `save_to_disk` leaves
@@ -79,10 +79,13 @@ def _of_imagenet(read: Callable[[], Part], name: str, entry: Entry) -> Part:
     part = read()
     if part.labels.hidden:
         return part
-    check_imagenet(name, part.labels.names)
+    if len(part.labels.names) != len(entry.imagenet_ids):  # else a copy of the subset itself
+        check_imagenet(name, part.labels.names)
     odd = next((folder for folder in part.labels.names if not re.fullmatch(r"n[0-9]{8}", folder)), None)
     if odd is not None:
         raise DstillError(f"{name} needs folders that are called by WordNet ids, such as n01440764, but there is {odd}")
+    if len(part.labels.names) == len(entry.imagenet_ids):
+        return part
     wanted = [row for row, c in enumerate(part.labels.ids.tolist()) if c in set(entry.imagenet_ids)]
     assert isinstance(part.images, Pictures)
     images = Pictures(name, [part.images.cells[row] for row in wanted])
@@ -95,7 +98,7 @@ def _saved(path: Path, name: str, entry: Entry, how: Reading) -> Parts:
 
     saved = datasets.load_from_disk(str(path))
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    return {usual(split): functools.partial(part_of, name, table, entry, how) for split, table in splits.items()}
+    return {split: functools.partial(part_of, name, table, entry, how) for split, table in keyed(splits).items()}
 
 
 def _npz(path: Path) -> Any:

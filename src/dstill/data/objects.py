@@ -18,7 +18,7 @@ from dstill.data.arrays import is_archive, pairs_of, pixels, tensor
 from dstill.data.catalog import Entry
 from dstill.data.labels import read_labels
 from dstill.data.pictures import Pictures, resize
-from dstill.data.splits import Part, Parts, Reading, usual
+from dstill.data.splits import Part, Parts, Reading, keyed
 from dstill.data.walking import is_image
 from dstill.errors import DstillError
 
@@ -46,7 +46,7 @@ def parts_of(source: Any, how: Reading) -> Parts:
         source = {"train": source[0], "test": source[1]}
     if not isinstance(source, Mapping):
         source = {"train": source}
-    named = {usual(str(key)): value for key, value in source.items()}
+    named = keyed({str(key): value for key, value in source.items()})
     if "train" not in named and is_archive(named):
         return archive(source, NAME, how)
     if "train" not in named:

@@ -44,6 +44,7 @@ class Pictures:
 
     def __init__(self, name: str, cells: Sequence[Any]) -> None:
         self.name, self.cells = name, cells
+        self.deepest: int | None = None  # the largest value of the 16-bit images that are decoded
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -67,18 +68,17 @@ class Pictures:
             uint8 `[N, C, H, W]`, and the damaged images, whose place in the tensor is not filled.
 
         Raises:
-            DstillError: images differ in size, or have 16 bits and use only the lowest of them.
+            DstillError: images differ in size.
         """
         decoded: np.ndarray | None = None
         faults: list[Fault] = []
-        deepest: int | None = None  # the largest value of all 16-bit images
         for row, cell in enumerate(self.cells):
             if row % _TICK == 0:
                 tick(row)
             try:
                 opened = _upright(cell)
                 if _is_deep(opened):
-                    deepest = max(deepest or 0, int(np.asarray(opened).max()))
+                    self.deepest = max(self.deepest or 0, int(np.asarray(opened).max()))
                 image = _opaque(_eight_bit(opened)).convert(mode)
             except _DamageError as damage:
                 faults.append(Fault(row, _path(cell), str(damage)))
@@ -93,15 +93,20 @@ class Pictures:
                 )
             decoded[row] = array
         tick(len(self.cells))
-        if deepest is not None and deepest < _DARK:
-            raise DstillError(
-                f"images of {self.name} have 16 bits, but no value above {deepest:,}, so that they would be nearly black. "
-                f"Convert them, for example by (image >> {max(0, deepest.bit_length() - 8)}).astype('uint8')"
-            )
         if decoded is None:
             return torch.empty(len(self.cells), 3 if mode == "RGB" else 1, 0, 0, dtype=torch.uint8), faults
         tensor = torch.from_numpy(decoded)
         return tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous(), faults
+
+
+def refuse_dark(splits: Sequence[Pictures]) -> None:
+    """Raises `DstillError` if the 16-bit images of all splits use only the lowest bits, as those of 12-bit cameras do."""
+    found = [one.deepest for one in splits if one.deepest is not None]
+    if found and (largest := max(found)) < _DARK:
+        raise DstillError(
+            f"images of {splits[0].name} have 16 bits, but no value above {largest:,}, so that they would be nearly black. "
+            f"Convert them, for example by (image >> {max(0, largest.bit_length() - 8)}).astype('uint8')"
+        )
 
 
 def damaged(name: str, faults: Sequence[Fault]) -> str:

@@ -17,7 +17,7 @@ from dstill.data.columns import part_of
 from dstill.data.labels import Labels
 from dstill.data.local import FILES, KINDS, parts_at
 from dstill.data.quiet import load_dataset
-from dstill.data.splits import Part, Parts, Raw, Reading, decoded, usual
+from dstill.data.splits import Part, Parts, Raw, Reading, decoded, keyed
 from dstill.errors import DstillError, suggest
 
 _FITS = ("pad", "resize", "crop", "error")
@@ -105,4 +105,4 @@ def _hub(name: str, entry: Entry, how: Reading) -> Parts:
             f"{name!r} could not be fetched from the Hugging Face hub ({said}). Without a network, "
             "pass a folder of images or Parquet files instead of the name"
         ) from error
-    return {usual(split): functools.partial(part_of, name, table, entry, how) for split, table in splits.items()}
+    return {split: functools.partial(part_of, name, table, entry, how) for split, table in keyed(splits).items()}

@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dstill.data.labels import Labels
-from dstill.data.pictures import Fault, Pictures, damaged, resize
+from dstill.data.pictures import Fault, Pictures, damaged, refuse_dark, resize
 from dstill.errors import DstillError, suggest
 
 VALIDATION_NAMES = ("val", "valid", "validation", "dev")
 TEST_NAMES = ("test", "eval", "evaluation", *VALIDATION_NAMES)
+_T = TypeVar("_T")
 # The usual words for splits, and what they are called here.
 SPLITS = {name: name for name in ("train", *TEST_NAMES)} | {"training": "train", "testing": "test"}
 
@@ -24,6 +25,11 @@ SPLITS = {name: name for name in ("train", *TEST_NAMES)} | {"training": "train",
 def usual(split: str) -> str:
     """What a split is called here: `train` for `training`, `test` for `Testing`; other words stay as they are."""
     return SPLITS.get(split.lower(), split)
+
+
+def keyed(splits: Mapping[str, _T]) -> dict[str, _T]:
+    """Splits by what they are called here. A name stays as it is if another split has the usual one."""
+    return {split if usual(split) in splits else usual(split): one for split, one in splits.items()}
 
 
 def _nobody(*_: object) -> None:
@@ -183,6 +189,7 @@ def _decode(name: str, parts: Sequence[Part], how: Reading, size: int | None, fi
             kept = torch.from_numpy(np.delete(np.arange(len(labels)), [fault.row for fault in bad]))
             images, labels = images[kept], labels[kept]
         found.append(RawSplit(images, labels, part.labels.names))
+    refuse_dark([part.images for part in parts if isinstance(part.images, Pictures)])
     if faults and not how.skip_damaged:
         remedy = "repair or remove it" if len(faults) == 1 else "repair or remove them"
         raise DstillError(f"{damaged(name, faults)}: {remedy}, or pass --skip-damaged (skip_damaged=True)")

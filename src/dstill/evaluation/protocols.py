@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dstill.config import yamls
@@ -41,3 +42,18 @@ def load_protocol(name: str) -> Protocol:
     if not path.is_file():
         raise DstillError(f"unknown protocol {name!r}; {suggest(name, protocol_names())}")
     return yamls.validate(Protocol, yamls.read_mapping(path), str(path))
+
+
+def further_protocols(chosen: Protocol, names: Sequence[str]) -> list[Protocol]:
+    """The protocols of these names or files that differ from the first one.
+
+    Raises:
+        DstillError: as `load_protocol`; or two different ones have the same name and version.
+    """
+    found = [other for other in map(load_protocol, names) if other != chosen]
+    seen = {(chosen.name, chosen.version): chosen}
+    for other in found:
+        if seen.setdefault((other.name, other.version), other) != other:
+            said = f"{other.name}, version {other.version}"
+            raise DstillError(f"two different protocols are called {said}: change the name or version in one of the files")
+    return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from dstill.artifacts.foreign import trusted
 from dstill.errors import DstillError
 from dstill.experts.smooth import step_lengths
-from dstill.experts.trajectory import save_expert
+from dstill.experts.trajectory import expert_path, save_expert
 
 
 def import_experts(paths: Sequence[str | Path], folder: str | Path) -> Path:
@@ -45,13 +45,15 @@ def import_experts(paths: Sequence[str | Path], folder: str | Path) -> Path:
         raise DstillError(f"{target} holds experts already, which would mix with these: pass another folder, or remove it")
     if not paths:
         raise DstillError("no buffers are given: pass one file or more, such as replay_buffer_0.pt")
-    buffers = [(path, _buffer(path)) for path in map(Path, paths)]
-    numbers = {trajectory.shape[1] for _, trajectories in buffers for trajectory in trajectories}
-    if len(numbers) > 1:
-        several = " and ".join(map(str, sorted(numbers)))
-        raise DstillError(f"the buffers hold experts of different networks ({several} parameters): import each by itself")
-    for path, trajectories in buffers:
-        for stacked in trajectories:
+    first: int | None = None
+    for path in map(Path, paths):
+        for stacked in _buffer(path):
+            first = stacked.shape[1] if first is None else first
+            if stacked.shape[1] != first:
+                for written in range(index):
+                    expert_path(target, written).unlink()
+                several = f"{first} and {stacked.shape[1]} parameters"
+                raise DstillError(f"the buffers hold experts of different networks ({several}): import each by itself")
             lengths = step_lengths(stacked).tolist()
             record = {"accuracy": [], "loss": [], "step_lengths": lengths}  # buffers do not record losses and accuracies
             save_expert(target, index, stacked, {"index": index, "record": record, "imported": path.name})

@@ -12,7 +12,7 @@ from dstill.data import formation, siamese
 from dstill.data.real import VALIDATION_FRACTION, RealSet, check_ipc, stratified
 from dstill.distillation.sinks import check_sinks
 from dstill.errors import DstillError
-from dstill.evaluation.protocols import load_protocol
+from dstill.evaluation.protocols import further_protocols, load_protocol
 from dstill.experts.trajectory import Trajectories
 from dstill.jobs.job import Job
 from dstill.jobs.options import Evaluation
@@ -53,8 +53,7 @@ def check_early(
         if not method.starts_from_a_set:
             raise DstillError(f"method {recipe.method!r} selects real images and does not start from a set: leave init out")
         check_initial(initial.decoded, real, recipe.decoded_ipc)
-    for protocol in (recipe.protocol, *evaluation.also):
-        load_protocol(protocol)
+    further_protocols(load_protocol(recipe.protocol), evaluation.also)
     check_sinks(logs)
     siamese.parse(recipe.augmentation)
     own, *_ = [check_network(config, real) for config in (recipe.net, *nets.evaluation_nets(recipe.net, evaluation.nets))]

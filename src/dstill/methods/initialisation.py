@@ -165,8 +165,14 @@ def check_initial(initial: DistilledSet, real: RealSet, ipc: int) -> Tensor:
     With soft labels an image has no class. It then follows from the image's position in the set.
 
     Raises:
-        DstillError: the images have another shape, or their number in a class is not `ipc`.
+        DstillError: the classes have other names or another order, the images have another shape, or their number in a class is
+            not `ipc`. Classes that are called by numbers have no names.
     """
+    if initial.class_names not in (real.class_names, tuple(map(str, range(real.classes)))):
+        raise DstillError(
+            f"the initial set has the classes {', '.join(initial.class_names[:4])}…, {real.name} has "
+            f"{', '.join(real.class_names[:4])}…: start from a set of these classes, in this order"
+        )
     ids = initial.class_ids
     if initial.labels.is_floating_point() and len(ids) == real.classes * ipc:
         ids = torch.arange(real.classes).repeat_interleave(ipc)
