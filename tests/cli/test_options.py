@@ -29,8 +29,11 @@ RECORDING = Recording(6, 7, 8, ("wandb", "tensorboard"), 9)
 COMMANDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "run": (
         "api.run",
-        f"digits --minutes 2.5 {CHOICE} {PLACE} {JUDGED} {RECORDED} -o o --sets 9 --expert-seed 4",
-        CHOSEN | MACHINE | {"out": Path("o"), "sets": 9, "evaluation": EVALUATION, "recording": RECORDING, "seed": Seeds(5, 4)},
+        f"digits --minutes 2.5 {CHOICE} {PLACE} {JUDGED} {RECORDED} -o o --init i --sets 9 --expert-seed 4",
+        CHOSEN
+        | MACHINE
+        | {"out": Path("o"), "init": Path("i"), "sets": 9, "evaluation": EVALUATION}
+        | {"recording": RECORDING, "seed": Seeds(5, 4)},
     ),
     "train-experts": ("api.run", f"digits {CHOICE} {PLACE} --only 1,2", CHOSEN | MACHINE | {"only": [1, 2]}),
     "distill": (
