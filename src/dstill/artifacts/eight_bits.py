@@ -19,6 +19,7 @@ class EightBits:
         low, high: the range of each channel `[C]`.
 
     Example:
+        >>> import torch
         >>> eight = EightBits.of(torch.tensor([-0.5, 0.0, 0.25, 2.0]).view(4, 1, 1, 1))
         >>> eight.content.flatten().tolist(), eight.low.tolist(), eight.high.tolist()
         ([0, 51, 76, 255], [-0.5], [2.0])

@@ -77,16 +77,14 @@ def parts_at(pattern: str, name: str, entry: Entry, how: Reading) -> Parts:
 def _of_imagenet(read: Callable[[], Part], name: str, entry: Entry) -> Part:
     """The images of a subset, in class folders that are called by WordNet ids. Their order is that of ILSVRC-1k."""
     part = read()
-    if part.labels.hidden:
+    subset = set(entry.imagenet_ids)
+    if part.labels.hidden or len(part.labels.names) == len(subset):  # the latter is a copy of the subset itself
         return part
-    if len(part.labels.names) != len(entry.imagenet_ids):  # else a copy of the subset itself
-        check_imagenet(name, part.labels.names)
+    check_imagenet(name, part.labels.names)
     odd = next((folder for folder in part.labels.names if not re.fullmatch(r"n[0-9]{8}", folder)), None)
     if odd is not None:
         raise DstillError(f"{name} needs folders that are called by WordNet ids, such as n01440764, but there is {odd}")
-    if len(part.labels.names) == len(entry.imagenet_ids):
-        return part
-    wanted = [row for row, c in enumerate(part.labels.ids.tolist()) if c in set(entry.imagenet_ids)]
+    wanted = [row for row, c in enumerate(part.labels.ids.tolist()) if c in subset]
     assert isinstance(part.images, Pictures)
     images = Pictures(name, [part.images.cells[row] for row in wanted])
     return Part(images, renumbered(Labels(part.labels.ids[wanted], part.labels.names), entry))
