@@ -74,7 +74,7 @@ def environment(folder: Path, device: torch.device) -> dict[str, str]:
     """The machine that distilled the set of a folder; this one if the folder holds none."""
     try:
         return dict(json.loads((folder / _ENVIRONMENT).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return _here(device)
 
 
