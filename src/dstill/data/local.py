@@ -50,11 +50,9 @@ def parts_at(pattern: str, name: str, entry: Entry, how: Reading) -> Parts:
         if tables:
             return parquet_parts(path, tables, name, entry, how)
         parts = folder_parts(path, name, how)
-        return (
-            {key: functools.partial(_of_imagenet, read, name, entry) for key, read in parts.items()}
-            if entry.imagenet_ids
-            else parts
-        )
+        if not entry.imagenet_ids:
+            return parts
+        return {key: functools.partial(_of_imagenet, read, name, entry) for key, read in parts.items()}
     if entry.imagenet_ids and path.is_file() and (path.suffix.lower() == ".npz" or is_list(path)):
         raise DstillError(f"{name} is drawn from the classes of ImageNet: pass class folders or Parquet files, not {path}")
     if path.is_file() and path.suffix.lower() == ".npz":

@@ -320,9 +320,10 @@ def _reduced(real: RealSet, classes: Sequence[str] | None, train_fraction: float
         real = replace(real, train=real.train.take(kept), fingerprint="")
     if real.classes < 2:
         raise DstillError(f"{real.name} has {real.classes} class: distillation needs at least two")
-    counts = torch.bincount(real.train.labels, minlength=real.classes)
-    if not bool(counts.all()) and classes:
-        raise DstillError(f"{real.name} has no training image of the class {real.class_names[int(counts.argmin())]!r}")
+    if classes:
+        counts = torch.bincount(real.train.labels, minlength=real.classes)
+        if not bool(counts.all()):
+            raise DstillError(f"{real.name} has no training image of the class {real.class_names[int(counts.argmin())]!r}")
     if not len(real.test):
         raise DstillError(f"{real.name} has no test images of the classes {', '.join(real.class_names)}: keep others")
     return real
