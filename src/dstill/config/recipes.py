@@ -12,7 +12,7 @@ from dstill.config import yamls
 from dstill.config.registry import method_info
 from dstill.config.settings import Case, ExpertConfig, Recipe, canonical, settings_class
 from dstill.data.catalog import DATASETS, Shape
-from dstill.errors import DstillError, suggest
+from dstill.errors import DstillError
 
 _FOLDER = Path(__file__).parent / "recipe_files"
 # Data sets that share the recipes of another name.
@@ -55,12 +55,7 @@ def load_recipe(name: str) -> Recipe:
         >>> recipe.method, recipe.ipc, recipe.distill.iterations
         ('ast', 1, 5000)
     """
-    is_file = name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_file else _FOLDER / f"{name}.yaml"
-    if is_file and not path.is_file():
-        raise DstillError(f"the recipe file {name} does not exist")
-    if not path.is_file():
-        raise DstillError(f"unknown recipe {name!r}; {suggest(name, ['smoke', *recipe_names()])}")
+    path = yamls.located(name, _FOLDER, "recipe", lambda: ["smoke", *recipe_names()])
     return yamls.validate(Recipe, yamls.read_mapping(path), f"recipe {name}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +68,27 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 def dump(values: Any) -> str:
     """Plain values as YAML text that `parse` reads back."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def located(name: str, folder: Path, what: str, known: Callable[[], Sequence[str]]) -> Path:
+    """The file that a name stands for in a folder, or that a path names.
+
+    Args:
+        name: a name, or the path of a YAML file.
+        folder: where named files lie.
+        what: what they are, for errors.
+        known: the known names.
+
+    Raises:
+        DstillError: the name is unknown, or the file does not exist.
+    """
+    is_file = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_file else folder / f"{name}.yaml"
+    if path.is_file():
+        return path
+    raise DstillError(
+        f"the {what} file {name} does not exist" if is_file else f"unknown {what} {name!r}; {suggest(name, known())}"
+    )
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dstill.config import yamls
 from dstill.config.settings import Protocol
-from dstill.errors import DstillError, suggest
+from dstill.errors import DstillError
 
 _FOLDER = Path(__file__).parent / "protocol_files"
 
@@ -35,12 +35,7 @@ def load_protocol(name: str) -> Protocol:
         >>> load_protocol("ast").optimiser
         'sgd'
     """
-    is_file = name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_file else _FOLDER / f"{name}.yaml"
-    if is_file and not path.is_file():
-        raise DstillError(f"the protocol file {name} does not exist")
-    if not path.is_file():
-        raise DstillError(f"unknown protocol {name!r}; {suggest(name, protocol_names())}")
+    path = yamls.located(name, _FOLDER, "protocol", protocol_names)
     return yamls.validate(Protocol, yamls.read_mapping(path), str(path))
 
 
